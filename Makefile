@@ -1,0 +1,93 @@
+# Everything a person needs of this project; `make help` lists it. GNU make, Python >= 3.11 and pip are enough.
+
+PYTHON ?= python3
+VENV   ?= .venv
+STAMP  := $(VENV)/.installed
+
+SHELL         := bash
+.SHELLFLAGS   := -euo pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+# Tools of the environment first: DVC stages and tests start `kedro` and `dvc` by name.
+export PATH := $(abspath $(VENV))/bin:$(PATH)
+
+# None of the tools reports to its makers.
+export DO_NOT_TRACK := true
+export DVC_NO_ANALYTICS := 1
+export HF_HUB_DISABLE_TELEMETRY := 1
+export ITERATIVE_DO_NOT_TRACK := 1
+export KEDRO_DISABLE_TELEMETRY := 1
+export MLFLOW_DISABLE_TELEMETRY := true
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+# An absolute path: a relative one would follow the folder a command is started in.
+DATABASE := sqlite:///$(CURDIR)/mlflow.db
+UI_PORT  ?= 5000
+
+.PHONY: help install run repro ui test test-fast lint format bench-selection lock clean
+
+help:  ## what there is
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
+
+install: $(STAMP)  ## the environment, from the lock file (run and test do it themselves)
+
+# Rebuilt only when the lock file or the metadata changes. The lock file is whole, so nothing is resolved here;
+# the project itself is installed without its dependencies.
+$(STAMP): requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; v = sys.version.split()[0]; sys.exit(0 if sys.version_info >= (3, 11) else f"Python {v} is too old: 3.11 or newer is needed. Name one: make PYTHON=python3.11 ...")'
+	@echo "Installing the pinned dependencies into $(VENV); this takes some minutes, once."
+	@test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	@$(VENV)/bin/python -m pip install --quiet -r requirements.lock
+	@$(VENV)/bin/python -m pip install --quiet --no-deps --editable .
+	@touch $@
+
+run: $(STAMP)  ## all pipelines: model and text in, compressed variants and their comparison out
+	kedro run $(ARGS)
+	@echo
+	@echo "Reports: data/08_reporting/    Models: data/07_export/    MLflow UI: make ui, then http://127.0.0.1:$(UI_PORT)"
+
+repro: $(STAMP)  ## the same through DVC: only what has changed is computed again
+	dvc repro $(ARGS)
+
+ui: $(STAMP)  ## the MLflow UI on what was logged (MLFLOW_TRACKING_URI is honoured)
+	@uri="$${MLFLOW_TRACKING_URI:-$(DATABASE)}"; \
+	case "$$uri" in \
+	  http://*|https://*) echo "A server holds the runs: open $$uri" ;; \
+	  *) MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false mlflow server --backend-store-uri "$$uri" --host 127.0.0.1 --port $(UI_PORT) ;; \
+	esac
+
+test: lint  ## linters, types, and the whole test suite with the end-to-end run on the real model
+	pytest $(ARGS)
+
+test-fast: $(STAMP)  ## the tests that take seconds
+	pytest -m "not slow and not e2e" $(ARGS)
+
+lint: $(STAMP)  ## ruff and mypy (the import contracts run among the tests)
+	ruff check
+	ruff format --check
+	mypy
+
+format: $(STAMP)  ## mend what ruff can mend
+	ruff check --fix
+	ruff format
+
+bench-selection: $(STAMP)  ## selection against sort, topk and a memory copy
+	python -m benchmarks.selection $(ARGS)
+
+# A fresh environment from pyproject.toml alone, frozen. Local version labels such as `+cpu` name a build that only
+# some indexes have, so they are cut; `name @ file` lines would tie the lock to one machine, so they end it.
+lock:  ## make requirements.lock anew from pyproject.toml
+	@tmp=$$(mktemp -d); trap 'rm -rf "$$tmp"' EXIT; \
+	$(PYTHON) -m venv "$$tmp/venv"; \
+	"$$tmp/venv/bin/python" -m pip install --quiet --editable '.[dev]'; \
+	"$$tmp/venv/bin/python" -m pip freeze --exclude-editable | sed -E 's/\+[A-Za-z0-9.]+$$//' > "$$tmp/lock"; \
+	if grep ' @ ' "$$tmp/lock"; then echo "The lines above are tied to this machine: not locked." >&2; exit 1; fi; \
+	{ echo "# Made by 'make lock' from pyproject.toml: the releases that were tested together. Do not edit."; \
+	  cat "$$tmp/lock"; } > requirements.lock; \
+	echo "requirements.lock: $$(grep -c == requirements.lock) packages"
+
+clean:  ## remove the environment, caches and all that the pipelines made (downloads and DVC's cache stay)
+	rm -rf $(VENV) .cache .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache src/*.egg-info build
+	rm -rf data/0* data/.scratch mlflow.db* mlartifacts mlruns
+	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +

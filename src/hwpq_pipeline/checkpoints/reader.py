@@ -1,0 +1,204 @@
+"""Reading a Hugging Face checkpoint a tensor at a time.
+
+safetensors puts a JSON header of names, dtypes, shapes and offsets before the raw bytes, so that opening a
+file costs its header and reading a tensor costs that tensor: a model is never in memory whole. The header's
+last offset must be the file's size, which finds a truncated file on opening.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from hwpq_pipeline.errors import HwpqError
+
+_FLOATS = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+_FETCH_AGAIN = "Fetch or make it again: remove the directory and run the step that writes it."
+
+
+def _open(path: Path) -> Any:
+    if not path.is_file():
+        raise HwpqError("no such file", where=str(path), remedy=_FETCH_AGAIN)
+    try:
+        return safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise HwpqError(
+            f"corrupt safetensors file ({error})", where=str(path), remedy=_FETCH_AGAIN
+        ) from error
+
+
+def read_json(path: str | Path) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Raises:
+        HwpqError: the file is missing, or is not a JSON object.
+    """
+    path = Path(path)
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise HwpqError("no such file", where=str(path), remedy=_FETCH_AGAIN) from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise HwpqError(f"not valid JSON ({error})", where=str(path), remedy=_FETCH_AGAIN) from error
+    if not isinstance(value, dict):
+        raise HwpqError("not a JSON object", where=str(path), remedy=_FETCH_AGAIN)
+    return value
+
+
+def read_tensors(path: str | Path, names: Sequence[str] | None = None) -> dict[str, torch.Tensor]:
+    """Tensors of one safetensors file by name: those wanted, or all.
+
+    Raises:
+        HwpqError: the file is missing or corrupt, or lacks a wanted tensor.
+    """
+    with _open(Path(path)) as stream:
+        held = set(stream.keys())
+        if missing := sorted(set(names or ()) - held):
+            raise HwpqError(f"no tensor {missing[0]}", where=str(path), remedy=_FETCH_AGAIN)
+        return {name: stream.get_tensor(name) for name in (sorted(held) if names is None else names)}
+
+
+def read_metadata(path: str | Path) -> dict[str, str]:
+    """The string pairs in a safetensors file's header."""
+    with _open(Path(path)) as stream:
+        return dict(stream.metadata() or {})
+
+
+class Checkpoint:
+    """A checkpoint directory: `config.json` beside `model.safetensors` or its shards.
+
+    Args:
+        path: the directory.
+
+    Raises:
+        HwpqError: the directory, its config or a shard is missing or corrupt, or it holds no safetensors.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        if not self.path.is_dir():
+            raise HwpqError("no such checkpoint directory", where=str(path), remedy=_FETCH_AGAIN)
+        self.config = read_json(self.path / "config.json")
+        self._files: dict[str, Path] = {}
+        self._handles: dict[Path, Any] = {}
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        self._dtypes: dict[str, str] = {}
+        self._scan()
+
+    def _scan(self) -> None:
+        index = self.path / "model.safetensors.index.json"
+        single = self.path / "model.safetensors"
+        if index.is_file():
+            wanted: dict[str, str] | None = read_json(index).get("weight_map", {})
+            shards = sorted({self.path / file for file in (wanted or {}).values()})
+        else:
+            wanted, shards = None, [single]
+            if not single.is_file():
+                raise HwpqError(
+                    "it holds no model.safetensors and no model.safetensors.index.json",
+                    where=str(self.path),
+                    remedy="Give a checkpoint in safetensors; pickled ones (.bin, .pt) are not read, because "
+                    "unpickling runs code.",
+                )
+        for shard in shards:
+            handle = self._handles[shard] = _open(shard)
+            for name in handle.keys():  # noqa: SIM118 (not a mapping)
+                view = handle.get_slice(name)
+                self._files[name] = shard
+                self._shapes[name] = tuple(view.get_shape())
+                self._dtypes[name] = view.get_dtype()
+        if missing := sorted(set(wanted or {}) - set(self._files)):
+            raise HwpqError(
+                f"{len(missing)} tensors of the index are in no shard, first {missing[0]}",
+                where=str(self.path),
+                remedy=_FETCH_AGAIN,
+            )
+
+    @property
+    def names(self) -> list[str]:
+        """Names of all tensors, sorted."""
+        return sorted(self._files)
+
+    @property
+    def dtype(self) -> str:
+        """The commonest dtype of the tensors by number of elements, as safetensors writes it (`BF16`)."""
+        weight: dict[str, int] = {}
+        for name, dtype in self._dtypes.items():
+            weight[dtype] = weight.get(dtype, 0) + torch.Size(self._shapes[name]).numel()
+        return max(weight, key=lambda dtype: weight[dtype])
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """`dtype` as torch names it.
+
+        Raises:
+            HwpqError: it is none of float32, bfloat16 and float16.
+        """
+        if self.dtype not in _FLOATS:
+            raise HwpqError(
+                f"weights of dtype {self.dtype}",
+                where=str(self.path),
+                remedy=f"Use a checkpoint in one of {', '.join(_FLOATS)}.",
+            )
+        return _FLOATS[self.dtype]
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of the safetensors files on disk."""
+        return sum(shard.stat().st_size for shard in self._handles)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._files
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """A tensor's shape, from the header alone."""
+        self._known(name)
+        return self._shapes[name]
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """A tensor as stored."""
+        self._known(name)
+        try:
+            tensor: torch.Tensor = self._handles[self._files[name]].get_tensor(name)
+        except (SafetensorError, OSError, RuntimeError) as error:
+            raise HwpqError(
+                f"cannot be read ({error})", where=f"{self._files[name]}: {name}", remedy=_FETCH_AGAIN
+            ) from error
+        return tensor
+
+    def finite(self, name: str) -> torch.Tensor:
+        """A tensor as stored, checked: every value is a number.
+
+        Raises:
+            HwpqError: NaN or infinity in it.
+        """
+        tensor = self.tensor(name)
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            bad = int((~torch.isfinite(tensor)).sum())
+            raise HwpqError(
+                f"{bad} of {tensor.numel()} weights are NaN or infinite",
+                where=f"{self.path}: {name}",
+                remedy="The checkpoint is damaged or overflowed in training; fetch it again or use another.",
+            )
+        return tensor
+
+    def weight(self, layer: str) -> torch.Tensor:
+        """A linear layer's weight, shape (out_features, in_features), float32, checked to be finite.
+
+        Args:
+            layer: the module's name, as in the layer map.
+        """
+        return self.finite(f"{layer}.weight").float()
+
+    def _known(self, name: str) -> None:
+        if name not in self._files:
+            raise HwpqError(
+                f"no tensor {name}",
+                where=str(self.path),
+                remedy="Check that config and weights belong together.",
+            )

@@ -1,0 +1,93 @@
+"""`kedro run` with errors for people: one line that says what is wrong, where, and what to do.
+
+Kedro prints a traceback of its own machinery for a misspelt parameter. Here the errors a user can mend end
+in one line and exit status 1; everything else keeps its traceback.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import click
+from kedro.framework.cli.project import run as kedro_run
+from kedro.validation.exceptions import DataValidationError, ParameterValidationError
+
+from hwpq_pipeline.errors import HwpqError
+
+
+@click.group(name="hwpq-pipeline")
+def cli() -> None:
+    """Commands of the project."""
+
+
+@cli.command(name="run", params=kedro_run.params, help=kedro_run.help)
+@click.pass_context
+def run(context: click.Context, /, **options: Any) -> Any:
+    """Kedro's `run`, with its errors made plain."""
+    try:
+        return context.invoke(kedro_run.callback, **options)
+    except Exception as error:
+        lines = explain(error)
+        if not lines:
+            raise
+        raise PlainError(lines) from None
+
+
+class PlainError(click.ClickException):
+    """Printed as it is, exit status 1."""
+
+    def __init__(self, lines: list[str]) -> None:
+        super().__init__("\n".join(lines))
+
+    def show(self, file: Any = None) -> None:
+        """One `error:` line a problem, on standard error."""
+        for line in self.message.splitlines():
+            click.secho(f"error: {line}", err=True, fg="red")
+
+
+def explain(error: BaseException) -> list[str]:
+    """Lines for a user, or none when the error is not the user's."""
+    chain: list[BaseException] = []
+    link: BaseException | None = error
+    while link is not None and link not in chain:
+        chain.append(link)
+        link = link.__cause__ or link.__context__
+    for link in chain:
+        if isinstance(link, HwpqError):
+            return [str(link)]
+        if isinstance(link, ParameterValidationError):
+            return _parameter_lines(str(link))
+        if isinstance(link, DataValidationError):
+            return [" ".join(str(link).split())]
+        if isinstance(link, ValueError) and (found := re.search(r"following namespaces: (.+)$", str(link))):
+            return [
+                f"{found[1]}: no such variant. Use one of {', '.join(_known_variants())}, as variants.<name>"
+            ]
+        if isinstance(link, ValueError) and str(link).startswith("Failed to find the pipeline"):
+            return [" ".join(str(link).split())]
+    return []
+
+
+def _known_variants() -> list[str]:
+    from hwpq_pipeline.project import variant_names
+
+    return variant_names()
+
+
+def _parameter_lines(message: str) -> list[str]:
+    """Pydantic's report, a line a mistake: `params:variants.fp8.quantization.grid: …`."""
+    lines: list[str] = []
+    for part in re.split(r"\n- (?=Parameter ')", message)[1:]:
+        name = re.match(r"Parameter '([^']+)'", part)
+        where = name[1] if name else "parameters"
+        details = re.findall(r"\n([\w.-]+)?\n?  (.+?)(?: \[type=.*)?(?=\n|$)", part)
+        problems = [(field, text) for field, text in details if not text.startswith("For further")]
+        if not problems:
+            lines.append(" ".join(part.split()))
+        for field, text in problems:
+            lines.append(
+                f"conf parameters, {'.'.join(filter(None, (where, field)))}: "
+                f"{text.removeprefix('Value error, ')}"
+            )
+    return list(dict.fromkeys(lines))

@@ -1,0 +1,151 @@
+"""What the removal of a weight costs: the contribution metrics, dense and factored.
+
+``W`` is a linear layer's weight, shape (out, in); ``x_j²`` the energy of input j, summed over calibration tokens (the
+diagonal of the Gram matrix); ``S = Σ_j x_j²``. All metrics are on the scale of ``w²``:
+
+    hwpq           L_ij = w_ij² / (1 − x_j²/S)                    arXiv 2501.16376, the paper's closed form
+    hwpq_weighted  L_ij = w_ij² x_j² / (1 − x_j²/S)               the same, with the input's energy kept
+    wanda          L_ij = w_ij² x_j²                              arXiv 2306.11695, eq. 1, squared
+    ria            L_ij = ((|w_ij| / Σ_i|w_ij| + |w_ij| / Σ_j|w_ij|) · (x_j²)^(a/2))², a = 1/2
+                                                                  ICLR 2024 (plug-and-play), eq. 4, squared
+    magnitude      L_ij = w_ij²
+
+**Factors.** Every metric is the square of ``z_ij = |w_ij| · (u_j + r_i v_j)``: one or two vectors over the inputs and one
+over the rows. The fused kernels take these three vectors and never see a matrix ``L``; ``sqrt(L)`` is ``z`` itself, so the
+default domain of the selection needs neither a square nor a root, and a tiny weight's square cannot underflow.
+
+**Edges.** One input that holds all the energy makes the denominator zero: it is floored at 2⁻²⁴ (float32's resolution), so
+that its weights rank above all others of their size but stay finite. Without any energy (S = 0) the shares ``x_j²/S`` are
+taken as zero: ``hwpq`` is then the magnitude, and the energy-weighted metrics are zero everywhere (all tied). A row or column
+of zero weights has no relative importance: its RIA term is zero.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..errors import HwpqError
+
+METRICS = ("hwpq", "hwpq_weighted", "wanda", "ria", "magnitude")
+
+#: The floor of ``1 − x_j²/S``: one input with (almost) all the energy still has a finite contribution.
+SMALLEST_REST = 2.0**-24
+
+#: RIA's exponent of the input's norm, as published.
+RIA_EXPONENT = 0.5
+
+
+@dataclass(frozen=True)
+class Factors:
+    """A metric as vectors: ``sqrt(L_ij) = |w_ij| · (column_j + row_i · cross_j)``, all float32.
+
+    Attributes:
+        column: shape (in,).
+        row: shape (out,); zeros for every metric but RIA.
+        cross: shape (in,); zeros for every metric but RIA.
+    """
+
+    column: Tensor
+    row: Tensor
+    cross: Tensor
+
+    def rows(self, index: Tensor) -> Factors:
+        """The factors of some rows of the layer."""
+        return Factors(self.column, self.row[index], self.cross)
+
+
+def check_inputs(metric: str, weight: Tensor, energy: Tensor) -> None:
+    """Raise `HwpqError` for an unknown metric, shapes that do not fit, or energies that are no sums of squares."""
+    if metric not in METRICS:
+        raise HwpqError(
+            f"unknown metric '{metric}'", where="contribution", remedy=f"Choose one of {', '.join(METRICS)}"
+        )
+    if weight.dim() != 2 or energy.shape != (weight.shape[1],) or 0 in weight.shape:
+        raise HwpqError(
+            f"a weight of shape {tuple(weight.shape)} does not fit energies of shape {tuple(energy.shape)}",
+            where="contribution",
+            remedy="Expected (out, in) and (in,): take the statistics of this layer's own input",
+        )
+    if not weight.dtype.is_floating_point:
+        raise HwpqError(
+            f"the weight's dtype is {weight.dtype}",
+            where="contribution",
+            remedy="Give a floating-point weight",
+        )
+    # Negated, so that NaN is caught as well.
+    if not bool(((energy >= 0) & (energy < float("inf"))).all()):
+        raise HwpqError(
+            "the input energies hold negative or non-finite values",
+            where="contribution",
+            remedy="Collect the activation statistics again: sums of squares are finite and not negative",
+        )
+
+
+def root_factors(metric: str, weight: Tensor, energy: Tensor) -> Factors:
+    """The vectors of a metric's square root, worked out in float64 and rounded once to float32.
+
+    Args:
+        metric: one of `METRICS`.
+        weight: shape (out, in); read by RIA alone (sums along rows and columns).
+        energy: shape (in,); Σ_tokens x_j².
+
+    Raises:
+        HwpqError: unknown metric, shapes that do not fit, negative or non-finite energies.
+    """
+    check_inputs(metric, weight, energy)
+    x2 = energy.to(device=weight.device, dtype=torch.float64)
+    out_features, in_features = weight.shape
+    row = torch.zeros(out_features, dtype=torch.float32, device=weight.device)
+    cross = torch.zeros(in_features, dtype=torch.float32, device=weight.device)
+    if metric == "ria":
+        by_row, by_column = _absolute_sums(weight)
+        norm = x2.sqrt().pow(RIA_EXPONENT)
+        return Factors((_inverse(by_column) * norm).float(), _inverse(by_row).float(), norm.float())
+    column = torch.ones_like(x2)
+    if metric in ("hwpq_weighted", "wanda"):
+        column = column * x2
+    if metric in ("hwpq", "hwpq_weighted"):
+        total = x2.sum()
+        share = x2 / total if float(total) > 0 else torch.zeros_like(x2)
+        column = column / (1 - share).clamp_min(SMALLEST_REST)
+    return Factors(column.sqrt().float(), row, cross)
+
+
+def contribution(metric: str, weight: Tensor, energy: Tensor) -> Tensor:
+    """The dense contribution matrix ``L``: the readable version, for reports and for trying new metrics.
+
+    Args:
+        metric: one of `METRICS`.
+        weight: any floating dtype, shape (out, in).
+        energy: shape (in,); Σ_tokens x_j².
+
+    Returns:
+        float32, shape (out, in), not negative.
+
+    Raises:
+        HwpqError: as `root_factors`.
+    """
+    return root_contribution(weight, root_factors(metric, weight, energy)).square()
+
+
+def root_contribution(weight: Tensor, factors: Factors) -> Tensor:
+    """``sqrt(L)``, float32, shape (out, in): ``|w_ij| · (column_j + row_i · cross_j)`` in this order of operations."""
+    scale = factors.column + factors.row[:, None] * factors.cross
+    return weight.float().abs() * scale
+
+
+def _absolute_sums(weight: Tensor, rows_at_once: int = 1024) -> tuple[Tensor, Tensor]:
+    """Σ_j |w_ij| and Σ_i |w_ij| in float64, without a float64 copy of the whole weight."""
+    by_row, by_column = [], torch.zeros(weight.shape[1], dtype=torch.float64, device=weight.device)
+    for part in weight.split(rows_at_once):
+        size = part.to(torch.float32).abs()
+        by_row.append(size.sum(dim=1, dtype=torch.float64))
+        by_column += size.sum(dim=0, dtype=torch.float64)
+    return torch.cat(by_row), by_column
+
+
+def _inverse(values: Tensor) -> Tensor:
+    return torch.where(values > 0, 1 / values.clamp_min(torch.finfo(torch.float64).tiny), 0.0)

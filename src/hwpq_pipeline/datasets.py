@@ -1,0 +1,153 @@
+"""Kedro datasets whose save is all or nothing.
+
+Kedro's own datasets write into the target, so a killed run leaves half a file under the final name, which
+the next run then trusts. Here everything is written beside its place and moved in with one rename:
+`AtomicDataset` wraps any file dataset, `FileDataset` and `DirectoryDataset` take what a node built in a
+scratch directory. The cost is that the disk holds old and new for a moment.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from kedro.io import AbstractDataset, DatasetError
+from kedro.io.core import parse_dataset_definition
+
+from hwpq_pipeline.checkpoints.reader import read_tensors
+from hwpq_pipeline.checkpoints.writer import write_tensors
+from hwpq_pipeline.errors import HwpqError
+
+
+class _PathDataset(AbstractDataset[Any, Any]):
+    """A dataset that lives at one path of the local file system."""
+
+    def __init__(self, *, filepath: str, metadata: dict[str, Any] | None = None) -> None:
+        self._filepath = Path(filepath)
+        self.metadata = metadata
+
+    @property
+    def path(self) -> Path:
+        """Where the data lies."""
+        return self._filepath
+
+    def _describe(self) -> dict[str, Any]:
+        return {"filepath": str(self._filepath)}
+
+    def _exists(self) -> bool:
+        return self._filepath.exists()
+
+    def _existing(self) -> Path:
+        if not self._filepath.exists():
+            raise HwpqError("it does not exist", where=str(self._filepath),
+                            remedy="Run the pipeline that makes it first, or the whole with `kedro run`")
+        return self._filepath
+
+
+class AtomicDataset(_PathDataset):
+    """Any Kedro file dataset, saved beside its place and renamed into it.
+
+    Args:
+        filepath: the file.
+        dataset: the wrapped dataset's type or definition, without its filepath.
+    """
+
+    def __init__(self, *, filepath: str, dataset: str | dict[str, Any],
+                 metadata: dict[str, Any] | None = None) -> None:
+        super().__init__(filepath=filepath, metadata=metadata)
+        self._definition = {"type": dataset} if isinstance(dataset, str) else dict(dataset)
+
+    def _wrapped(self, path: Path) -> AbstractDataset[Any, Any]:
+        cls, arguments = parse_dataset_definition({**self._definition, "filepath": str(path)})
+        return cls(**arguments)
+
+    def load(self) -> Any:
+        """Load with the wrapped dataset."""
+        return self._wrapped(self._existing()).load()
+
+    def save(self, data: Any) -> None:
+        """Save with the wrapped dataset to a sibling, then rename it into place."""
+        self._filepath.parent.mkdir(parents=True, exist_ok=True)
+        partial = self._filepath.with_name(f".{os.getpid()}.partial.{self._filepath.name}")
+        try:
+            self._wrapped(partial).save(data)
+            os.replace(partial, self._filepath)
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+class SafetensorsDataset(_PathDataset):
+    """A mapping of tensor names to torch tensors in one safetensors file."""
+
+    def load(self) -> dict[str, Any]:
+        """Load all tensors."""
+        return read_tensors(self._existing())
+
+    def save(self, data: dict[str, Any]) -> None:
+        """Write all tensors atomically."""
+        self._filepath.parent.mkdir(parents=True, exist_ok=True)
+        write_tensors(self._filepath, data)
+
+
+class FileDataset(_PathDataset):
+    """A file that a node built in a scratch directory; loads as its path."""
+
+    def load(self) -> Path:
+        """The path of the file."""
+        return self._existing()
+
+    def save(self, data: Path) -> None:
+        """Move the built file into place."""
+        _move_into_place(Path(data), self._filepath)
+
+
+class DirectoryDataset(FileDataset):
+    """A directory that a node built in a scratch directory; loads as its path."""
+
+
+class ScratchDataset(_PathDataset):
+    """A fresh, empty directory at every load, on the file system of the data, gone when the process ends."""
+
+    def load(self) -> Path:
+        """Make the directory."""
+        self._filepath.mkdir(parents=True, exist_ok=True)
+        fresh = Path(tempfile.mkdtemp(dir=self._filepath))
+        atexit.register(shutil.rmtree, fresh, ignore_errors=True)
+        return fresh
+
+    def save(self, data: Any) -> None:
+        """Scratch space is not an output."""
+        raise DatasetError("scratch space cannot be saved to")
+
+
+class CacheDataset(_PathDataset):
+    """A directory that is made when missing and kept: downloads."""
+
+    def load(self) -> Path:
+        """The directory."""
+        self._filepath.mkdir(parents=True, exist_ok=True)
+        return self._filepath
+
+    def save(self, data: Any) -> None:
+        """Caches are filled by the rooms that use them."""
+        raise DatasetError("the cache cannot be saved to")
+
+
+def _move_into_place(built: Path, target: Path) -> None:
+    """Swap `built` in for `target`; at every moment one whole version exists."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if not target.is_dir():
+        os.replace(built, target)
+        return
+    old = target.with_name(f".{os.getpid()}.old.{target.name}")
+    os.replace(target, old)
+    try:
+        os.replace(built, target)
+    except OSError:
+        os.replace(old, target)
+        raise
+    shutil.rmtree(old)

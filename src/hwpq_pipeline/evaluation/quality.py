@@ -1,0 +1,174 @@
+"""Quality of an export beside the dense model, on the same tokens.
+
+    perplexity      exp of the mean negative log-likelihood of the true next token, over all samples
+    KL divergence   mean over positions of KL(dense ‖ variant) between next-token distributions, nats
+    top-1 agreement share of positions where both find the same token likeliest
+
+A sample of `length` tokens gives `length − 1` predictions. Softmax is float32, sums are float64. The export
+is loaded as a user would load it (`loading`), so FP8 and INT8 ones round their activations here as they do
+when deployed.
+
+Cost: one forward pass of the body over all tokens and one product with the head; the dense model's side is
+read (`reference`).
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hwpq_pipeline.errors import HwpqError
+
+from .loading import LoadedModel, dtype_name, open_model
+from .reference import (
+    Progress,
+    Reference,
+    check_tokens,
+    check_vocabulary,
+    chunks,
+    hidden_batches,
+    load_reference,
+    make_reference,
+    perplexity,
+)
+
+__all__ = ["Quality", "Reference", "evaluate_export", "load_reference", "make_reference"]
+
+#: Rounding leaves the divergence of a model from itself at ±1e-6; less means a reference of another model.
+_KL_FLOOR = -1e-3
+
+
+@dataclass(frozen=True)
+class Quality:
+    """What `evaluate_export` found.
+
+    Attributes:
+        perplexity: of the export.
+        perplexity_ratio: to the dense model's.
+        kl_divergence: KL(dense ‖ export), nats a token, not below 0.
+        top1_agreement: 0 to 1.
+        tokens: number of predictions.
+        nll: mean negative log-likelihood of each sample, nats a token.
+        dense_perplexity: of the dense model on the same tokens.
+        seconds: the evaluation took, loading included.
+    """
+
+    perplexity: float
+    perplexity_ratio: float
+    kl_divergence: float
+    top1_agreement: float
+    tokens: int
+    nll: tuple[float, ...]
+    dense_perplexity: float
+    seconds: float
+
+
+def evaluate_export(
+    export_dir: str | Path,
+    reference: Reference,
+    token_ids: Tensor | np.ndarray | None = None,
+    *,
+    batch: int = 1,
+    dtype: str = "auto",
+    progress: Progress | None = None,
+) -> Quality:
+    """Evaluate an export against the dense model's answer.
+
+    Args:
+        export_dir: a checkpoint that `from_pretrained` loads.
+        reference: from `make_reference` or `load_reference`.
+        token_ids: (samples, length) integers, to make sure that they are the reference's; None takes those.
+        batch: samples a forward pass; 1 is quickest on a CPU, whose caches hold the activations of one.
+        dtype: `auto` (float32), `float32` or `bfloat16`; the reference's.
+        progress: called with (batches done, batches).
+
+    Raises:
+        HwpqError: a corrupt export, another head, other tokens or another dtype than the reference's, or
+            logits that are not finite.
+    """
+    begun = time.perf_counter()
+    tokens = reference.tokens if token_ids is None else check_tokens(token_ids)
+    _check_same(reference, tokens, dtype)
+    loaded = open_model(export_dir, dtype, tokens[0])
+    check_vocabulary(tokens, loaded, str(export_dir))
+    if loaded.head_digest() != reference.head_digest:
+        raise HwpqError(
+            "its lm_head is not the dense model's",
+            where=str(export_dir),
+            remedy="Export and reference must come from one dense model: run both pipelines again.",
+        )
+    nll, divergence = torch.empty(reference.nll.shape), torch.empty(reference.nll.shape)
+    agree = torch.empty(reference.nll.shape, dtype=torch.bool)
+    with torch.inference_mode():
+        for rows, hidden in hidden_batches(loaded, tokens, batch, progress):
+            parts = [
+                _compare(loaded, *part)
+                for part in chunks(
+                    hidden,
+                    tokens[rows, 1:],
+                    reference.expected[rows],
+                    reference.constant[rows],
+                    reference.top1[rows],
+                )
+            ]
+            for whole, found in zip((nll, divergence, agree), zip(*parts, strict=True), strict=True):
+                whole[rows] = torch.cat(found).view(whole[rows].shape)
+    if not bool(torch.isfinite(nll).all() & torch.isfinite(divergence).all()):
+        raise HwpqError(
+            "logits are NaN or infinite",
+            where=str(export_dir),
+            remedy="The weights are damaged or overflow; compress the model again.",
+        )
+    return _summary(reference, nll, divergence, agree, begun, str(export_dir))
+
+
+def _check_same(reference: Reference, tokens: Tensor, dtype: str) -> None:
+    remedy = "Run the reference pipeline again with these evaluation parameters."
+    if not torch.equal(tokens, reference.tokens):
+        raise HwpqError(
+            "the evaluation tokens are not those of the reference", where="reference", remedy=remedy
+        )
+    if dtype_name(dtype) != reference.dtype:
+        raise HwpqError(
+            f"made in dtype {reference.dtype}, asked for {dtype_name(dtype)}",
+            where="reference",
+            remedy=remedy,
+        )
+
+
+def _compare(
+    loaded: LoadedModel, hidden: Tensor, labels: Tensor, expected: Tensor, constant: Tensor, top1: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Negative log-likelihood, divergence and agreement at some positions, shape (positions,) each."""
+    logits = loaded.logits(hidden)
+    log_sum = logits.logsumexp(-1).double()
+    nll = log_sum - logits.gather(-1, labels[:, None])[:, 0].double()
+    divergence = constant.double() - (expected.double() * hidden.double()).sum(-1) + log_sum
+    return nll, divergence, logits.argmax(-1) == top1
+
+
+def _summary(
+    reference: Reference, nll: Tensor, divergence: Tensor, agree: Tensor, begun: float, where: str
+) -> Quality:
+    mean_nll, mean_divergence = float(nll.double().mean()), float(divergence.double().mean())
+    if mean_divergence < _KL_FLOOR:
+        raise HwpqError(
+            f"a divergence of {mean_divergence:.4f}, which cannot be below 0",
+            where=where,
+            remedy="Reference and export do not belong together: run both pipelines again.",
+        )
+    return Quality(
+        perplexity=perplexity(mean_nll, where),
+        perplexity_ratio=perplexity(mean_nll, where) / reference.perplexity,
+        kl_divergence=max(mean_divergence, 0.0),
+        top1_agreement=float(agree.double().mean()),
+        tokens=nll.numel(),
+        nll=tuple(nll.double().mean(1).tolist()),
+        dense_perplexity=reference.perplexity,
+        seconds=time.perf_counter() - begun,
+    )

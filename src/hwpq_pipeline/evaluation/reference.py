@@ -1,0 +1,211 @@
+"""The dense model's answer on the evaluation tokens, kept so that no variant computes it again.
+
+For a token position let `z = W h + b` be the logits (`W`: the head, (vocabulary, hidden); `h`: the final
+hidden state), `p = softmax(z)` the dense model's and `q` a variant's next-token distribution. A variant keeps
+the head, so
+
+    KL(p ‖ q) = Σ p log p − Σ p log q
+              = Σ p log p − Σ p (W h_q + b) + logsumexp(W h_q + b)
+              = c − e · h_q + logsumexp(W h_q + b)        e = Wᵀ p,   c = Σ p log p − p · b
+
+`e` (the expected output embedding) and the number `c` are all that the divergence needs of the dense model:
+as many bytes as its hidden states, and half the work of multiplying those by the head again for every
+variant, since the head is the largest single matrix of a small model. Beside them: the dense model's
+likeliest token and the negative log-likelihood of the true one.
+
+Products and softmax are float32; products are as exact as the logits themselves (about 1e-6 of their size),
+so a divergence is good to some 1e-5 nats a token.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hwpq_pipeline.checkpoints.reader import read_metadata, read_tensors
+from hwpq_pipeline.checkpoints.writer import atomic_directory, write_tensors
+from hwpq_pipeline.errors import HwpqError
+
+from .loading import LoadedModel, dtype_name, open_model
+
+FILE = "reference.safetensors"
+#: Rows of logits at a time: 256 × 49,152 float32 are 50 MB.
+CHUNK = 256
+Progress = Callable[[int, int], None]
+_REMEDY = "Run the reference pipeline again."
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The dense model's answer; `length` tokens a sample give `length − 1` predictions.
+
+    Attributes:
+        tokens: (samples, length) int64, the evaluation tokens.
+        expected: (samples, length − 1, hidden) float32, `e` above.
+        constant: (samples, length − 1) float32, `c` above.
+        top1: (samples, length − 1) int64, the likeliest next token.
+        nll: (samples, length − 1) float32, −log p of the true next token, nats.
+        head_digest: of the head that `expected` was made with.
+        dtype: that the dense model ran in.
+    """
+
+    tokens: Tensor
+    expected: Tensor
+    constant: Tensor
+    top1: Tensor
+    nll: Tensor
+    head_digest: str
+    dtype: str
+
+    @property
+    def perplexity(self) -> float:
+        """The dense model's exp(mean negative log-likelihood)."""
+        return perplexity(float(self.nll.double().mean()), "dense model")
+
+
+def make_reference(
+    model_dir: str | Path,
+    token_ids: Tensor | np.ndarray,
+    target: str | Path,
+    *,
+    batch: int = 1,
+    dtype: str = "auto",
+    progress: Progress | None = None,
+) -> Reference:
+    """Run the dense model over the evaluation tokens and write `reference.safetensors` to a directory.
+
+    Args:
+        model_dir: the dense checkpoint.
+        token_ids: (samples, length) integers.
+        target: the directory; replaced when the new one is complete.
+        batch: samples a forward pass; 1 is quickest on a CPU, whose caches hold the activations of one.
+        dtype: `auto` (float32), `float32` or `bfloat16`.
+        progress: called with (batches done, batches).
+
+    Raises:
+        HwpqError: too few tokens, ids outside the vocabulary, a model that does not load, logits that are not
+            finite.
+    """
+    tokens = check_tokens(token_ids)
+    loaded = open_model(model_dir, dtype, tokens[0])
+    check_vocabulary(tokens, loaded, str(model_dir))
+    samples, length = tokens.shape
+    expected = torch.empty(samples, length - 1, loaded.head.shape[1])
+    constant, nll = torch.empty(samples, length - 1), torch.empty(samples, length - 1)
+    top1 = torch.empty(samples, length - 1, dtype=torch.int64)
+    with torch.inference_mode():
+        for rows, hidden in hidden_batches(loaded, tokens, batch, progress):
+            labels = tokens[rows, 1:]
+            answers = [_answer(loaded, part, label) for part, label in chunks(hidden, labels)]
+            for whole, parts in zip((expected, constant, top1, nll), zip(*answers, strict=True), strict=True):
+                whole[rows] = torch.cat(parts).view(whole[rows].shape)
+    if not bool(torch.isfinite(constant).all() & torch.isfinite(nll).all()):
+        raise HwpqError("logits are NaN or infinite", where=str(model_dir), remedy="Use an undamaged model.")
+    tensors = {"tokens": tokens, "expected": expected, "constant": constant, "top1": top1, "nll": nll}
+    reference = Reference(**tensors, head_digest=loaded.head_digest(), dtype=dtype_name(dtype))
+    with atomic_directory(target) as partial:
+        facts = {"head_digest": reference.head_digest, "dtype": reference.dtype}
+        write_tensors(partial / FILE, tensors, {"reference": json.dumps(facts, sort_keys=True)})
+    return reference
+
+
+def load_reference(directory: str | Path) -> Reference:
+    """Read what `make_reference` wrote.
+
+    Raises:
+        HwpqError: it is missing, corrupt or of another make.
+    """
+    path = Path(directory) / FILE
+    tensors = read_tensors(path)
+    try:
+        facts = json.loads(read_metadata(path)["reference"])
+        return Reference(**tensors, head_digest=facts["head_digest"], dtype=facts["dtype"])
+    except (KeyError, TypeError, json.JSONDecodeError) as error:
+        raise HwpqError(f"not a reference ({error})", where=str(path), remedy=_REMEDY) from error
+
+
+def perplexity(nll: float, where: str) -> float:
+    """Perplexity of a mean negative log-likelihood in nats: its exp.
+
+    Raises:
+        HwpqError: it is beyond float64, as that of a model whose weights were destroyed may be.
+    """
+    if nll > 700:
+        raise HwpqError(
+            f"a mean negative log-likelihood of {nll:.0f} nats",
+            where=where,
+            remedy="The model's weights are destroyed: prune or round them less.",
+        )
+    return math.exp(nll)
+
+
+def check_tokens(token_ids: Tensor | np.ndarray) -> Tensor:
+    """Token ids as an int64 tensor, shape (samples, length).
+
+    Raises:
+        HwpqError: not a table of integers, or shorter than two tokens.
+    """
+    tokens = torch.as_tensor(np.asarray(token_ids))
+    if tokens.dim() != 2 or tokens.is_floating_point() or tokens.shape[0] < 1:
+        raise HwpqError(
+            f"token ids of shape {tuple(tokens.shape)}, {tokens.dtype}",
+            where="evaluation tokens",
+            remedy="Give integers of shape (samples, length).",
+        )
+    if tokens.shape[1] < 2:
+        raise HwpqError(
+            f"samples of {tokens.shape[1]} tokens predict nothing",
+            where="evaluation tokens",
+            remedy="Use samples of at least 2 tokens; 512 are usual.",
+        )
+    return tokens.to(torch.int64)
+
+
+def check_vocabulary(tokens: Tensor, loaded: LoadedModel, where: str) -> None:
+    """Raise unless every id has a row in the head."""
+    if int(tokens.min()) < 0 or int(tokens.max()) >= loaded.head.shape[0]:
+        raise HwpqError(
+            f"token ids reach from {int(tokens.min())} to {int(tokens.max())}, the vocabulary has "
+            f"{loaded.head.shape[0]} entries",
+            where=where,
+            remedy="Draw the samples with this model's tokenizer.",
+        )
+
+
+def hidden_batches(
+    loaded: LoadedModel, tokens: Tensor, batch: int, progress: Progress | None
+) -> Iterator[tuple[slice, Tensor]]:
+    """Rows of a batch and their hidden states at the positions that predict, (rows, length − 1, hidden)."""
+    total = math.ceil(len(tokens) / batch)
+    if progress:
+        progress(0, total)
+    for done, start in enumerate(range(0, len(tokens), batch), start=1):
+        rows = slice(start, min(start + batch, len(tokens)))
+        yield rows, loaded.hidden(tokens[rows])[:, :-1]
+        if progress:
+            progress(done, total)
+
+
+def chunks(hidden: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Positions in pieces of `CHUNK`: hidden states (positions, hidden), and what else belongs to them."""
+    flat = [hidden.flatten(0, 1), *(other.flatten(0, 1) for other in others)]
+    yield from zip(*(tensor.split(CHUNK) for tensor in flat), strict=True)
+
+
+def _answer(loaded: LoadedModel, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    logits = loaded.logits(hidden)
+    # Not log_softmax: on the CPU its float32 sum over a large vocabulary is off by 1e-5, logsumexp's is not.
+    log_p = logits - logits.logsumexp(-1, keepdim=True)
+    p = log_p.exp()
+    constant = (p * log_p).sum(-1).double()
+    if loaded.bias is not None:
+        constant = constant - p.double() @ loaded.bias.double()
+    nll = -log_p.gather(-1, labels[:, None])[:, 0]
+    return p @ loaded.head, constant.float(), log_p.argmax(-1), nll

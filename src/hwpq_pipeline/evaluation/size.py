@@ -1,0 +1,138 @@
+"""Size of an export: bytes on disk, how many times smaller than the dense model, share of zero weights.
+
+`size_bytes` counts the safetensors files: what is downloaded and what an engine reads into memory. Tokenizer,
+config and card are left out; they are the same in every variant. Embeddings are in it, unquantized: in a
+small model they are a large part (SmolLM2-135M: 56.6 of 269 MB), and the ratio says so.
+
+The arithmetic beside it: for each quantized layer `out · in · bits / 8` plus one scale per row or group (and
+16 bytes of shape where weights are packed), plus the dense bytes of everything else. Headers make the
+difference.
+
+Sparsity is that of the compressible layers, as loaded: a weight counts as zero when `scale · code` is,
+whether it was pruned or rounded to zero.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hwpq_pipeline.checkpoints.layers import LayerMap, layer_map
+from hwpq_pipeline.checkpoints.reader import Checkpoint
+from hwpq_pipeline.errors import HwpqError
+
+_SHAPE_BYTES = 16  # two int64
+
+
+@dataclass(frozen=True)
+class Size:
+    """What `measure_size` found.
+
+    Attributes:
+        size_bytes: of the export's safetensors files.
+        dense_bytes: of the dense checkpoint's.
+        compression_ratio: dense_bytes / size_bytes.
+        sparsity: share of zeros among the compressible layers' weights, 0 to 1.
+        weights: number of those weights.
+        expected_bytes: what the arithmetic gives for `size_bytes`, headers left out.
+    """
+
+    size_bytes: int
+    dense_bytes: int
+    compression_ratio: float
+    sparsity: float
+    weights: int
+    expected_bytes: int
+
+
+def measure_size(export_dir: str | Path, model_dir: str | Path) -> Size:
+    """Measure an export beside its dense model, reading a tensor at a time.
+
+    Args:
+        export_dir: the export.
+        model_dir: the dense checkpoint.
+
+    Raises:
+        HwpqError: one of them is missing or corrupt, or they are not of one model.
+    """
+    export, dense, layers = Checkpoint(export_dir), Checkpoint(model_dir), layer_map(model_dir)
+    scheme = _scheme(export)
+    zeros = weights = 0
+    for layer in layers:
+        weight = exported_weight(export, layer.name, scheme)
+        if tuple(weight.shape) != layer.shape:
+            raise HwpqError(
+                f"weight has shape {tuple(weight.shape)}, the dense model's {layer.shape}",
+                where=f"{export_dir}: {layer.name}",
+                remedy="Export this model's variant again.",
+            )
+        zeros += weight.numel() - int(weight.count_nonzero())
+        weights += weight.numel()
+    return Size(
+        size_bytes=export.size_bytes,
+        dense_bytes=dense.size_bytes,
+        compression_ratio=dense.size_bytes / export.size_bytes,
+        sparsity=zeros / weights,
+        weights=weights,
+        expected_bytes=_expected_bytes(export, dense, layers, scheme),
+    )
+
+
+def exported_weight(export: Checkpoint, layer: str, scheme: Any = None) -> Tensor:
+    """A layer's weight as an engine sees it, shape (out, in), unpacked by compressed-tensors itself.
+
+    Args:
+        export: the export.
+        layer: the layer's name.
+        scheme: its quantization scheme; None for an export that is not quantized.
+    """
+    if scheme is None or f"{layer}.weight_scale" not in export:
+        return export.tensor(f"{layer}.weight")
+    from compressed_tensors.compressors import BaseCompressor
+
+    compressor = BaseCompressor.get_value_from_registry(scheme.format)
+    names = compressor.compression_param_names(scheme)
+    stored = {name: export.tensor(f"{layer}.{name}") for name in names}
+    stored["weight_scale"] = stored["weight_scale"].float()
+    weight: Tensor = compressor.decompress(stored, scheme)["weight"]
+    return weight
+
+
+def _scheme(export: Checkpoint) -> Any:
+    """The export's quantization scheme, or None. Ours have one for all layers."""
+    written = export.config.get("quantization_config")
+    if written is None:
+        return None
+    from compressed_tensors.quantization import QuantizationConfig
+
+    try:
+        config = QuantizationConfig.model_validate(written)
+        (scheme,) = config.config_groups.values()
+    except ValueError as error:
+        raise HwpqError(
+            f"not one compressed-tensors scheme ({str(error).splitlines()[0]})",
+            where=f"{export.path}/config.json",
+            remedy="Run the export pipeline again.",
+        ) from error
+    return scheme.model_copy(update={"format": scheme.format or config.format})
+
+
+def _expected_bytes(export: Checkpoint, dense: Checkpoint, layers: LayerMap, scheme: Any) -> int:
+    total = sum(dense.tensor(name).nbytes for name in dense.names)
+    if scheme is None:
+        return total
+    bits, group = scheme.weights.num_bits, scheme.weights.group_size
+    for layer in layers:
+        if f"{layer.name}.weight_scale" not in export:
+            continue
+        rows, columns = layer.shape
+        scales = rows * (columns // group if group else 1)
+        scale_bytes = torch.finfo(export.tensor(f"{layer.name}.weight_scale").dtype).bits // 8
+        packed = f"{layer.name}.weight_packed" in export
+        total -= dense.tensor(f"{layer.name}.weight").nbytes
+        total += rows * columns * bits // 8 + scales * scale_bytes + (_SHAPE_BYTES if packed else 0)
+    return total

@@ -1,0 +1,156 @@
+"""Working through a model one input group at a time.
+
+Layers fed by the same tensor share one Gram matrix `G` (q/k/v; gate/up). Stacked along their rows they are
+one matrix `W` of shape (Σ out_features, in_features), and every step of the method (select, prune, recover,
+round) treats the rows of `W` independently given `G`. A *group* is therefore the unit of work: small enough
+that memory is bounded by one `(W, G)`, whole enough that `G` is read once, and independent of every other,
+so that any number of workers may share them.
+
+`Groups` is lazy: `then` composes steps and computes nothing; `run` reads one group, takes all steps on it and
+lets it go before the next. The nodes of a pipeline hand it on in memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from hwpq_pipeline.checkpoints.layers import Layer, LayerMap
+from hwpq_pipeline.checkpoints.reader import Checkpoint
+from hwpq_pipeline.compression.grids import Quantized
+from hwpq_pipeline.compression.recovery import output_error, relative_error
+from hwpq_pipeline.errors import HwpqError
+from hwpq_pipeline.execution.progress import with_progress
+
+
+class InputStatistics(Protocol):
+    """What the steps need to know of a layer's inputs (`calibration.statistics.Statistics`)."""
+
+    @property
+    def mode(self) -> str:
+        """`gram`, or `diagonal` where only the energies were collected."""
+
+    def group_of(self, layer: str) -> str:
+        """Name of the input group that feeds a layer."""
+
+    def gram(self, group: str) -> Tensor:
+        """Σ x xᵀ over the calibration tokens, shape (in_features, in_features), float32."""
+
+    def energy(self, group: str) -> Tensor:
+        """Its diagonal, shape (in_features,), float32."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """Layers with one input, stacked, on their way through the steps.
+
+    Attributes:
+        name: of the input group.
+        layers: in module order.
+        statistics: of the inputs.
+        original: the dense weights, stacked, shape (rows, in_features), float32.
+        weight: the weights as the last step left them, same shape.
+        mask: bool, same shape, true where a weight is kept; None when nothing is pruned.
+        quantized: codes and scales of `weight`; None before rounding.
+        facts: what the steps found out, by layer name: columns of the layer table.
+    """
+
+    name: str
+    layers: tuple[Layer, ...]
+    statistics: InputStatistics
+    original: Tensor
+    weight: Tensor
+    mask: Tensor | None = None
+    quantized: Quantized | None = None
+    facts: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    @cached_property
+    def rows(self) -> tuple[tuple[Layer, slice], ...]:
+        """Each layer and its rows in the stack."""
+        found, start = [], 0
+        for layer in self.layers:
+            found.append((layer, slice(start, start + layer.shape[0])))
+            start += layer.shape[0]
+        return tuple(found)
+
+    def with_weight(self, weight: Tensor, **changes: Any) -> Group:
+        """The same group with another weight (and mask, or codes)."""
+        return replace(self, weight=weight, **changes)
+
+    @cached_property
+    def gram(self) -> Tensor:
+        """The Gram matrix of the inputs, shape (in_features, in_features), float32; read once a step."""
+        return self.statistics.gram(self.name)
+
+    def with_errors(self, column: str, known: tuple[Tensor, Tensor] | None = None) -> Group:
+        """Note each layer's relative squared output error ‖(W−W₀)X‖²/‖W₀X‖² under `column`.
+
+        Without a Gram matrix (statistics of mode `diagonal`) the error is not known and nothing is noted.
+
+        Args:
+            column: of the layer table.
+            known: squared error and energy of every row, shape (rows,) each, where a step has them already.
+        """
+        if self.statistics.mode == "diagonal":
+            return self
+        error, energy = known or output_error(self.weight, self.original, self.gram)
+        facts = {layer.name: {**self.facts.get(layer.name, {}), column: relative_error(error[rows], energy[rows])}
+                 for layer, rows in self.rows}
+        return replace(self, facts=facts)
+
+
+Step = Callable[[Group], Group]
+
+
+class Groups:
+    """The groups of a model, in module order, with the steps to take on each.
+
+    Args:
+        checkpoint: the dense model.
+        layers: its compressible layers.
+        statistics: of their inputs.
+        steps: composed by `then`.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, layers: LayerMap, statistics: InputStatistics,
+                 steps: Sequence[Step] = ()) -> None:
+        self.checkpoint, self.layers, self.statistics, self.steps = checkpoint, layers, statistics, tuple(steps)
+
+    def then(self, step: Step) -> Groups:
+        """The same groups with one more step."""
+        return Groups(self.checkpoint, self.layers, self.statistics, (*self.steps, step))
+
+    def members(self) -> dict[str, tuple[Layer, ...]]:
+        """Layers by input group, in module order."""
+        members: dict[str, tuple[Layer, ...]] = {}
+        for layer in self.layers:
+            name = self.statistics.group_of(layer.name)
+            members[name] = (*members.get(name, ()), layer)
+        return members
+
+    def run(self, description: str) -> Iterator[Group]:
+        """Take all steps on one group after the other, behind a progress bar.
+
+        Raises:
+            HwpqError: a weight is damaged, or a step cannot be taken.
+        """
+        members = self.members()
+        with torch.inference_mode():
+            for name, layers in with_progress(members.items(), description, len(members)):
+                group = self._read(name, layers)
+                for step in self.steps:
+                    group = step(group)
+                yield group
+
+    def _read(self, name: str, layers: tuple[Layer, ...]) -> Group:
+        for layer in layers:
+            if (stored := tuple(self.checkpoint.shape(f"{layer.name}.weight"))) != layer.shape:
+                raise HwpqError(f"weight has shape {stored}, the config says {layer.shape}", where=layer.name,
+                                remedy="Fetch the model again: weights and config do not belong together.")
+        weight = torch.cat([self.checkpoint.weight(layer.name) for layer in layers])
+        return Group(name, layers, self.statistics, weight, weight)

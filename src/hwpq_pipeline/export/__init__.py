@@ -1,0 +1,1 @@
+"""Writing what users deploy: one module a format, and the model card that goes with it."""

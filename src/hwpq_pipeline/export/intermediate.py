@@ -1,0 +1,173 @@
+"""Reading the compressed model as the compression leaves it, in no deployment format.
+
+`recipe.json` says `grid` (null where nothing is rounded), `group_size`, `structure` and `layers`; one or more
+safetensors files beside it hold, for each layer, `codes` (out, in) and `scale` (out, groups), or a `weight`
+(out, in) where it was pruned only. What comes from disk is checked here: names, shapes, ranges, finiteness.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from hwpq_pipeline.checkpoints.reader import read_json
+from hwpq_pipeline.errors import HwpqError
+
+GRIDS = ("fp8_e4m3", "fp8_e5m2", "int8", "int4")
+_CODE_RANGE = {"int8": (-127, 127), "int4": (-8, 7)}
+_AGAIN = "Run the compress pipeline for this variant again."
+
+
+@dataclass(frozen=True)
+class QuantizedLayer:
+    """A layer on a grid: `codes` (out, in), int8 or float8_e4m3fn, and `scale` (out, groups), float32."""
+
+    codes: Tensor
+    scale: Tensor
+
+
+class Intermediate:
+    """A variant's compressed model, read a tensor at a time.
+
+    Args:
+        path: its directory.
+
+    Attributes:
+        grid: a name in `GRIDS`, or None.
+        group_size: columns that share a scale; None for one scale a row.
+        structure: `dense`, `2of4` or `unstructured`.
+        layers: names of all layers in it.
+        quantized: names of those with codes and scales.
+
+    Raises:
+        HwpqError: missing or corrupt files, an unknown grid, or files that do not agree with the recipe.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        recipe = read_json(self.path / "recipe.json")
+        try:
+            self.grid: str | None = recipe["grid"]
+            self.group_size: int | None = recipe["group_size"]
+            self.structure: str = recipe["structure"]
+            self.layers: dict[str, None] = dict.fromkeys(recipe["layers"])
+        except (KeyError, TypeError) as error:
+            raise HwpqError(f"it lacks {error}", where=f"{self.path}/recipe.json", remedy=_AGAIN) from error
+        if self.grid is not None and self.grid not in GRIDS:
+            raise HwpqError(
+                f"no export for grid {self.grid!r}",
+                where=f"{self.path}/recipe.json",
+                remedy=f"Quantize to one of {', '.join(GRIDS)}.",
+            )
+        if self.group_size is not None and self.grid != "int4":
+            raise HwpqError(
+                f"grid {self.grid} with groups of {self.group_size} has no engine",
+                where=f"{self.path}/recipe.json",
+                remedy="Leave the group size out.",
+            )
+        self._handles: dict[str, Any] = {}
+        for file in sorted(self.path.glob("*.safetensors")):
+            self._open(file)
+        self.quantized = {layer: None for layer in self.layers if f"{layer}.codes" in self._handles}
+        self._check_names()
+
+    def _open(self, file: Path) -> None:
+        try:
+            handle = safe_open(file, framework="pt")
+        except (SafetensorError, OSError) as error:
+            raise HwpqError(f"corrupt safetensors file ({error})", where=str(file), remedy=_AGAIN) from error
+        self._handles.update(dict.fromkeys(handle.keys(), handle))
+
+    def _check_names(self) -> None:
+        wanted = set()
+        for layer in self.layers:
+            parts = ("codes", "scale") if layer in self.quantized else ("weight",)
+            wanted |= {f"{layer}.{part}" for part in parts}
+        if missing := sorted(wanted - set(self._handles)):
+            raise HwpqError(
+                f"{len(missing)} tensors are missing, first {missing[0]}", where=str(self.path), remedy=_AGAIN
+            )
+        if extra := sorted(set(self._handles) - wanted):
+            raise HwpqError(
+                f"{len(extra)} tensors are not in the recipe, first {extra[0]}",
+                where=str(self.path),
+                remedy=_AGAIN,
+            )
+        if (self.grid is None) == bool(self.quantized):
+            raise HwpqError(
+                f"grid {self.grid} with {len(self.quantized)} quantized layers",
+                where=f"{self.path}/recipe.json",
+                remedy=_AGAIN,
+            )
+
+    def _tensor(self, name: str) -> Tensor:
+        try:
+            tensor: Tensor = self._handles[name].get_tensor(name)
+        except (SafetensorError, OSError, RuntimeError) as error:
+            raise HwpqError(
+                f"cannot be read ({error})", where=f"{self.path}: {name}", remedy=_AGAIN
+            ) from error
+        return tensor
+
+    def read_quantized(self, layer: str, shape: tuple[int, ...]) -> QuantizedLayer:
+        """A layer's codes and scale, checked against the dense weight's `shape` (out, in) and the grid.
+
+        Raises:
+            HwpqError: another shape or dtype, a code off the grid, or a scale that is no positive number.
+        """
+        codes, scale = self._tensor(f"{layer}.codes"), self._tensor(f"{layer}.scale")
+        where = f"{self.path}: {layer}"
+        dtype = torch.float8_e4m3fn if str(self.grid).startswith("fp8") else torch.int8
+        groups = shape[1] // self.group_size if self.group_size else 1
+        if codes.dtype != dtype or tuple(codes.shape) != tuple(shape):
+            raise HwpqError(
+                f"codes are {codes.dtype} {tuple(codes.shape)}, wanted {dtype} {tuple(shape)}",
+                where=where,
+                remedy=_AGAIN,
+            )
+        if tuple(scale.shape) != (shape[0], groups) or shape[1] % groups:
+            raise HwpqError(
+                f"scale has shape {tuple(scale.shape)}, wanted {(shape[0], groups)}",
+                where=where,
+                remedy=_AGAIN,
+            )
+        if not bool((torch.isfinite(scale) & (scale > 0)).all()):
+            raise HwpqError("a scale is not a positive number", where=where, remedy=_AGAIN)
+        if dtype == torch.float8_e4m3fn:
+            off = bool(torch.isnan(codes.float()).any())
+        else:
+            low, high = _CODE_RANGE[str(self.grid)]
+            off = bool(((codes < low) | (codes > high)).any())
+        if off:
+            raise HwpqError(f"a code is not on grid {self.grid}", where=where, remedy=_AGAIN)
+        return QuantizedLayer(codes, scale)
+
+    def read_weight(self, layer: str, shape: tuple[int, ...]) -> Tensor:
+        """The weight of a layer that was pruned only, checked against the dense one's `shape` (out, in).
+
+        Raises:
+            HwpqError: another shape, or NaN or infinity in it.
+        """
+        weight = self._tensor(f"{layer}.weight")
+        if tuple(weight.shape) != tuple(shape) or not weight.is_floating_point():
+            raise HwpqError(
+                f"weight is {weight.dtype} {tuple(weight.shape)}, wanted floats {tuple(shape)}",
+                where=f"{self.path}: {layer}",
+                remedy=_AGAIN,
+            )
+        if not bool(torch.isfinite(weight).all()):
+            raise HwpqError("weights are NaN or infinite", where=f"{self.path}: {layer}", remedy=_AGAIN)
+        return weight
+
+    def scale_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """`dtype` if every scale is a number of that dtype, else float32: scales never change their value."""
+        for layer in self.quantized:
+            scale = self._tensor(f"{layer}.scale")
+            if not torch.equal(scale.to(dtype).to(scale.dtype), scale):
+                return torch.float32
+        return dtype

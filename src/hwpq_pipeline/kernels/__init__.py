@@ -1,0 +1,83 @@
+"""Fast kernels, a folder an operation: `reference` is the readable oracle, `cpu` the numba version.
+
+What the CPU kernels share: how they are compiled (`jit`), how rows are spread over cores (`over_rows`), and how a
+weight is read without a copy (`flat_rows`).
+
+**Compiling.** Machine code is cached beside the source, else in the user's cache directory, or where
+``NUMBA_CACHE_DIR`` points. Where none of these can be written to, a kernel is compiled once a process. No fastmath: the
+results are defined to the bit. (LLVM fuses no multiplication into an addition unless told to.)
+
+**Threads.** The kernels are serial, release the GIL and are run over chunks of rows by plain threads, as many as
+``numba.get_num_threads()`` (the cores, unless ``NUMBA_NUM_THREADS`` or `numba.set_num_threads` says less). Chunks are
+handed out one at a time, so a core that something else holds up does not hold up the rest; callers may themselves be
+threads or forked processes, which numba's own thread pools do not all allow.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numba
+import numpy as np
+import torch
+from torch import Tensor
+
+__all__ = ["flat_rows", "jit", "over_rows"]
+
+#: Below this many elements, starting threads costs more than they save.
+SMALLEST_SHARED = 1 << 17
+
+
+def jit(function: Callable[..., Any]) -> Any:
+    """Compile for the CPU: no GIL, numpy's error model, strict arithmetic, cached on disk where that is possible."""
+    options = {"nogil": True, "error_model": "numpy", "fastmath": False}
+    try:
+        return numba.njit(cache=True, **options)(function)
+    except RuntimeError:  # numba found no directory that it may write to
+        return numba.njit(cache=False, **options)(function)
+
+
+def over_rows(work: Callable[[int, int], None], rows: int, columns: int, block: int = 1) -> None:
+    """Call ``work(first, last)`` over all rows, in chunks of whole blocks, on all of numba's threads.
+
+    Args:
+        work: does rows ``first`` to ``last - 1``; must not touch what other rows write.
+        rows: how many there are.
+        columns: how much work a row is.
+        block: chunk borders are multiples of it.
+    """
+    threads = numba.get_num_threads()
+    if threads == 1 or rows * columns < SMALLEST_SHARED:
+        work(0, rows)
+        return
+    share = -(-rows // (threads * 4))
+    chunk = -(-share // block) * block
+    with ThreadPoolExecutor(threads) as pool:
+        jobs = [pool.submit(work, first, min(first + chunk, rows)) for first in range(0, rows, chunk)]
+        for job in jobs:
+            job.result()
+
+
+def flat_rows(weight: Tensor) -> tuple[np.ndarray[Any, Any], int]:
+    """A weight's memory as a vector, and the distance between its rows: rows need not be next to each other.
+
+    Args:
+        weight: on the CPU, shape (out, in). float32 and bfloat16 are read where they lie if their columns are
+            neighbours in memory; other dtypes are converted to float32, other layouts copied.
+
+    Returns:
+        ``(flat, stride)``: row i is ``flat[i * stride : i * stride + in]``; float32, or bfloat16's bits as uint16.
+    """
+    weight = weight.detach()
+    if weight.dtype not in (torch.float32, torch.bfloat16):
+        weight = weight.to(torch.float32)
+    rows, columns = weight.shape
+    if columns > 1 and weight.stride(1) != 1:
+        weight = weight.contiguous()
+    stride = weight.stride(0) if rows > 1 else columns
+    flat = weight.as_strided(((rows - 1) * stride + columns,), (1,))
+    if weight.dtype == torch.bfloat16:
+        return flat.view(torch.int16).numpy().view(np.uint16), stride
+    return flat.numpy(), stride

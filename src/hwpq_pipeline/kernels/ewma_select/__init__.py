@@ -1,0 +1,145 @@
+"""EWMA selection: one pass along each row, no sort.  The rule, to the bit:
+
+    z = |w_ij| · (u_j + r_i · v_j)                 sqrt of the contribution, from the metric's factors
+    x = z          domain "sqrt"
+        z · z      domain "raw": the contribution L itself
+        log2(z)    domain "log": half of log2 L, by exponent and polynomial (`reference.log2`)
+    d = x − μ
+    keep w_ij if   d ≥ λ_i σ                       that is x ≥ μ + λσ: judged by the columns before it, as TCP judges a
+                                                   round trip by those before it
+    σ ← σ + β (|d| − σ);   μ ← μ + α d             (Jacobson 1988)
+
+in float32, in this order of operations, no fused multiply-add.
+
+**Warm start.** A row is treated as a ring: before column 0 the recurrence runs over the row's *last*
+``warm = min(in, ⌈3 / min(α, β)⌉)`` columns, from ``μ = x`` of the first of them and ``σ = 0``, with gains
+``max(α, 1 / (t + 1))``, that is a plain mean until that has as long a memory as the running one. So column 0 is judged
+by a settled estimate that does not contain column 0 itself, and no position of a row is favoured: on i.i.d. rows the
+keep rate is flat. The price is to read ``warm`` columns twice. In a row whose values are all equal ``d`` is exactly 0:
+σ stays 0 and all is kept, whatever λ is.
+
+**Non-finite weights** turn a row's μ into NaN or infinity, and there it stays: the returned state tells.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hwpq_pipeline.errors import HwpqError
+from hwpq_pipeline.kernels.ewma_select import cpu
+
+DOMAINS = ("sqrt", "log", "raw")
+
+#: Memories (1/gain) of the running estimates that the warm start reads.
+WARM_MEMORIES = 3
+
+__all__ = ["DOMAINS", "EwmaPass", "ewma_ratios", "ewma_row_multipliers", "ewma_select", "warm_gains"]
+
+
+@dataclass(frozen=True)
+class EwmaPass:
+    """What one pass gives.
+
+    Attributes:
+        keep: uint8, shape (out, ceil(in / 8)), packed in little bit order; 1 keeps.
+        kept: int64, shape (out,): kept weights of each row.
+        state: float32, shape (out, 2): μ and σ after the row's last column, in the units of the domain.
+    """
+
+    keep: Tensor
+    kept: Tensor
+    state: Tensor
+
+
+def warm_gains(alpha: float, beta: float, columns: int) -> Tensor:
+    """Gains of μ and σ over the warm start, float32, shape (2, warm)."""
+    warm = min(columns, math.ceil(WARM_MEMORIES / min(alpha, beta)))
+    plain = 1.0 / torch.arange(1, warm + 1, dtype=torch.float64)
+    gains = torch.stack([plain.clamp_min(alpha), plain.clamp_min(beta)]).float()
+    gains[1, 0] = 0  # the first value is μ itself and says nothing about σ
+    return gains
+
+
+def ewma_select(
+    weight: Tensor,
+    column: Tensor,
+    row: Tensor,
+    cross: Tensor,
+    multiplier: Tensor,
+    *,
+    alpha: float,
+    beta: float,
+    domain: str,
+) -> EwmaPass:
+    """Select the weights of a layer in one pass, on the device that the weight is on.
+
+    Args:
+        weight: float32 or bfloat16 (others are converted), shape (out, in); rows may be strided.
+        column: float32, shape (in,): ``u``.
+        row: float32, shape (out,): ``r``.
+        cross: float32, shape (in,): ``v``.
+        multiplier: float32, shape (out,): λ of each row.
+        alpha: gain of μ, in (0, 1].
+        beta: gain of σ, in (0, 1].
+        domain: one of `DOMAINS`.
+
+    Raises:
+        HwpqError: a device without a kernel, an unknown domain, a gain outside (0, 1].
+    """
+    factors, options = _arguments(weight, column, row, cross, alpha, beta, domain)
+    lam = multiplier.detach().to(torch.float32).expand(weight.shape[0]).contiguous().numpy()
+    keep, kept, state = cpu.select(weight, *factors, lam, **options)
+    return EwmaPass(torch.from_numpy(keep), torch.from_numpy(kept), torch.from_numpy(state))
+
+
+def ewma_ratios(
+    weight: Tensor, column: Tensor, row: Tensor, cross: Tensor, *, alpha: float, beta: float, domain: str
+) -> Tensor:
+    """``(x − μ) / σ`` of every weight, float32, (out, in): a weight is dropped when this is below λ (but for rounding).
+
+    Where σ is 0 it is the largest float32 (kept whatever λ is), negative if x < μ. For samples of rows: it is as
+    large as the float32 weight. Arguments and errors as `ewma_select`.
+    """
+    factors, options = _arguments(weight, column, row, cross, alpha, beta, domain)
+    return torch.from_numpy(cpu.ratios(weight, *factors, **options))
+
+
+def ewma_row_multipliers(
+    weight: Tensor, column: Tensor, row: Tensor, cross: Tensor, drop: int, *, alpha: float, beta: float, domain: str
+) -> Tensor:
+    """λ of each row such that about ``drop`` of its weights are dropped, float32, (out,), by bisection in one pass.
+
+    A row without spread (σ = 0) has no such λ and gets 0. Other arguments and errors as `ewma_select`.
+    """
+    factors, options = _arguments(weight, column, row, cross, alpha, beta, domain)
+    return torch.from_numpy(cpu.row_multipliers(weight, *factors, drop, **options))
+
+
+def _arguments(
+    weight: Tensor, column: Tensor, row: Tensor, cross: Tensor, alpha: float, beta: float, domain: str
+) -> tuple[list[np.ndarray[Any, Any]], dict[str, Any]]:
+    """Check, and turn into what the CPU kernels take."""
+    if weight.device.type != "cpu":
+        raise HwpqError(
+            f"there is no kernel for the device '{weight.device}'",
+            where="ewma_select",
+            remedy="Move the weight to the CPU: a layer is selected at the speed of its memory there",
+        )
+    if domain not in DOMAINS:
+        raise HwpqError(
+            f"unknown domain '{domain}'", where="ewma_select", remedy=f"Choose one of {', '.join(DOMAINS)}"
+        )
+    for name, gain in (("alpha", alpha), ("beta", beta)):
+        if not 0 < gain <= 1:
+            raise HwpqError(
+                f"{name} is {gain}", where="ewma_select", remedy="A gain lies in (0, 1], for instance 1/64"
+            )
+    factors = [part.detach().to(torch.float32).contiguous().numpy() for part in (column, row, cross)]
+    gains = warm_gains(alpha, beta, weight.shape[1]).numpy()
+    return factors, {"gains": gains, "alpha": alpha, "beta": beta, "domain": domain}

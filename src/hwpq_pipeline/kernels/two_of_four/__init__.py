@@ -1,0 +1,54 @@
+"""2:4 selection: of every aligned group of four inputs the two of highest contribution, by six comparisons, no sort.
+
+``z = |w_ij| · (u_j + r_i · v_j)`` is the root of the contribution, in float32 and this order of operations. Of the six
+pairs in a group each has one winner: the greater, or of equals the one of lower column. In such a tournament of four
+the two best win at least two of their three games each and the others at most one, so a weight is kept if it wins two.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hwpq_pipeline.errors import HwpqError
+from hwpq_pipeline.kernels.two_of_four import cpu
+
+__all__ = ["select_two_of_four"]
+
+
+def select_two_of_four(weight: Tensor, column: Tensor, row: Tensor, cross: Tensor) -> Tensor:
+    """Select two of every four inputs, on the device that the weight is on.
+
+    Args:
+        weight: float32 or bfloat16 (others are converted), shape (out, in), in divisible by 4; rows may be strided.
+        column: float32, shape (in,): ``u``.
+        row: float32, shape (out,): ``r``.
+        cross: float32, shape (in,): ``v``.
+
+    Returns:
+        uint8, shape (out, ceil(in / 8)): keep-bits in little bit order.
+
+    Raises:
+        HwpqError: a device without a kernel, columns that do not divide by 4, non-finite weights.
+    """
+    if weight.device.type != "cpu":
+        raise HwpqError(
+            f"there is no kernel for the device '{weight.device}'",
+            where="select_two_of_four",
+            remedy="Move the weight to the CPU: a layer is selected at the speed of its memory there",
+        )
+    if weight.shape[1] % 4:
+        raise HwpqError(
+            f"{weight.shape[1]} columns do not divide into groups of 4",
+            where="select_two_of_four",
+            remedy="Leave this layer dense, or choose an unstructured variant for it",
+        )
+    factors = [part.detach().to(torch.float32).contiguous().numpy() for part in (column, row, cross)]
+    keep, finite = cpu.select(weight, *factors)
+    if not finite.all():
+        raise HwpqError(
+            f"row {int((~finite).argmax())} of the weight holds non-finite values (or they overflow float32)",
+            where="select_two_of_four",
+            remedy="Check the checkpoint: a damaged or overflowed weight cannot be compressed",
+        )
+    return torch.from_numpy(keep)

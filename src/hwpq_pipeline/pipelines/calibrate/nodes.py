@@ -1,0 +1,30 @@
+"""Nodes that learn what the layers' inputs look like, once for all variants."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pandas as pd
+
+from hwpq_pipeline.calibration.samples import draw_samples, token_matrix
+from hwpq_pipeline.calibration.statistics import collect_statistics
+from hwpq_pipeline.execution.progress import progress_bar
+from hwpq_pipeline.parameters import Calibration
+
+
+def draw_calibration(model: Path, documents: pd.DataFrame, calibration: Calibration) -> pd.DataFrame:
+    """Token samples from the documents that calibrate."""
+    return draw_samples(documents, model, split="calibration", samples=calibration.samples,
+                        length=calibration.length, seed=calibration.seed)
+
+
+def collect(model: Path, samples: pd.DataFrame, calibration: Calibration, scratch: Path,
+            ) -> tuple[Path, dict[str, float]]:
+    """Gram matrices (or their diagonals) of every distinct linear input, and the seconds it took."""
+    begun = time.perf_counter()
+    target = scratch / "statistics"
+    with progress_bar("calibrate: decoder blocks") as progress:
+        collect_statistics(model, token_matrix(samples), target=target, mode=calibration.mode,
+                           dtype=calibration.dtype, batch=calibration.batch, progress=progress)
+    return target, {"calibrate": time.perf_counter() - begun}

@@ -1,0 +1,119 @@
+"""Nodes that make a variant's weights: prune, recover, round. Each adds a step; the last one walks."""
+
+from __future__ import annotations
+
+import time
+from functools import partial
+from pathlib import Path
+
+import pandas as pd
+import torch
+from torch import Tensor
+
+from hwpq_pipeline.calibration.statistics import Statistics
+from hwpq_pipeline.checkpoints.layers import layer_map
+from hwpq_pipeline.checkpoints.reader import Checkpoint
+from hwpq_pipeline.checkpoints.writer import write_json, write_tensors
+from hwpq_pipeline.compression.bits import unpack_bits
+from hwpq_pipeline.compression.grids import dequantize
+from hwpq_pipeline.compression.recovery import recover as recover_weights
+from hwpq_pipeline.compression.rounding import quantize as quantize_weights
+from hwpq_pipeline.compression.structured import check_two_of_four
+from hwpq_pipeline.errors import HwpqError
+from hwpq_pipeline.execution.groups import Group, Groups
+from hwpq_pipeline.execution.tables import layer_table
+from hwpq_pipeline.parameters import Quantization, Recovery, Selection, Variant
+
+ERRORS = ("error_pruned", "error_recovered", "error_quantized")
+
+
+def prune(model: Path, statistics: Path, masks: dict[str, Tensor], variant: Variant) -> Groups:
+    """Apply the selection's masks."""
+    groups = Groups(Checkpoint(model), layer_map(model), Statistics(statistics))
+    if variant.selection is None:
+        return groups
+    return groups.then(partial(_prune, masks=masks, selection=variant.selection))
+
+
+def recover(groups: Groups, variant: Variant) -> Groups:
+    """Move the weights that are left towards the dense layer's outputs."""
+    return groups if variant.recovery is None else groups.then(partial(_recover, recovery=variant.recovery))
+
+
+def quantize(groups: Groups, name: str, variant: Variant, scratch: Path) -> tuple[Path, pd.DataFrame, dict[str, float]]:
+    """Round, and write each decoder block as soon as its last group is done.
+
+    Returns the directory, the layer table and the seconds that pruning, recovery and rounding took.
+    """
+    begun = time.perf_counter()
+    target = scratch / "compressed"
+    target.mkdir()
+    if variant.quantization is not None:
+        # Scales that are numbers of the dense model's dtype mean the same in every engine (export).
+        dtype = groups.checkpoint.torch_dtype
+        groups = groups.then(partial(_quantize, quantization=variant.quantization, scale_dtype=dtype))
+    facts: dict[str, dict[str, float]] = {}
+    written: list[str] = []
+    if variant.selection is not None or variant.quantization is not None:
+        for group in groups.run("compress: input groups"):
+            write_tensors(target / f"{group.name}.safetensors", _tensors(group))
+            facts.update(group.facts)
+            written += [layer.name for layer in group.layers]
+    write_json(target / "recipe.json", {
+        "variant": name,
+        "grid": variant.quantization.grid if variant.quantization else None,
+        "group_size": variant.quantization.group_size if variant.quantization else None,
+        "structure": variant.selection.structure if variant.selection else "dense",
+        "layers": written,
+    })
+    return target, layer_table(groups.layers, facts, ERRORS), {"compress": time.perf_counter() - begun}
+
+
+def _prune(group: Group, masks: dict[str, Tensor], selection: Selection) -> Group:
+    columns = group.weight.shape[1]
+    try:
+        packed = torch.cat([masks[f"{layer.name}.keep"] for layer in group.layers])
+    except KeyError as error:
+        raise HwpqError(f"no mask {error}", where=group.name,
+                        remedy="Run the select pipeline for this variant again") from error
+    mask = unpack_bits(packed, columns)
+    if selection.structure == "2of4":
+        check_two_of_four(mask, where=group.name)
+    pruned = group.with_weight(group.weight * mask, mask=mask)
+    return pruned.with_errors("error_pruned")
+
+
+def _recover(group: Group, recovery: Recovery) -> Group:
+    assert group.mask is not None
+    recovered = recover_weights(group.original, group.mask, group.gram, steps=recovery.steps,
+                                damping=recovery.damping, where=group.name)
+    return group.with_weight(recovered.weight).with_errors("error_recovered", (recovered.row_error, recovered.row_energy))
+
+
+def _quantize(group: Group, quantization: Quantization, scale_dtype: torch.dtype) -> Group:
+    descends = quantization.method == "coordinate_descent"
+    quantized = quantize_weights(
+        group.weight,
+        quantization.grid,
+        group_size=quantization.group_size,
+        method=quantization.method,
+        mask=group.mask,
+        original=group.original,
+        gram=group.gram if descends else None,
+        sweeps=quantization.sweeps,
+        scale_dtype=scale_dtype,
+        where=group.name,
+    )
+    return group.with_weight(dequantize(quantized), quantized=quantized).with_errors("error_quantized")
+
+
+def _tensors(group: Group) -> dict[str, Tensor]:
+    """What the group adds to the compressed model: codes and scales, or weights where nothing was rounded."""
+    tensors = {}
+    for layer, rows in group.rows:
+        if group.quantized is None:
+            tensors[f"{layer.name}.weight"] = group.weight[rows]
+        else:
+            tensors[f"{layer.name}.codes"] = group.quantized.codes[rows]
+            tensors[f"{layer.name}.scale"] = group.quantized.scale[rows]
+    return tensors

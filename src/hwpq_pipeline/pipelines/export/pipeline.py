@@ -1,0 +1,19 @@
+"""dense model, codes and scales → a checkpoint that engines load, for every variant."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from kedro.pipeline import Pipeline, node
+
+from hwpq_pipeline.pipelines.variants import for_each_variant
+
+from .nodes import export_variant
+
+
+def create_pipeline(names: Iterable[str]) -> Pipeline:
+    """One node a variant."""
+    return for_each_variant([
+        node(export_variant, ["model", "corpus", "compressed", "name", "params:variant", "params:calibration", "scratch"],
+             ["export", "export_seconds"], name="export"),
+    ], names)

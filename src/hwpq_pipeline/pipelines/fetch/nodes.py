@@ -1,0 +1,31 @@
+"""Nodes that bring the dense model and the text here."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pandas as pd
+
+from hwpq_pipeline.calibration.corpus import CorpusSource, read_corpus
+from hwpq_pipeline.calibration.corpus import fetch_corpus as fetch_corpus_into
+from hwpq_pipeline.checkpoints.sources import ModelSource
+from hwpq_pipeline.checkpoints.sources import fetch_model as fetch_model_into
+from hwpq_pipeline.execution.progress import progress_bar
+from hwpq_pipeline.parameters import Corpus, Model
+
+
+def fetch_model(model: Model, downloads: Path, scratch: Path) -> Path:
+    """Write the dense model as a Hugging Face checkpoint in `scratch`."""
+    source = ModelSource(**model.model_dump(exclude={"dtype"}))
+    return fetch_model_into(source, scratch / "model", downloads, dtype=model.dtype)
+
+
+def fetch_corpus(corpus: Corpus, downloads: Path, scratch: Path) -> Path:
+    """Write the documents as one Parquet file beside their source in `scratch`."""
+    with progress_bar("fetch: documents") as progress:
+        return fetch_corpus_into(CorpusSource(**corpus.model_dump()), scratch / "corpus", downloads, progress)
+
+
+def read_documents(corpus: Path) -> pd.DataFrame:
+    """The documents as a checked table."""
+    return read_corpus(corpus)

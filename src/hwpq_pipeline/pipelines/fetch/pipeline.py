@@ -1,0 +1,16 @@
+"""source → dense model, corpus, table of documents."""
+
+from __future__ import annotations
+
+from kedro.pipeline import Pipeline, node
+
+from .nodes import fetch_corpus, fetch_model, read_documents
+
+
+def create_pipeline() -> Pipeline:
+    """The model, and the corpus with its table."""
+    return Pipeline([
+        node(fetch_model, ["params:model", "downloads", "scratch"], "model", name="fetch_model"),
+        node(fetch_corpus, ["params:corpus", "downloads", "scratch"], "corpus", name="fetch_corpus"),
+        node(read_documents, "corpus", "documents", name="read_documents"),
+    ])

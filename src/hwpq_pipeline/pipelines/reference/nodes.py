@@ -1,0 +1,27 @@
+"""Nodes that fix what variants are measured against: the tokens, and the dense model's answer to them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pandas as pd
+
+from hwpq_pipeline.calibration.samples import draw_samples, token_matrix
+from hwpq_pipeline.evaluation.quality import make_reference
+from hwpq_pipeline.execution.progress import progress_bar
+from hwpq_pipeline.parameters import Evaluation
+
+
+def draw_evaluation(model: Path, documents: pd.DataFrame, evaluation: Evaluation) -> pd.DataFrame:
+    """Token samples from the documents that evaluate."""
+    return draw_samples(documents, model, split="evaluation", samples=evaluation.samples,
+                        length=evaluation.length, seed=evaluation.seed)
+
+
+def refer(model: Path, samples: pd.DataFrame, evaluation: Evaluation, scratch: Path) -> Path:
+    """The dense model's final hidden states on the evaluation tokens."""
+    target = scratch / "reference"
+    with progress_bar("reference: batches of the dense model") as progress:
+        make_reference(model, token_matrix(samples), target, batch=evaluation.batch, dtype=evaluation.dtype,
+                       progress=progress)
+    return target

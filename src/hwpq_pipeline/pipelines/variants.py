@@ -1,0 +1,34 @@
+"""A pipeline for every variant: the same nodes in the namespace `variants.<name>`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from kedro.pipeline import Node, Pipeline
+
+SHARED = {"model", "corpus", "calibration", "evaluation", "statistics", "reference", "scratch",
+          "calibrate_seconds"}
+
+
+def for_each_variant(nodes: Iterable[Node], names: Iterable[str]) -> Pipeline:
+    """One copy of `nodes` a variant.
+
+    Datasets get the namespace `variants.<name>` except those in `SHARED`; `params:variant` becomes the
+    variant's entry; other parameters are shared.
+
+    Args:
+        nodes: written for one variant.
+        names: of the variants.
+    """
+    template = Pipeline(list(nodes))
+    shared = {name for name in template.inputs() if name in SHARED}
+    parameters = {name: name for name in template.inputs() if name.startswith("params:")}
+    return sum(
+        (
+            Pipeline(template, namespace=f"variants.{name}", inputs=shared,
+                     parameters={**parameters, **({"params:variant": f"params:variants.{name}"}
+                                                  if "params:variant" in parameters else {})})
+            for name in names
+        ),
+        Pipeline([]),
+    )

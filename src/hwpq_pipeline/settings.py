@@ -1,0 +1,6 @@
+"""Kedro project settings: https://docs.kedro.org/en/stable/configure/configuration_basics/"""
+
+from hwpq_pipeline.project import ProjectHooks
+
+HOOKS = (ProjectHooks(),)
+CONFIG_LOADER_ARGS = {"base_env": "base", "default_run_env": "local"}

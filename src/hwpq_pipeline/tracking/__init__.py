@@ -1,0 +1,1 @@
+"""MLflow: one run a variant and content."""

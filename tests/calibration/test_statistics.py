@@ -1,0 +1,250 @@
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from hwpq_pipeline.calibration.gram import Gram
+from hwpq_pipeline.calibration.statistics import (
+    Statistics,
+    collect_statistics,
+    merge_statistics,
+    resolve_dtype,
+)
+from hwpq_pipeline.errors import HwpqError
+from tests.tiny import tiny_checkpoint, tiny_config, tiny_tokens
+
+
+def brute_force(path: Path, tokens: torch.Tensor) -> dict[str, np.ndarray]:
+    """Every linear layer's Σ x xᵀ in float64, from one plain forward pass of a float64 model."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64).eval()
+    inputs: dict[str, list[np.ndarray]] = defaultdict(list)
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and name != "lm_head":
+            module.register_forward_pre_hook(
+                lambda _, args, name=name: inputs[name].append(args[0].flatten(0, -2).numpy())
+            )
+    with torch.inference_mode():
+        model(tokens)
+    return {name: sum(np.outer(x, x) for part in parts for x in part) for name, parts in inputs.items()}
+
+
+def relative(found: torch.Tensor, expected: np.ndarray) -> float:
+    return float(np.abs(found.double().numpy() - expected).max() / np.abs(expected).max())
+
+
+def cpu(path: Path, tokens: torch.Tensor, target: Path, **options) -> Statistics:
+    collect_statistics(path, tokens, target=target, device="cpu", **{"dtype": "float32", **options})
+    return Statistics(target)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_checkpoint(tmp_path_factory.mktemp("model") / "m")
+
+
+@pytest.fixture(scope="module")
+def expected(model: Path) -> dict[str, np.ndarray]:
+    return brute_force(model, tiny_tokens(5))
+
+
+@pytest.mark.parametrize("batch", [1, 2, 8])
+def test_grams_of_all_layers(
+    model: Path, expected: dict[str, np.ndarray], tmp_path: Path, batch: int
+) -> None:
+    """Five samples in batches of two: the last batch is smaller."""
+    found = cpu(model, tiny_tokens(5), tmp_path / "s", batch=batch)
+    assert set(found.layers) == set(expected)
+    assert found.tokens == 5 * 24
+    for layer, gram in expected.items():
+        stored = found.gram(found.group_of(layer))
+        assert stored.dtype == torch.float32
+        assert torch.equal(stored, stored.T)
+        assert relative(stored, gram) < 1e-5, layer
+        assert relative(found.energy(layer), gram.diagonal()) < 1e-5, layer
+
+
+def test_groups_and_files_are_as_documented(model: Path, tmp_path: Path) -> None:
+    found = cpu(model, tiny_tokens(), tmp_path / "s")
+    assert sorted(path.name for path in (tmp_path / "s").iterdir()) == [
+        "block_000.safetensors", "block_001.safetensors", "index.json",
+    ]  # fmt: skip
+    for block in range(2):
+        prefix = f"model.layers.{block}"
+        groups = {group.name: (group.features, group.layers) for group in found.groups(block)}
+        assert groups == {
+            f"{prefix}.self_attn.q_proj": (32, tuple(f"{prefix}.self_attn.{x}_proj" for x in "qkv")),
+            f"{prefix}.self_attn.o_proj": (32, (f"{prefix}.self_attn.o_proj",)),
+            f"{prefix}.mlp.gate_proj": (32, (f"{prefix}.mlp.gate_proj", f"{prefix}.mlp.up_proj")),
+            f"{prefix}.mlp.down_proj": (64, (f"{prefix}.mlp.down_proj",)),
+        }
+        stored = load_file(tmp_path / "s" / f"block_{block:03d}.safetensors")
+        assert set(stored) == {f"{name}.gram" for name in groups}
+    index = json.loads((tmp_path / "s" / "index.json").read_text())
+    assert (index["format"], index["mode"], index["tokens"]) == (1, "gram", 96)
+
+
+def test_diagonal_mode(model: Path, expected: dict[str, np.ndarray], tmp_path: Path) -> None:
+    found = cpu(model, tiny_tokens(5), tmp_path / "s", mode="diagonal", batch=2)
+    for layer, gram in expected.items():
+        assert relative(found.energy(layer), gram.diagonal()) < 1e-5, layer
+    with pytest.raises(HwpqError, match="diagonal only"):
+        found.gram("model.layers.0.mlp.down_proj")
+
+
+@pytest.mark.parametrize("mode", ["gram", "diagonal"])
+def test_merged_parts_are_the_whole(
+    model: Path, expected: dict[str, np.ndarray], tmp_path: Path, mode: str
+) -> None:
+    tokens = tiny_tokens(5)
+    cpu(model, tokens[:2], tmp_path / "a", mode=mode)
+    cpu(model, tokens[2:], tmp_path / "b", mode=mode)
+    merged = Statistics(merge_statistics([tmp_path / "a", tmp_path / "b"], tmp_path / "c"))
+    assert (merged.tokens, merged.mode) == (5 * 24, mode)
+    for layer, gram in expected.items():
+        assert relative(merged.energy(layer), gram.diagonal()) < 1e-5
+        if mode == "gram":
+            assert relative(merged.gram(layer), gram) < 1e-5
+
+
+def test_parts_that_differ_are_not_merged(model: Path, tmp_path: Path) -> None:
+    cpu(model, tiny_tokens(1), tmp_path / "a")
+    cpu(model, tiny_tokens(1), tmp_path / "b", mode="diagonal")
+    with pytest.raises(HwpqError, match="mode or layers differ"):
+        merge_statistics([tmp_path / "a", tmp_path / "b"], tmp_path / "c")
+    with pytest.raises(HwpqError, match="nothing to merge"):
+        merge_statistics([], tmp_path / "c")
+    assert not (tmp_path / "c").exists()
+
+
+def test_bfloat16_forward_is_near(model: Path, expected: dict[str, np.ndarray], tmp_path: Path) -> None:
+    """8 bits of mantissa through two blocks: a per cent or so of the largest entry, not more."""
+    found = cpu(model, tiny_tokens(5), tmp_path / "s", dtype="bfloat16")
+    errors = [relative(found.gram(layer), gram) for layer, gram in expected.items()]
+    assert 1e-5 < max(errors) < 0.05
+    assert found.index["dtype"] == "bfloat16"
+
+
+def test_sliding_and_full_attention_blocks_get_their_own_masks(tmp_path: Path) -> None:
+    from transformers import Gemma2Config
+
+    config = Gemma2Config(
+        vocab_size=260, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, sliding_window=4, max_position_embeddings=64,
+        query_pre_attn_scalar=8, initializer_range=0.5,
+    )  # fmt: skip
+    path = tiny_checkpoint(tmp_path / "m", config)
+    found = cpu(path, tiny_tokens(3), tmp_path / "s", batch=2)
+    for layer, gram in brute_force(path, tiny_tokens(3)).items():
+        assert relative(found.gram(layer), gram) < 1e-4, layer
+
+
+@pytest.mark.parametrize("family", ["opt", "neox"])
+def test_other_architectures(tmp_path: Path, family: str) -> None:
+    from transformers import GPTNeoXConfig, OPTConfig
+
+    small = {"vocab_size": 260, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    if family == "opt":
+        config = OPTConfig(ffn_dim=48, word_embed_proj_dim=32, max_position_embeddings=64, **small)
+    else:
+        config = GPTNeoXConfig(intermediate_size=48, max_position_embeddings=64, **small)
+    path = tiny_checkpoint(tmp_path / "m", config)
+    found = cpu(path, tiny_tokens(3), tmp_path / "s", batch=2)
+    layers = brute_force(path, tiny_tokens(3))
+    assert set(found.layers) >= {layer for layer in layers if "embed_out" not in layer}
+    for layer in found.layers:
+        assert relative(found.gram(layer), layers[layer]) < 1e-5, layer
+
+
+def test_non_finite_activations_name_the_layer_and_leave_nothing(tmp_path: Path) -> None:
+    path = tiny_checkpoint(tmp_path / "m")
+    tensors = load_file(path / "model.safetensors")
+    tensors["model.layers.1.post_attention_layernorm.weight"][0] = float("inf")
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    for mode in ("gram", "diagonal"):
+        with pytest.raises(HwpqError, match=r"model\.layers\.1\.mlp\.gate_proj.*NaN or infinite"):
+            cpu(path, tiny_tokens(), tmp_path / "s", mode=mode)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["m"]
+
+
+def test_bad_arguments(model: Path, tmp_path: Path) -> None:
+    for tokens, message in ((tiny_tokens() + 1000, "vocabulary has 260"), (tiny_tokens()[0], "have shape")):
+        with pytest.raises(HwpqError, match=message):
+            cpu(model, tokens, tmp_path / "s")
+    for option, message in (
+        ({"mode": "full"}, "mode full"),
+        ({"dtype": "int3"}, "int3"),
+        ({"batch": 0}, "batch"),
+    ):
+        with pytest.raises(HwpqError, match=message):
+            cpu(model, tiny_tokens(), tmp_path / "s", **option)
+    with pytest.raises(HwpqError, match="no such checkpoint"):
+        cpu(tmp_path / "none", tiny_tokens(), tmp_path / "s")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_damaged_statistics(model: Path, tmp_path: Path) -> None:
+    found = cpu(model, tiny_tokens(1), tmp_path / "s")
+    with pytest.raises(HwpqError, match="no statistics of layer lm_head"):
+        found.gram("lm_head")
+    block = tmp_path / "s" / "block_001.safetensors"
+    block.write_bytes(block.read_bytes()[:-4])
+    with pytest.raises(HwpqError, match=r"block_001.*corrupt"):
+        found.gram("model.layers.1.mlp.down_proj")
+    save_file({"model.layers.1.mlp.down_proj.gram": torch.ones(3, 3)}, block)
+    with pytest.raises(HwpqError, match="shape"):
+        found.gram("model.layers.1.mlp.down_proj")
+    block.unlink()
+    with pytest.raises(HwpqError, match="no such file"):
+        Statistics(tmp_path / "s")
+    (tmp_path / "s" / "index.json").write_text('{"format": 99, "mode": "gram"}')
+    with pytest.raises(HwpqError, match="not an index"):
+        Statistics(tmp_path / "s")
+
+
+def test_one_sum_a_group_and_progress_a_block(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    added: list[tuple[int, ...]] = []
+    real = Gram.add
+    monkeypatch.setattr(Gram, "add", lambda self, x: (added.append(tuple(x.shape)), real(self, x))[1])
+    seen: list[tuple[int, int]] = []
+    result = collect_statistics(
+        model, tiny_tokens(3), target=tmp_path / "s", device="cpu", dtype="float32", batch=2,
+        progress=lambda *report: seen.append(report),
+    )  # fmt: skip
+    assert len(added) == 2 * 2 * 4  # blocks, batches, groups
+    assert seen == [(1, 2), (2, 2)]
+    assert (result.tokens, result.dtype, result.device) == (72, "float32", "cpu")
+
+
+def test_auto_follows_the_hardware(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = torch.device("cpu")
+    for capabilities, expected in (({}, torch.float32), ({"avx512_bf16": True}, torch.bfloat16)):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda found=capabilities: found)
+        assert resolve_dtype("auto", device) == expected
+    assert resolve_dtype("bfloat16", device) == torch.bfloat16
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_gpu(model: Path, expected: dict[str, np.ndarray], tmp_path: Path, dtype: str) -> None:
+    collect_statistics(model, tiny_tokens(5), target=tmp_path / "s", device="cuda", dtype=dtype)
+    found = Statistics(tmp_path / "s")
+    for layer, gram in expected.items():
+        assert relative(found.gram(layer), gram) < (1e-5 if dtype == "float32" else 0.05)
+
+
+def test_untied_head_and_biases(tmp_path: Path) -> None:
+    path = tiny_checkpoint(tmp_path / "m", tiny_config(tie_word_embeddings=False, attention_bias=True))
+    found = cpu(path, tiny_tokens(2), tmp_path / "s")
+    for layer, gram in brute_force(path, tiny_tokens(2)).items():
+        assert relative(found.gram(layer), gram) < 1e-5, layer

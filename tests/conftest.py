@@ -1,0 +1,83 @@
+"""Set-up of every test: no hub, no window, no user's tracking store; and a copy of the project to run in."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+
+# Read when the libraries are first imported, so set before any test module is.
+os.environ.update(
+    {
+        "DO_NOT_TRACK": "true",
+        "DVC_NO_ANALYTICS": "1",
+        "HF_DATASETS_OFFLINE": "1",
+        "HF_HUB_OFFLINE": "1",
+        "ITERATIVE_DO_NOT_TRACK": "1",
+        "KEDRO_DISABLE_TELEMETRY": "1",
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+        "MPLBACKEND": "Agg",
+        "TOKENIZERS_PARALLELISM": "false",
+        "TRANSFORMERS_OFFLINE": "1",
+    }
+)
+os.environ.setdefault("NUMBA_NUM_THREADS", "2")  # two, so that races between threads can show, on any machine
+os.environ.pop("MLFLOW_TRACKING_URI", None)  # a user's server must not see the tests' runs
+
+ROOT = Path(__file__).resolve().parents[1]
+# What a run reads. `data/` stays behind: a test starts from nothing, or copies what it needs.
+PROJECT_FILES = ("conf", "src", "pyproject.toml", "dvc.yaml", ".dvcignore", ".gitignore", ".telemetry")
+
+
+@pytest.fixture(autouse=True)
+def _own_tracking_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Point MLflow at a database of the test's own, so that none writes `mlflow.db` of the project."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+
+
+@pytest.fixture
+def root() -> Path:
+    """Return the project's root, to read from; tests write under `tmp_path` alone."""
+    return ROOT
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    """Return a copy of what a run reads (configuration, code, stages), elsewhere, without data."""
+    return copy_project(tmp_path / "project")
+
+
+def copy_project(target: Path) -> Path:
+    """Copy the files that a run reads to `target` and return it; the user's `conf/local` stays behind."""
+    target.mkdir(parents=True)
+    for name in PROJECT_FILES:
+        source = ROOT / name
+        if source.is_dir():
+            shutil.copytree(source, target / name, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
+        elif source.exists():
+            shutil.copy2(source, target / name)
+    shutil.rmtree(target / "conf" / "local", ignore_errors=True)
+    (target / "conf" / "local").mkdir(parents=True, exist_ok=True)
+    return target
+
+
+def run_in(
+    project: Path, *command: str, env: Mapping[str, str] | None = None, timeout: float = 600
+) -> subprocess.CompletedProcess[str]:
+    """Run a command in a copy of the project, on the copy's code, logging to the copy's own `mlflow.db`.
+
+    Returns the finished process with its output as text, whatever its exit status: the caller asserts it.
+    """
+    environment = {name: value for name, value in os.environ.items() if name != "MLFLOW_TRACKING_URI"}
+    environment["PYTHONPATH"] = str(project / "src")
+    # The tools of this environment first, by whatever way pytest was started: DVC calls `kedro` by name.
+    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment.get('PATH', '')}"
+    environment.update(env or {})
+    return subprocess.run(
+        command, cwd=project, env=environment, capture_output=True, text=True, timeout=timeout, check=False
+    )

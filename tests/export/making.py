@@ -1,0 +1,81 @@
+"""Compressed models with random codes and scales, and the weights that they stand for, worked out by hand."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+
+ROW = {"q_proj": 32, "k_proj": 16, "v_proj": 16, "o_proj": 32, "gate_proj": 64, "up_proj": 64, "down_proj": 32}
+COLUMNS = {**dict.fromkeys(ROW, 32), "down_proj": 64}
+
+
+def layer_shapes(blocks: int = 2) -> dict[str, tuple[int, int]]:
+    """Linear layers of `tests.tiny.tiny_config()`, written out."""
+    shapes = {}
+    for block in range(blocks):
+        for kind in ROW:
+            part = "self_attn" if kind in ("q_proj", "k_proj", "v_proj", "o_proj") else "mlp"
+            shapes[f"model.layers.{block}.{part}.{kind}"] = (ROW[kind], COLUMNS[kind])
+    return shapes
+
+
+def random_codes(grid: str, shape: tuple[int, int], generator: torch.Generator) -> torch.Tensor:
+    """Codes all over the grid, a third of them zero."""
+    if grid.startswith("fp8"):
+        values = 60 * torch.randn(shape, generator=generator)
+        if grid == "fp8_e5m2":
+            values = values.to(torch.float8_e5m2).float()
+        codes = values.clamp(-448, 448).to(torch.float8_e4m3fn)
+    else:
+        low, high = {"int8": (-127, 127), "int4": (-8, 7)}[grid]
+        codes = torch.randint(low, high + 1, shape, generator=generator).to(torch.int8)
+    keep = torch.rand(shape, generator=generator) > 1 / 3
+    return torch.where(keep, codes.float(), torch.zeros(())).to(codes.dtype)
+
+
+def make_compressed(
+    target: Path,
+    grid: str | None,
+    *,
+    group_size: int | None = None,
+    structure: str = "dense",
+    bfloat16_scales: bool = False,
+    seed: int = 0,
+    shapes: dict[str, tuple[int, int]] | None = None,
+) -> dict[str, np.ndarray]:
+    """Write an intermediate for the tiny model and return its weights, float64, by layer (none for dense)."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = layer_shapes() if shapes is None else shapes
+    if grid is None and structure == "dense":
+        shapes = {}
+    tensors, weights = {}, {}
+    for layer, (rows, columns) in shapes.items():
+        if grid is None:
+            weight = 0.1 * torch.randn(rows, columns, generator=generator)
+            weight[:, ::2] = 0
+            tensors[f"{layer}.weight"] = weight
+            weights[layer] = weight.double().numpy()
+            continue
+        groups = columns // group_size if group_size else 1
+        top = {"fp8_e4m3": 448, "fp8_e5m2": 448, "int8": 127, "int4": 8}[grid]
+        scale = (0.1 + torch.rand(rows, groups, generator=generator)) / (2 * top)
+        if bfloat16_scales:
+            scale = scale.bfloat16().float()
+        codes = random_codes(grid, (rows, columns), generator)
+        tensors[f"{layer}.codes"], tensors[f"{layer}.scale"] = codes, scale
+        spread = np.repeat(scale.double().numpy(), columns // groups, axis=1)
+        weights[layer] = codes.double().numpy() * spread
+    target.mkdir(parents=True)
+    if tensors:
+        half = len(tensors) // 2 + len(tensors) // 2 % 2  # two files, as a writer a block at a time leaves
+        names = sorted(tensors)
+        save_file({name: tensors[name] for name in names[:half]}, target / "block_000.safetensors")
+        save_file({name: tensors[name] for name in names[half:]}, target / "block_001.safetensors")
+    recipe = {"variant": "test", "grid": grid, "group_size": group_size, "structure": structure,
+              "layers": list(shapes)}  # fmt: skip
+    (target / "recipe.json").write_text(json.dumps(recipe))
+    return weights

@@ -1,0 +1,157 @@
+"""dvc.yaml against what it wires: the Kedro pipelines, the catalog and the imports of the code."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import grimp
+import pytest
+import yaml
+from kedro.framework.project import pipelines
+from kedro.framework.session import KedroSession
+from kedro.framework.startup import bootstrap_project
+
+ROOT = Path(__file__).resolve().parents[1]
+BASE = "conf/base/parameters.yml"
+VARIANTS = "conf/base/parameters_variants.yml"
+#: Their values are parameters of the stages, or they carry no result: a change here makes no stage stale.
+NO_DEPENDENCY = {
+    "hwpq_pipeline", "hwpq_pipeline.errors", "hwpq_pipeline.parameters", "hwpq_pipeline.pipelines",
+    "hwpq_pipeline.pipelines.variants", "hwpq_pipeline.execution.progress",
+}  # fmt: skip
+#: Catalog entries that are working space, not data.
+WORKING_SPACE = {"data/.cache", "data/.scratch"}
+
+
+@pytest.fixture(scope="module")
+def project():
+    """Nodes and catalog, as `kedro run` would build them."""
+    bootstrap_project(ROOT)
+    with KedroSession.create(project_path=ROOT, env="base") as session:
+        context = session.load_context()
+        return dict(pipelines), context.catalog, context.params["variants"]
+
+
+def entries(section: list) -> list[str]:
+    """Paths of a deps/outs/metrics/plots section, options dropped."""
+    return [next(iter(entry)) if isinstance(entry, dict) else entry for entry in section]
+
+
+def stages() -> dict[str, dict]:
+    """All stages by name, `foreach` unrolled by plain substitution."""
+    text = yaml.safe_load((ROOT / "dvc.yaml").read_text())
+    names = yaml.safe_load((ROOT / VARIANTS).read_text())["variants"]
+    unrolled = {}
+    for name, stage in text["stages"].items():
+        if "foreach" not in stage:
+            unrolled[name] = stage
+            continue
+        assert stage["foreach"] == "${variants}"
+        for variant in names:
+            unrolled[f"{name}@{variant}"] = yaml.safe_load(yaml.safe_dump(stage["do"]).replace("${key}", variant))
+    return unrolled
+
+
+def part(project, stage: str):
+    """The Kedro pipeline that a stage runs."""
+    registered, _, _ = project
+    name, _, variant = stage.partition("@")
+    pipeline = registered[name]
+    return pipeline.only_nodes_with_namespaces([f"variants.{variant}"]) if variant else pipeline
+
+
+def files(project, names) -> set[str]:
+    """Paths, relative to the project, of those datasets that are files or directories."""
+    _, catalog, _ = project
+    found = set()
+    for name in names:
+        dataset = None if name.startswith("params:") else catalog.get(name)
+        if hasattr(dataset, "path"):
+            path = Path(dataset.path)
+            found.add((path.relative_to(ROOT) if path.is_absolute() else path).as_posix())
+    return found - WORKING_SPACE
+
+
+STAGES = stages()
+
+
+def test_every_pipeline_is_a_stage_and_every_stage_a_pipeline(project):
+    registered, _, variants = project
+    expected = set()
+    for name, pipeline in registered.items():
+        if name == "__default__":
+            continue
+        per_variant = name != "track" and any(node.namespace for node in pipeline.nodes)
+        expected |= {f"{name}@{variant}" for variant in variants} if per_variant else {name}
+    assert set(STAGES) == expected
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_command(stage):
+    name, _, variant = stage.partition("@")
+    command = f"kedro run --pipelines {name}" + (f" --namespaces variants.{variant}" if variant else "")
+    assert STAGES[stage]["cmd"] == command
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_data_dependencies(project, stage):
+    pipeline = part(project, stage)
+    wanted = files(project, pipeline.inputs())
+    listed = {path for path in entries(STAGES[stage]["deps"]) if path.startswith("data/")} if "deps" in STAGES[
+        stage
+    ] else set()
+    if stage == "track":  # over all variants: DVC gets the directories that hold their files
+        folders = {path for path in listed if any(other.startswith(f"{path}/") for other in wanted)}
+        assert folders == {"data/07_export", "data/08_reporting"}
+        wanted = {path for path in wanted if not any(path.startswith(f"{folder}/") for folder in folders)}
+        listed -= folders
+    assert listed == wanted
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_outputs(project, stage):
+    written = {name for node in part(project, stage).nodes for name in node.outputs}
+    listed = [path for section in ("outs", "metrics", "plots") for path in entries(STAGES[stage].get(section, []))]
+    assert sorted(listed) == sorted(files(project, written))
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_parameters(project, stage):
+    wanted = {name.removeprefix("params:") for name in part(project, stage).inputs() if name.startswith("params:")}
+    listed = {key for section in STAGES[stage].get("params", []) for keys in section.values() for key in keys}
+    if stage == "track":
+        assert {name for name in wanted if name.startswith("variants.")}
+        wanted = {name for name in wanted if not name.startswith("variants.")} | {"variants"}
+    assert listed == wanted
+    for section in STAGES[stage].get("params", []):
+        for file, keys in section.items():
+            assert all((file == VARIANTS) == key.startswith("variants") for key in keys)
+
+
+@pytest.mark.parametrize("name", sorted({stage.partition("@")[0] for stage in STAGES}))
+def test_code_dependencies_cover_what_the_pipeline_imports(name):
+    graph = grimp.build_graph("hwpq_pipeline")
+    nodes = f"hwpq_pipeline.pipelines.{name}.nodes"
+    modules = {nodes} | graph.find_upstream_modules(nodes)
+    modules = {module for module in modules if not is_package(module)} - NO_DEPENDENCY
+    stage = next(stage for stage in STAGES if stage.partition("@")[0] == name)
+    listed = {path for path in entries(STAGES[stage]["deps"]) if path.startswith("src/")}
+    sources = {f"src/{module.replace('.', '/')}.py" for module in modules}
+    uncovered = {source for source in sources if not covered(source, listed)}
+    assert not uncovered
+    idle = {path for path in listed if not any(covered(source, {path}) for source in sources)}
+    assert not idle
+
+
+def is_package(module: str) -> bool:
+    return (ROOT / "src" / module.replace(".", "/")).is_dir()
+
+
+def covered(source: str, listed: set[str]) -> bool:
+    return any(source == path or source.startswith(f"{path}/") for path in listed)
+
+
+def test_every_listed_source_exists():
+    for stage in STAGES.values():
+        for path in entries(stage.get("deps", [])):
+            assert not path.startswith("src/") or (ROOT / path).exists(), path

@@ -1,0 +1,83 @@
+"""The shipped configuration is valid, and contradictions are refused with what to do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+from pydantic import ValidationError
+
+from hwpq_pipeline.parameters import (
+    Calibration,
+    Corpus,
+    Evaluation,
+    Model,
+    Quantization,
+    Recovery,
+    Selection,
+    Track,
+    Variant,
+)
+
+SHARED = {"model": Model, "corpus": Corpus, "calibration": Calibration, "evaluation": Evaluation, "track": Track}
+
+
+def read(root: Path, name: str) -> dict:
+    return yaml.safe_load((root / "conf" / name).read_text())
+
+
+@pytest.mark.parametrize("env", ["base", "ci"])
+def test_shipped_configuration_is_valid(root, env):
+    parameters = read(root, f"{env}/parameters.yml")
+    for name, values in parameters.items():
+        SHARED[name].model_validate(values)
+    for values in read(root, f"{env}/parameters_variants.yml")["variants"].values():
+        Variant.model_validate(values)
+
+
+def test_base_names_every_shared_model_and_the_seven_variants(root):
+    assert set(read(root, "base/parameters.yml")) == set(SHARED)
+    assert list(read(root, "base/parameters_variants.yml")["variants"]) == [
+        "dense", "fp8", "int4", "2of4-fp8", "2of4-int4", "ewma50-fp8", "paper-2of4-fp8",
+    ]  # fmt: skip
+
+
+def test_yaml_spells_out_the_codes_defaults(root):
+    """What the YAML writes down as common settings is what the code falls back to."""
+    for name, fields in {"calibration": ("batch", "mode", "dtype"), "evaluation": ("batch", "dtype")}.items():
+        for field in fields:
+            assert read(root, "base/parameters.yml")[name][field] == SHARED[name].model_fields[field].default
+    recovery = read(root, "base/parameters_variants.yml")["variants"]["2of4-fp8"]["recovery"]
+    assert recovery["steps"] == Recovery.model_fields["steps"].default
+
+
+def test_parameters_are_frozen():
+    recovery = Recovery()
+    with pytest.raises(ValidationError, match="frozen"):
+        recovery.steps = 7
+
+
+@pytest.mark.parametrize(
+    ("model", "values", "message"),
+    [
+        (Selection, {"structure": "2of4", "sparsity": 0.5}, "remove sparsity"),
+        (Selection, {"structure": "2of4", "alpha": 0.1}, "alpha belong to structure unstructured"),
+        (Selection, {"structure": "unstructured"}, "exactly one of sparsity and multiplier; given: neither"),
+        (Selection, {"structure": "unstructured", "sparsity": 0.5, "multiplier": 1.0}, "sparsity and multiplier"),
+        (Selection, {"structure": "unstructured", "sparsity": 1.5}, "less than 1"),
+        (Selection, {"structure": "2of4", "metrics": "wanda"}, "Extra inputs are not permitted"),
+        (Quantization, {"grid": "int4"}, "needs group_size"),
+        (Quantization, {"grid": "fp8_e4m3", "group_size": 64}, "remove group_size"),
+        (Quantization, {"grid": "int8", "method": "coordinate_descent"}, "rounds to nearest"),
+        (Quantization, {"grid": "int4", "group_size": 64, "sweeps": 3}, "sweeps belongs to"),
+        (Variant, {"description": "x", "recovery": {}}, "add selection or remove recovery"),
+        (Model, {"kind": "hub", "name": "x"}, "needs repo"),
+        (Model, {"kind": "directory", "name": "x", "path": "p", "repo": "r"}, "does not take repo"),
+        (Corpus, {"kind": "local", "name": "x"}, "needs path"),
+        (Calibration, {"samples": 0, "length": 512, "seed": 0}, "greater than or equal to 1"),
+    ],
+)
+def test_contradictions_are_refused(model, values, message):
+    with pytest.raises(ValidationError, match=message):
+        model.model_validate(values)
