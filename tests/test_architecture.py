@@ -42,9 +42,7 @@ def requirement_names(requirements: list[str]) -> set[str]:
     return {normal(re.match(r"[A-Za-z0-9._-]+", text).group()) for text in requirements}  # type: ignore[union-attr]
 
 
-def test_import_contracts(
-    root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_import_contracts(root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     from importlinter.cli import lint_imports
 
     monkeypatch.chdir(root)
@@ -69,8 +67,7 @@ def test_imports_are_declared(root: Path) -> None:
         f"{file.relative_to(root)}:{line} {name}"
         for file, line, name in imported_names(root / "src" / PACKAGE)
         # triton comes with the CUDA builds of torch, and is imported behind a check.
-        if name not in {PACKAGE, "triton"}
-        and not declared & {normal(owner) for owner in owners.get(name, [name])}
+        if name not in {PACKAGE, "triton"} and not declared & {normal(owner) for owner in owners.get(name, [name])}
     }
     assert not undeclared, sorted(undeclared)
 

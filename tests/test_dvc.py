@@ -97,9 +97,11 @@ def test_command(stage):
 def test_data_dependencies(project, stage):
     pipeline = part(project, stage)
     wanted = files(project, pipeline.inputs())
-    listed = {path for path in entries(STAGES[stage]["deps"]) if path.startswith("data/")} if "deps" in STAGES[
-        stage
-    ] else set()
+    listed = (
+        {path for path in entries(STAGES[stage]["deps"]) if path.startswith("data/")}
+        if "deps" in STAGES[stage]
+        else set()
+    )
     if stage == "track":  # over all variants: DVC gets the directories that hold their files
         folders = {path for path in listed if any(other.startswith(f"{path}/") for other in wanted)}
         assert folders == {"data/07_export", "data/08_reporting"}
@@ -130,7 +132,7 @@ def test_parameters(project, stage):
 
 @pytest.mark.parametrize("name", sorted({stage.partition("@")[0] for stage in STAGES}))
 def test_code_dependencies_cover_what_the_pipeline_imports(name):
-    graph = grimp.build_graph("hwpq_pipeline")
+    graph = grimp.build_graph("hwpq_pipeline", cache_dir=None)
     nodes = f"hwpq_pipeline.pipelines.{name}.nodes"
     modules = {nodes} | graph.find_upstream_modules(nodes)
     modules = {module for module in modules if not is_package(module)} - NO_DEPENDENCY

@@ -7,7 +7,7 @@ in one line and exit status 1; everything else keeps its traceback.
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import IO, Any
 
 import click
 from kedro.framework.cli.project import run as kedro_run
@@ -26,7 +26,7 @@ def cli() -> None:
 def run(context: click.Context, /, **options: Any) -> Any:
     """Kedro's `run`, with its errors made plain."""
     try:
-        return context.invoke(kedro_run.callback, **options)
+        return context.forward(kedro_run, **options)
     except Exception as error:
         lines = explain(error)
         if not lines:
@@ -40,10 +40,10 @@ class PlainError(click.ClickException):
     def __init__(self, lines: list[str]) -> None:
         super().__init__("\n".join(lines))
 
-    def show(self, file: Any = None) -> None:
+    def show(self, file: IO[str] | None = None) -> None:
         """One `error:` line a problem, on standard error."""
         for line in self.message.splitlines():
-            click.secho(f"error: {line}", err=True, fg="red")
+            click.secho(f"error: {line}", file=file, err=file is None, fg="red")
 
 
 def explain(error: BaseException) -> list[str]:
@@ -61,9 +61,7 @@ def explain(error: BaseException) -> list[str]:
         if isinstance(link, DataValidationError):
             return [" ".join(str(link).split())]
         if isinstance(link, ValueError) and (found := re.search(r"following namespaces: (.+)$", str(link))):
-            return [
-                f"{found[1]}: no such variant. Use one of {', '.join(_known_variants())}, as variants.<name>"
-            ]
+            return [f"{found[1]}: no such variant. Use one of {', '.join(_known_variants())}, as variants.<name>"]
         if isinstance(link, ValueError) and str(link).startswith("Failed to find the pipeline"):
             return [" ".join(str(link).split())]
     return []
@@ -87,7 +85,6 @@ def _parameter_lines(message: str) -> list[str]:
             lines.append(" ".join(part.split()))
         for field, text in problems:
             lines.append(
-                f"conf parameters, {'.'.join(filter(None, (where, field)))}: "
-                f"{text.removeprefix('Value error, ')}"
+                f"conf parameters, {'.'.join(filter(None, (where, field)))}: {text.removeprefix('Value error, ')}"
             )
     return list(dict.fromkeys(lines))

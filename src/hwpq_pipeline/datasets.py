@@ -43,8 +43,11 @@ class _PathDataset(AbstractDataset[Any, Any]):
 
     def _existing(self) -> Path:
         if not self._filepath.exists():
-            raise HwpqError("it does not exist", where=str(self._filepath),
-                            remedy="Run the pipeline that makes it first, or the whole with `kedro run`")
+            raise HwpqError(
+                "it does not exist",
+                where=str(self._filepath),
+                remedy="Run the pipeline that makes it first, or the whole with `kedro run`",
+            )
         return self._filepath
 
 
@@ -56,8 +59,7 @@ class AtomicDataset(_PathDataset):
         dataset: the wrapped dataset's type or definition, without its filepath.
     """
 
-    def __init__(self, *, filepath: str, dataset: str | dict[str, Any],
-                 metadata: dict[str, Any] | None = None) -> None:
+    def __init__(self, *, filepath: str, dataset: str | dict[str, Any], metadata: dict[str, Any] | None = None) -> None:
         super().__init__(filepath=filepath, metadata=metadata)
         self._definition = {"type": dataset} if isinstance(dataset, str) else dict(dataset)
 
@@ -119,7 +121,7 @@ class ScratchDataset(_PathDataset):
         atexit.register(shutil.rmtree, fresh, ignore_errors=True)
         return fresh
 
-    def save(self, data: Any) -> None:
+    def save(self, data: Any) -> None:  # noqa: ARG002
         """Scratch space is not an output."""
         raise DatasetError("scratch space cannot be saved to")
 
@@ -132,7 +134,7 @@ class CacheDataset(_PathDataset):
         self._filepath.mkdir(parents=True, exist_ok=True)
         return self._filepath
 
-    def save(self, data: Any) -> None:
+    def save(self, data: Any) -> None:  # noqa: ARG002
         """Caches are filled by the rooms that use them."""
         raise DatasetError("the cache cannot be saved to")
 

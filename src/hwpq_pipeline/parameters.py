@@ -46,8 +46,15 @@ class Model(Parameters):
 
     @model_validator(mode="after")
     def _source_is_named(self) -> Self:
-        _require(self, {"wheel_gguf": ("requirement", "member", "sha256"), "gguf": ("path",),
-                        "directory": ("path",), "hub": ("repo",)})
+        _require(
+            self,
+            {
+                "wheel_gguf": ("requirement", "member", "sha256"),
+                "gguf": ("path",),
+                "directory": ("path",),
+                "hub": ("repo",),
+            },
+        )
         return self
 
 
@@ -67,8 +74,7 @@ class Corpus(Parameters):
 
     @model_validator(mode="after")
     def _source_is_named(self) -> Self:
-        _require(self, {"wheel_wikipedia": ("requirement", "member", "sha256"), "local": ("path",),
-                        "hub": ("repo",)})
+        _require(self, {"wheel_wikipedia": ("requirement", "member", "sha256"), "local": ("path",), "hub": ("repo",)})
         return self
 
 
@@ -78,7 +84,7 @@ class Calibration(Parameters):
     samples: Annotated[int, Field(ge=1)]
     length: Annotated[int, Field(ge=8)]
     seed: int
-    batch: Annotated[int, Field(ge=1)] = 4
+    batch: Annotated[int, Field(ge=1)] = 8
     mode: Literal["gram", "diagonal"] = "gram"
     dtype: Dtype = "auto"
 
@@ -89,7 +95,7 @@ class Evaluation(Parameters):
     samples: Annotated[int, Field(ge=1)]
     length: Annotated[int, Field(ge=8)]
     seed: int
-    batch: Annotated[int, Field(ge=1)] = 4
+    batch: Annotated[int, Field(ge=1)] = 1
     dtype: Dtype = "auto"
 
 
@@ -116,8 +122,10 @@ class Selection(Parameters):
         if self.structure == "2of4" and given:
             raise ValueError(f"structure 2of4 fixes the sparsity at one half; remove {' and '.join(given)}")
         if self.structure == "unstructured" and len(given) != 1:
-            raise ValueError("structure unstructured needs exactly one of sparsity and multiplier; "
-                             f"given: {' and '.join(given) or 'neither'}")
+            raise ValueError(
+                "structure unstructured needs exactly one of sparsity and multiplier; "
+                f"given: {' and '.join(given) or 'neither'}"
+            )
         if self.structure == "2of4" and (moved := self.model_fields_set & {"domain", "alpha", "beta", "scope"}):
             raise ValueError(f"{', '.join(sorted(moved))} belong to structure unstructured; remove them")
         return self
@@ -146,8 +154,9 @@ class Quantization(Parameters):
         if not grouped and self.group_size is not None:
             raise ValueError(f"grid {self.grid} has one scale an output channel; remove group_size")
         if not grouped and self.method == "coordinate_descent":
-            raise ValueError(f"method coordinate_descent is for {', '.join(FOUR_BIT_GRIDS)}; "
-                             f"grid {self.grid} rounds to nearest")
+            raise ValueError(
+                f"method coordinate_descent is for {', '.join(FOUR_BIT_GRIDS)}; grid {self.grid} rounds to nearest"
+            )
         if self.method == "nearest" and "sweeps" in self.model_fields_set:
             raise ValueError("sweeps belongs to method coordinate_descent; remove it")
         return self

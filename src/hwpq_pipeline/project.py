@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import re
-from pathlib import Path
 from typing import Any
 
 from kedro.config import OmegaConfigLoader
@@ -42,16 +41,21 @@ def variant_names() -> list[str]:
     """
     parameters = ProjectHooks.parameters
     if parameters is None:
-        parameters = OmegaConfigLoader("conf", env=os.getenv("KEDRO_ENV"), base_env="base",
-                                       default_run_env="local")["parameters"]
+        parameters = OmegaConfigLoader("conf", env=os.getenv("KEDRO_ENV"), base_env="base", default_run_env="local")[
+            "parameters"
+        ]
     variants = parameters.get("variants")
     if not isinstance(variants, dict) or not variants:
         raise HwpqError("no variants", where=_WHERE, remedy="Add an entry under `variants:`")
     for name, entry in variants.items():
         if not _NAME.match(str(name)):
-            raise HwpqError(f"{name!r} cannot name a variant", where=_WHERE,
-                            remedy="Use letters, digits, - and _, and begin with a letter or digit")
+            raise HwpqError(
+                f"{name!r} cannot name a variant",
+                where=_WHERE,
+                remedy="Use letters, digits, - and _, and begin with a letter or digit",
+            )
         if not isinstance(entry, dict):
-            raise HwpqError("it has no content", where=f"{_WHERE}: variants.{name}",
-                            remedy="Give it at least a description")
+            raise HwpqError(
+                "it has no content", where=f"{_WHERE}: variants.{name}", remedy="Give it at least a description"
+            )
     return [str(name) for name in variants]

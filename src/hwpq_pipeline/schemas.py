@@ -47,9 +47,9 @@ class SelectedLayers(_Layers):
     """What `select` did, a row a layer. Contributions are in the metric's own unit; NaN where none applies."""
 
     metric: Series[str] = pa.Field(nullable=True)
-    contribution_q05: Series[float] = pa.Field(nullable=True, ge=0)
+    contribution_q01: Series[float] = pa.Field(nullable=True, ge=0)
     contribution_q50: Series[float] = pa.Field(nullable=True, ge=0)
-    contribution_q95: Series[float] = pa.Field(nullable=True, ge=0)
+    contribution_q99: Series[float] = pa.Field(nullable=True, ge=0)
     mean: Series[float] = pa.Field(nullable=True)
     deviation: Series[float] = pa.Field(nullable=True)
     multiplier: Series[float] = pa.Field(nullable=True)

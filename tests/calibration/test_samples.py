@@ -18,24 +18,18 @@ def tokenizer_dir(tmp_path: Path) -> Path:
     return tiny_tokenizer(tmp_path / "tokenizer")
 
 
-def draw(
-    documents: pd.DataFrame, tokenizer_dir: Path, split: str, samples: int, seed: int = 0
-) -> pd.DataFrame:
-    return draw_samples(texts, tokenizer_dir, split=split, samples=samples, length=LENGTH, seed=seed)
+def draw(documents: pd.DataFrame, tokenizer_dir: Path, split: str, samples: int, seed: int = 0) -> pd.DataFrame:
+    return draw_samples(documents, tokenizer_dir, split=split, samples=samples, length=LENGTH, seed=seed)
 
 
 def byte_ids(tokenizer_dir: Path, text: str) -> list[int]:
     from tokenizers import Tokenizer
 
-    return (
-        Tokenizer.from_file(str(tokenizer_dir / "tokenizer.json")).encode(text, add_special_tokens=False).ids
-    )
+    return Tokenizer.from_file(str(tokenizer_dir / "tokenizer.json")).encode(text, add_special_tokens=False).ids
 
 
 @pytest.mark.parametrize(("split", "parity"), [("calibration", 0), ("evaluation", 1)])
-def test_all_windows_of_a_split_are_its_documents_cut_up(
-    tokenizer_dir: Path, split: str, parity: int
-) -> None:
+def test_all_windows_of_a_split_are_its_documents_cut_up(tokenizer_dir: Path, split: str, parity: int) -> None:
     """Asked for every window there is, the samples must be exactly the cut-up documents of the parity."""
     documents = tiny_documents(5, words=60)
     expected = set()
@@ -46,13 +40,9 @@ def test_all_windows_of_a_split_are_its_documents_cut_up(
             expected.add((row, tuple(ids[:LENGTH])))
             ids = ids[LENGTH:]
     found = draw(documents, tokenizer_dir, split, len(expected))
-    assert {
-        (row, tuple(tokens)) for row, tokens in zip(found["document"], found["tokens"], strict=True)
-    } == expected
+    assert {(row, tuple(tokens)) for row, tokens in zip(found["document"], found["tokens"], strict=True)} == expected
     assert found["sample"].tolist() == list(range(len(expected)))
-    with pytest.raises(
-        HwpqError, match=rf"give {len(expected)} windows of {LENGTH} tokens, {len(expected) + 1} are"
-    ):
+    with pytest.raises(HwpqError, match=rf"give {len(expected)} windows of {LENGTH} tokens, {len(expected) + 1} are"):
         draw(documents, tokenizer_dir, split, len(expected) + 1)
 
 
@@ -60,9 +50,7 @@ def test_seed_decides(tokenizer_dir: Path) -> None:
     documents = tiny_documents(6, words=300)
     one = draw(documents, tokenizer_dir, "calibration", 8, seed=1)
     pd.testing.assert_frame_equal(one, draw(documents, tokenizer_dir, "calibration", 8, seed=1))
-    assert (
-        one["tokens"].tolist() != draw(documents, tokenizer_dir, "calibration", 8, seed=2)["tokens"].tolist()
-    )
+    assert one["tokens"].tolist() != draw(documents, tokenizer_dir, "calibration", 8, seed=2)["tokens"].tolist()
 
 
 def test_matrix_survives_parquet(tokenizer_dir: Path, tmp_path: Path) -> None:

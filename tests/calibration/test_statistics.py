@@ -57,9 +57,7 @@ def expected(model: Path) -> dict[str, np.ndarray]:
 
 
 @pytest.mark.parametrize("batch", [1, 2, 8])
-def test_grams_of_all_layers(
-    model: Path, expected: dict[str, np.ndarray], tmp_path: Path, batch: int
-) -> None:
+def test_grams_of_all_layers(model: Path, expected: dict[str, np.ndarray], tmp_path: Path, batch: int) -> None:
     """Five samples in batches of two: the last batch is smaller."""
     found = cpu(model, tiny_tokens(5), tmp_path / "s", batch=batch)
     assert set(found.layers) == set(expected)
@@ -70,6 +68,18 @@ def test_grams_of_all_layers(
         assert torch.equal(stored, stored.T)
         assert relative(stored, gram) < 1e-5, layer
         assert relative(found.energy(layer), gram.diagonal()) < 1e-5, layer
+
+
+@pytest.mark.parametrize("features", [1, 511, 513, 1030])
+def test_panels_of_odd_sizes(features: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    parts = [torch.randn(rows, features, generator=generator) for rows in (3, 1)]
+    gram = Gram(features, torch.device("cpu"))
+    for part in parts:
+        gram.add(part)
+    rows = torch.cat(parts).double().numpy()
+    assert relative(gram.result(), np.einsum("ti,tj->ij", rows, rows)) < 1e-6
+    assert torch.equal(gram.result(), gram.result().T)
 
 
 def test_groups_and_files_are_as_documented(model: Path, tmp_path: Path) -> None:
@@ -101,9 +111,7 @@ def test_diagonal_mode(model: Path, expected: dict[str, np.ndarray], tmp_path: P
 
 
 @pytest.mark.parametrize("mode", ["gram", "diagonal"])
-def test_merged_parts_are_the_whole(
-    model: Path, expected: dict[str, np.ndarray], tmp_path: Path, mode: str
-) -> None:
+def test_merged_parts_are_the_whole(model: Path, expected: dict[str, np.ndarray], tmp_path: Path, mode: str) -> None:
     tokens = tiny_tokens(5)
     cpu(model, tokens[:2], tmp_path / "a", mode=mode)
     cpu(model, tokens[2:], tmp_path / "b", mode=mode)
@@ -210,9 +218,7 @@ def test_damaged_statistics(model: Path, tmp_path: Path) -> None:
         Statistics(tmp_path / "s")
 
 
-def test_one_sum_a_group_and_progress_a_block(
-    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_one_sum_a_group_and_progress_a_block(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     added: list[tuple[int, ...]] = []
     real = Gram.add
     monkeypatch.setattr(Gram, "add", lambda self, x: (added.append(tuple(x.shape)), real(self, x))[1])

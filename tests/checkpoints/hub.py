@@ -41,8 +41,7 @@ def _handler(root: Path) -> type[BaseHTTPRequestHandler]:  # noqa: C901 (a class
                 self.answer(404, b"{}", {"X-Error-Code": "RepoNotFound"})
             elif rest[:1] == ["tree"]:
                 tree = [
-                    {"type": "file", "path": file.name, "size": file.stat().st_size, "oid": "0" * 40}
-                    for file in files
+                    {"type": "file", "path": file.name, "size": file.stat().st_size, "oid": "0" * 40} for file in files
                 ]
                 self.answer(200, json.dumps(tree).encode())
             else:

@@ -114,9 +114,7 @@ def test_layer_map_lists_linears_in_module_order(tmp_path: Path) -> None:
         "self_attn.o_proj": (32, 32), "mlp.gate_proj": (64, 32), "mlp.up_proj": (64, 32),
         "mlp.down_proj": (32, 64),
     }  # fmt: skip
-    expected = [
-        (f"model.layers.{block}.{name}", block, shape) for block in range(3) for name, shape in shapes.items()
-    ]
+    expected = [(f"model.layers.{block}.{name}", block, shape) for block in range(3) for name, shape in shapes.items()]
     assert [(layer.name, layer.block, layer.shape) for layer in found] == expected
     assert (found.blocks, found.blocks_name) == (3, "model.layers")
     assert found.tied == {"lm_head.weight": "model.embed_tokens.weight"}

@@ -29,9 +29,7 @@ def test_directory_gives_the_same_model(tmp_path: Path) -> None:
     source = tiny_checkpoint(tmp_path / "source", max_shard_size="10KB")
     (source / "README.md").write_text("---\nlicense: mit\n---\nA card.")
     (source / "pytorch_model.bin").write_bytes(b"pickle")
-    target = fetch_model(
-        ModelSource("directory", path=str(source), name="tiny"), tmp_path / "out", tmp_path, "float32"
-    )
+    target = fetch_model(ModelSource("directory", path=str(source), name="tiny"), tmp_path / "out", tmp_path, "float32")
     assert torch.equal(logits(target), logits(source))
     assert not list(target.glob("*.bin"))
     facts = json.loads((target / "source.json").read_text())
@@ -107,9 +105,7 @@ def quantized(source: Path) -> None:
         (quantized, "already quantized"),
     ],
 )
-def test_bad_checkpoints_leave_the_good_target(
-    tmp_path: Path, damage: Callable[[Path], None], message: str
-) -> None:
+def test_bad_checkpoints_leave_the_good_target(tmp_path: Path, damage: Callable[[Path], None], message: str) -> None:
     source = tiny_checkpoint(tmp_path / "source")
     target = fetch_model(ModelSource("directory", path=str(source)), tmp_path / "out", tmp_path)
     before = (target / "model.safetensors").read_bytes()

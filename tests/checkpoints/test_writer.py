@@ -66,9 +66,7 @@ def test_shards_cover_all_tensors_within_the_limit(tmp_path: Path) -> None:
     tensors = {f"t{index}": torch.full((index + 1, 100), float(index)) for index in range(5)}
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     limit = 1300
-    files = write_weights(
-        tmp_path, list(tensors), shapes, tensors.__getitem__, torch.float32, shard_bytes=limit
-    )
+    files = write_weights(tmp_path, list(tensors), shapes, tensors.__getitem__, torch.float32, shard_bytes=limit)
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
     assert set(index["weight_map"]) == set(tensors)
     assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in tensors.values())

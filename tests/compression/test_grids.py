@@ -136,5 +136,5 @@ def test_odd_columns_name_their_divisors() -> None:
 def test_refuses_groups_for_floats_and_unknown_grids() -> None:
     with pytest.raises(HwpqError, match="Leave the group size out"):
         grids.check_group(64, grids.GRIDS["fp8_e4m3"], 32, "layer.7")
-    with pytest.raises(HwpqError, match="int5.*fp8_e4m3, fp8_e5m2, int8, int4, int3"):
+    with pytest.raises(HwpqError, match=r"int5.*fp8_e4m3, fp8_e5m2, int8, int4, int3"):
         grids.find_grid("int5", "layer.7")

@@ -135,7 +135,7 @@ def test_scale_of_the_inputs_does_not_matter() -> None:
 def test_refuses_values_that_are_not_finite(bad: float, what: str) -> None:
     weight, mask, _, gram = problem(4, 8)
     (weight if what == "weight" else gram)[1, 2] = bad
-    with pytest.raises(HwpqError, match="layer.7.*not finite"):
+    with pytest.raises(HwpqError, match=r"layer.7.*not finite"):
         recovery.recover(weight, mask, gram, where="layer.7")
 
 

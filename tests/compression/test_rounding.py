@@ -41,7 +41,7 @@ def exhaustive(original: np.ndarray, gram: np.ndarray, scale: float, low: int, h
 @pytest.mark.parametrize("seed", range(4))
 def test_coordinate_descent_lies_between_the_exhaustive_optimum_and_nearest(seed: int) -> None:
     weight, gram = problem(3, 5, seed)
-    options = {"group_size": None, "gram": gram, "refit_scales": False}
+    options = {"group_size": None, "gram": gram, "refit_scales": False, "damping": 0.0}
     found = quantize(weight, "int3", method="coordinate_descent", sweeps=20, **options)
     plain = quantize(weight, "int3", method="nearest", **options)
     assert torch.equal(found.scale, plain.scale)
@@ -56,7 +56,7 @@ def test_coordinate_descent_lies_between_the_exhaustive_optimum_and_nearest(seed
 def test_without_correlation_it_is_the_exhaustive_optimum() -> None:
     weight, gram = problem(4, 5, 7)
     gram = torch.diag(gram.diagonal())
-    found = quantize(weight, "int3", method="coordinate_descent", gram=gram, refit_scales=False)
+    found = quantize(weight, "int3", method="coordinate_descent", gram=gram, refit_scales=False, damping=0.0)
     mine = objective(grids.dequantize(found).numpy(), weight.numpy(), gram.numpy())
     for row in range(4):
         best = exhaustive(weight[row].numpy(), gram.numpy(), float(found.scale[row, 0]), -4, 3)
@@ -67,7 +67,14 @@ def test_without_correlation_it_is_the_exhaustive_optimum() -> None:
 def test_no_single_code_can_be_improved(grid: str, group: int | None) -> None:
     weight, gram = problem(4, 32, 11)
     found = quantize(
-        weight, grid, group_size=group, method="coordinate_descent", gram=gram, sweeps=60, refit_scales=False
+        weight,
+        grid,
+        group_size=group,
+        method="coordinate_descent",
+        gram=gram,
+        sweeps=60,
+        refit_scales=False,
+        damping=0.0,
     )
     w, g, limits = weight.numpy(), gram.numpy(), grids.GRIDS[grid]
     values = grids.dequantize(found).numpy()
@@ -155,5 +162,5 @@ def test_refusals_name_layer_and_remedy(options: dict, message: str) -> None:
 def test_refuses_weights_that_are_not_finite() -> None:
     weight = torch.ones(2, 16)
     weight[0, 3] = float("nan")
-    with pytest.raises(HwpqError, match="layer.7.*not finite"):
+    with pytest.raises(HwpqError, match=r"layer.7.*not finite"):
         quantize(weight, "int8", where="layer.7")

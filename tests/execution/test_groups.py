@@ -1,13 +1,110 @@
-"""Groups: the right layers, rows and errors, one at a time."""
+"""Groups: the right layers and rows, steps in order, errors by the formula."""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
-from hwpq_pipeline.calibration.store import Statistics
+from hwpq_pipeline.calibration.statistics import Statistics, collect_statistics
 from hwpq_pipeline.checkpoints.layers import layer_map
 from hwpq_pipeline.checkpoints.reader import Checkpoint
+from hwpq_pipeline.errors import HwpqError
 from hwpq_pipeline.execution.groups import Groups
-from hwpq_pipeline.execution.tables import layer_table
+from hwpq_pipeline.execution.tables import IDENTITY, layer_table
+from tests.tiny import tiny_checkpoint, tiny_tokens
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory):
+    root = tmp_path_factory.mktemp("groups")
+    model = tiny_checkpoint(root / "model")
+    collect_statistics(model, tiny_tokens(), target=root / "gram")
+    collect_statistics(model, tiny_tokens(), target=root / "diagonal", mode="diagonal")
+    return root
+
+
+def make(places, statistics="gram") -> Groups:
+    model = places / "model"
+    return Groups(Checkpoint(model), layer_map(model), Statistics(places / statistics))
+
+
+def test_every_layer_once_with_its_own_rows(places):
+    seen = {}
+    for group in make(places).run("test"):
+        for layer, rows in group.rows:
+            assert layer.name not in seen
+            seen[layer.name] = group.original[rows]
+    weights = load_file(places / "model" / "model.safetensors")
+    assert list(seen) == layer_map(places / "model").names
+    assert all(torch.equal(seen[name], weights[f"{name}.weight"]) for name in seen)
+
+
+def test_layers_of_one_input_are_one_group(places):
+    names = [tuple(layer.name.rpartition(".")[2] for layer in group.layers) for group in make(places).run("test")]
+    assert names == [("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",)] * 2
+
+
+def test_steps_run_in_order_and_lazily(places):
+    calls = []
+
+    def step(name):
+        def take(group):
+            calls.append(name)
+            return group
+
+        return take
+
+    groups = make(places).then(step("a")).then(step("b"))
+    assert calls == []
+    next(groups.run("test"))
+    assert calls == ["a", "b"]
+
+
+def test_errors_by_the_formula(places):
+    """‖(W−W₀)X‖²/‖W₀X‖² in float64, row by row, column pair by column pair."""
+    halved = make(places).then(lambda group: group.with_weight(group.weight.round(decimals=1)))
+    for group in halved.then(lambda group: group.with_measured_error("error_pruned")).run("test"):
+        gram = group.gram.double().numpy()
+        for layer, rows in group.rows:
+            dense = group.original[rows].double().numpy()
+            change = group.weight[rows].double().numpy() - dense
+            wanted = np.einsum("ij,jk,ik->", change, gram, change) / np.einsum("ij,jk,ik->", dense, gram, dense)
+            assert group.facts[layer.name]["error_pruned"] == pytest.approx(wanted, rel=1e-4)
+
+
+def test_energy_is_computed_once_and_gives_the_same(places):
+    (first, *_) = make(places).then(lambda group: group.with_measured_error("a").with_measured_error("b")).run("test")
+    assert first.energy is not None
+    moved = first.with_weight(first.weight * 0.5)
+    known, fresh = moved.with_measured_error("c"), replace(moved, energy=None).with_measured_error("c")
+    for layer in first.layers:
+        assert known.facts[layer.name]["c"] == pytest.approx(fresh.facts[layer.name]["c"], rel=1e-5)
+        assert known.facts[layer.name]["c"] == pytest.approx(0.25, rel=1e-4)
+
+
+def test_diagonal_statistics_know_no_errors(places):
+    (first, *_) = make(places, "diagonal").then(lambda group: group.with_measured_error("a")).run("test")
+    assert first.facts == {}
+
+
+def test_a_damaged_weight_stops_the_walk(places, tmp_path):
+    tiny_checkpoint(tmp_path / "model")
+    weights = load_file(tmp_path / "model" / "model.safetensors")
+    weights["model.layers.1.mlp.down_proj.weight"][3, 3] = float("nan")
+    save_file(weights, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
+    groups = Groups(Checkpoint(tmp_path / "model"), layer_map(tmp_path / "model"), Statistics(places / "gram"))
+    with pytest.raises(HwpqError, match=r"model\.layers\.1\.mlp\.down_proj"):
+        list(groups.run("test"))
+
+
+def test_table_has_a_row_a_layer_and_gaps_for_what_is_not_known(places):
+    layers = layer_map(places / "model")
+    table = layer_table(layers, {layers.names[1]: {"x": 2.0}}, ["x"])
+    assert list(table.columns) == [*IDENTITY, "x"]
+    assert table["layer"].tolist() == layers.names
+    assert table["x"].notna().sum() == 1
+    assert table.loc[1, ["kind", "rows", "columns"]].tolist() == ["k_proj", 16, 32]

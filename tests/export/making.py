@@ -9,7 +9,15 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-ROW = {"q_proj": 32, "k_proj": 16, "v_proj": 16, "o_proj": 32, "gate_proj": 64, "up_proj": 64, "down_proj": 32}
+ROW = {
+    "q_proj": 32,
+    "k_proj": 16,
+    "v_proj": 16,
+    "o_proj": 32,
+    "gate_proj": 64,
+    "up_proj": 64,
+    "down_proj": 32,
+}
 COLUMNS = {**dict.fromkeys(ROW, 32), "down_proj": 64}
 
 
@@ -17,9 +25,9 @@ def layer_shapes(blocks: int = 2) -> dict[str, tuple[int, int]]:
     """Linear layers of `tests.tiny.tiny_config()`, written out."""
     shapes = {}
     for block in range(blocks):
-        for kind in ROW:
+        for kind, rows in ROW.items():
             part = "self_attn" if kind in ("q_proj", "k_proj", "v_proj", "o_proj") else "mlp"
-            shapes[f"model.layers.{block}.{part}.{kind}"] = (ROW[kind], COLUMNS[kind])
+            shapes[f"model.layers.{block}.{part}.{kind}"] = (rows, COLUMNS[kind])
     return shapes
 
 

@@ -173,14 +173,10 @@ def _local(source: CorpusSource, _cache: Path, progress: Progress) -> Found:
     path = Path(str(source.path))
     readers = {".txt": _read_text, ".jsonl": _read_jsonl, ".parquet": _read_table}
     if not path.exists():
-        raise HwpqError(
-            "no such file or directory", where=str(path), remedy="Correct the corpus source's path."
-        )
+        raise HwpqError("no such file or directory", where=str(path), remedy="Correct the corpus source's path.")
     files = sorted(file for file in path.rglob("*") if file.suffix in readers) if path.is_dir() else [path]
     if not files or files[0].suffix not in readers:
-        raise HwpqError(
-            "no text in a known form", where=str(path), remedy="Give .txt, .jsonl or .parquet files."
-        )
+        raise HwpqError("no text in a known form", where=str(path), remedy="Give .txt, .jsonl or .parquet files.")
     digest = sha256_path(path)
     if path.is_file():
         check_sha256(path, source.sha256, where=str(path))
@@ -193,9 +189,7 @@ def _local(source: CorpusSource, _cache: Path, progress: Progress) -> Found:
 
 def _hub(source: CorpusSource, cache: Path, progress: Progress) -> Found:
     _need(source, "repo")
-    snapshot = download_snapshot(
-        str(source.repo), source.revision, [source.files], cache, repo_type="dataset"
-    )
+    snapshot = download_snapshot(str(source.repo), source.revision, [source.files], cache, repo_type="dataset")
     files = sorted(file for file in snapshot.rglob("*.parquet") if file.is_file())
     if not files:
         raise HwpqError(
@@ -215,9 +209,7 @@ def _read_text(path: Path) -> list[Document]:
     try:
         return [(path.stem, path.read_text(encoding="utf-8").strip())]
     except UnicodeDecodeError as error:
-        raise HwpqError(
-            f"not UTF-8 text ({error})", where=str(path), remedy="Convert it to UTF-8."
-        ) from error
+        raise HwpqError(f"not UTF-8 text ({error})", where=str(path), remedy="Convert it to UTF-8.") from error
 
 
 def _read_jsonl(path: Path) -> list[Document]:
@@ -227,9 +219,7 @@ def _read_jsonl(path: Path) -> list[Document]:
             continue
         try:
             record = json.loads(line)
-            documents.append(
-                (str(record.get("title") or f"{path.stem} {number}"), str(record["text"]).strip())
-            )
+            documents.append((str(record.get("title") or f"{path.stem} {number}"), str(record["text"]).strip()))
         except (json.JSONDecodeError, AttributeError, KeyError) as error:
             raise HwpqError(
                 f"not a JSON object with a text ({error})",

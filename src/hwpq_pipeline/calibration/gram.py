@@ -1,49 +1,52 @@
 """Summing over tokens: the Gram matrix `G = Σ x xᵀ` of a layer's inputs, or its diagonal.
 
-`G` is symmetric, so half of its products are enough. On the CPU in float32, numpy hands `A.T @ A` to the BLAS
-routine for just that (`ssyrk`), which also makes the result exactly symmetric: against a full product on two
-AVX2 cores, 1.5 times faster for 1536 features and 1.2 for 576, and faster than any blocking of the upper
-triangle out of full products (1.3 at best). Elsewhere (bfloat16, GPU) a full product runs on the matrix
-units. Sums are float32 in every case. On a CPU in bfloat16 the product of one batch is rounded to bfloat16
-before it is added, a relative error of 2⁻⁹ an entry a batch, which averages out over batches; on a GPU it
-is not.
+`G` is symmetric, so half of its products are enough. On the CPU in float32 the columns are cut into panels of
+about 512 and each panel is multiplied with itself and what lies to its right: `G[p, p:] += x[:, p]ᵀ x[:, p:]`.
+With n panels that is (1 + 1/n)/2 of the work, in products still large enough to run at full speed: 1.3 times
+faster than the full product for 1536 features, 1.1 for 576, on two AVX2 cores. numpy's `A.T @ A` calls the BLAS
+routine for just that (`ssyrk`), which alone is 1.5 and 1.2 times faster than the full product; but its threads
+spin on after the call and take the cores from torch's: measured over a whole calibration, it costs 1.15 times
+the processor time of the panels with 8 samples a batch, and 1.3 to 1.5 times with 4. Elsewhere (bfloat16, GPU)
+one full product runs on the matrix units.
+
+Sums are float32 in every case. On a CPU in bfloat16 the product of one batch is rounded to bfloat16 before it
+is added, a relative error of 2⁻⁹ an entry a batch, which averages out over batches; on a GPU it is not.
 """
 
 from __future__ import annotations
 
-import numpy as np
 import torch
+
+PANEL = 512
 
 
 class Gram:
-    """Running `Σ x xᵀ`, shape (features, features), float32.
+    """Running `Σ x xᵀ`, shape (features, features), float32; of the sum the upper triangle counts.
 
     Args:
         features: length of one input vector.
         device: where the sum is kept.
     """
 
-    suffix = "gram"
-
     def __init__(self, features: int, device: torch.device) -> None:
         self.sum = torch.zeros(features, features, device=device)
+        panels = 1 if features < PANEL else max(2, -(-features // PANEL))
+        self.bounds = [features * panel // panels for panel in range(panels + 1)]
 
     def add(self, x: torch.Tensor) -> None:
         """Add rows `x`, shape (tokens, features)."""
         if x.device.type == "cpu" and x.dtype == torch.float32:
-            rows = x.numpy()
-            total = self.sum.numpy()
-            with np.errstate(all="ignore"):  # `finite` tells of it, with the layer's name
-                np.add(total, rows.T @ rows, out=total)
+            for start, stop in zip(self.bounds, self.bounds[1:], strict=False):
+                self.sum[start:stop, start:].addmm_(x[:, start:stop].T, x[:, start:])
         elif x.device.type == "cuda" and x.dtype != torch.float32:
             self.sum += torch.mm(x.T, x, out_dtype=torch.float32)
         else:
             self.sum += torch.mm(x.T, x)
 
     def result(self) -> torch.Tensor:
-        """The sum, symmetric, on the CPU."""
-        total = self.sum.cpu()
-        return (total + total.T) / 2
+        """The sum, exactly symmetric, on the CPU."""
+        upper = self.sum.cpu().triu()
+        return upper + upper.triu(1).T
 
     def finite(self) -> bool:
         """Whether every input so far was a number: `G_jj = Σ x_j²` shows any that was not."""
@@ -52,8 +55,6 @@ class Gram:
 
 class Energy:
     """Running `Σ x_j²`, shape (features,), float32: the diagonal of `Gram` at a fraction of its cost."""
-
-    suffix = "energy"
 
     def __init__(self, features: int, device: torch.device) -> None:
         self.sum = torch.zeros(features, device=device)

@@ -58,9 +58,7 @@ def draw_samples(
     encoded = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
     body = length - len(prefix)
     windows = [
-        (row, start)
-        for row, ids in zip(rows, encoded, strict=True)
-        for start in range(0, len(ids) - body + 1, body)
+        (row, start) for row, ids in zip(rows, encoded, strict=True) for start in range(0, len(ids) - body + 1, body)
     ]
     if len(windows) < samples:
         raise HwpqError(

@@ -5,8 +5,9 @@ block by block: the embeddings of all samples once, then each decoder block over
 linear layers, its sums written to disk before the next block starts. In memory are the model, the hidden
 states of all samples (samples · length · hidden) and one block's sums.
 
-Cost for 32 × 512 tokens of a 135 M model on two AVX2 cores in float32: about as much for the sums as for the
-forward pass, which is why the sums use the symmetry (see `gram`).
+In float32 the sums would cost nearly as much as the forward pass, which is why they use the symmetry (see
+`gram`). Larger batches cost less time and more memory for one block's activations; beyond a few thousand tokens
+a batch nothing is gained.
 """
 
 from __future__ import annotations
@@ -65,9 +66,7 @@ def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
         return torch.bfloat16 if has_bfloat16(device) else torch.float32
     known = {"float32": torch.float32, "bfloat16": torch.bfloat16}
     if dtype not in known:
-        raise HwpqError(
-            f"unknown dtype {dtype}", where="calibration", remedy="Use auto, float32 or bfloat16."
-        )
+        raise HwpqError(f"unknown dtype {dtype}", where="calibration", remedy="Use auto, float32 or bfloat16.")
     return known[dtype]
 
 
@@ -78,7 +77,7 @@ def collect_statistics(
     target: str | Path,
     mode: str = "gram",
     dtype: str = "auto",
-    batch: int = 4,
+    batch: int = 8,
     device: str = "auto",
     progress: Progress | None = None,
 ) -> Collected:
@@ -158,9 +157,7 @@ def _checked_ids(token_ids: torch.Tensor | np.ndarray[Any, Any], model: Any, whe
     return ids
 
 
-def _walk(
-    model: Any, batches: list[torch.Tensor], writer: StatisticsWriter, progress: Progress
-) -> dict[str, float]:
+def _walk(model: Any, batches: list[torch.Tensor], writer: StatisticsWriter, progress: Progress) -> dict[str, float]:
     """All batches through one block after another; returns the seconds spent on sums and on writing."""
     plan = map_model(model)
     _, blocks = find_blocks(model)

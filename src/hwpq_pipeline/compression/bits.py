@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import HwpqError
+from hwpq_pipeline.errors import HwpqError
 
 
 def packed_columns(columns: int) -> int:

@@ -10,24 +10,25 @@ diagonal of the Gram matrix); ``S = Σ_j x_j²``. All metrics are on the scale o
                                                                   ICLR 2024 (plug-and-play), eq. 4, squared
     magnitude      L_ij = w_ij²
 
-**Factors.** Every metric is the square of ``z_ij = |w_ij| · (u_j + r_i v_j)``: one or two vectors over the inputs and one
-over the rows. The fused kernels take these three vectors and never see a matrix ``L``; ``sqrt(L)`` is ``z`` itself, so the
-default domain of the selection needs neither a square nor a root, and a tiny weight's square cannot underflow.
+**Factors.** Every metric is the square of ``z_ij = |w_ij| · (u_j + r_i v_j)``: one or two vectors over the inputs and
+one over the rows. The fused kernels take these three vectors and never see a matrix ``L``; ``sqrt(L)`` is ``z`` itself,
+so the default domain of the selection needs neither a square nor a root, and a tiny weight's square cannot underflow.
 
-**Edges.** One input that holds all the energy makes the denominator zero: it is floored at 2⁻²⁴ (float32's resolution), so
-that its weights rank above all others of their size but stay finite. Without any energy (S = 0) the shares ``x_j²/S`` are
-taken as zero: ``hwpq`` is then the magnitude, and the energy-weighted metrics are zero everywhere (all tied). A row or column
-of zero weights has no relative importance: its RIA term is zero.
+**Edges.** One input that holds all the energy makes the denominator zero: it is floored at 2⁻²⁴ (float32's resolution),
+so that its weights rank above all others of their size but stay finite. Without any energy (S = 0) the shares
+``x_j²/S`` are taken as zero: ``hwpq`` is then the magnitude, and the energy-weighted metrics are zero everywhere (all
+tied). A row or column of zero weights has no relative importance: its RIA term is zero.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import HwpqError
+from hwpq_pipeline.errors import HwpqError
 
 METRICS = ("hwpq", "hwpq_weighted", "wanda", "ria", "magnitude")
 
@@ -36,6 +37,9 @@ SMALLEST_REST = 2.0**-24
 
 #: RIA's exponent of the input's norm, as published.
 RIA_EXPONENT = 0.5
+
+#: The levels that `contribution_quantiles` reports.
+QUANTILES = (0.01, 0.1, 0.25, 0.5, 0.75, 0.9, 0.99)
 
 
 @dataclass(frozen=True)
@@ -135,6 +139,22 @@ def root_contribution(weight: Tensor, factors: Factors) -> Tensor:
     """``sqrt(L)``, float32, shape (out, in): ``|w_ij| · (column_j + row_i · cross_j)`` in this order of operations."""
     scale = factors.column + factors.row[:, None] * factors.cross
     return weight.float().abs() * scale
+
+
+def contribution_quantiles(weight: Tensor, factors: Factors, values: int = 32768) -> dict[str, float]:
+    """Quantiles of the contributions, from an even sample of the layer: ``{"q01": …, "q50": …, "q99": …}``.
+
+    Args:
+        weight: shape (out, in).
+        factors: of the metric.
+        values: about how many weights to look at; sorting all of them would cost more than the selection.
+    """
+    rows = torch.linspace(0, weight.shape[0] - 1, min(weight.shape[0], 64)).round().long()
+    sample = root_contribution(weight[rows], factors.rows(rows)).square().flatten()
+    # An odd step visits all residues of the (mostly even) number of columns.
+    sample = sample[:: max(1, sample.numel() // values) | 1]
+    found = np.quantile(sample.cpu().numpy(), QUANTILES).tolist()
+    return {f"q{round(100 * level):02d}": value for level, value in zip(QUANTILES, found, strict=True)}
 
 
 def _absolute_sums(weight: Tensor, rows_at_once: int = 1024) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,12 @@ weight can be made good by another that reads a correlated input, which is a pro
 al. 2023, arXiv 2309.01885), with the group scales refitted on the same quadratic after their group's codes.  It needs
 ``G`` and no inverse of it (GPTQ needs a Cholesky factor), and its target is the dense weight ``W₀`` even when it starts
 from recovered pruned weights: what rounding does is then corrected towards the dense outputs, not towards the recovered
-ones.  The objective never rises, and a row that did not gain keeps its nearest codes.
+ones.  A row that did not gain keeps its nearest codes.
+
+The descent runs on ``G + δI``, ``δ = 0.01·mean(diag G)``.  With 0.2 the layers' error on held-out text is 6 % less, yet
+perplexity is higher (23.18 for 23.04 in a trial): the mean is made by few inputs of much energy, and so large a ``δ``
+mutes the others.  The scale search weighs a weight's error by its input's energy, as the quadratic does; that alone
+takes a fifth off the layers' error with nearest.
 """
 
 from __future__ import annotations
@@ -44,6 +49,7 @@ def quantize(
     gram: Tensor | None = None,
     sweeps: int = 4,
     refit_scales: bool = True,
+    damping: float = 0.01,
     scale_dtype: torch.dtype = torch.float32,
     where: str = "rounding",
 ) -> Quantized:
@@ -59,6 +65,7 @@ def quantize(
         gram: (in, in) Σ x xᵀ. Where given, its diagonal weighs the scale search's errors too.
         sweeps: coordinate-descent passes over the columns.
         refit_scales: refit the group scales on the quadratic in every sweep.
+        damping: coordinate descent adds this to the Gram matrix's diagonal, in units of its mean.
         scale_dtype: the type that the scales will be stored in; they are rounded to it before the codes are chosen.
         where: the layer's name, for errors.
 
@@ -82,16 +89,14 @@ def quantize(
     if method == "coordinate_descent" and gram is not None:
         target = weight if original is None else original.float()
         codes, scale = _descend(
-            codes, scale, target, gram, mask, numbers, sweeps, refit_scales, scale_dtype, where
+            codes, scale, target, gram, mask, numbers, sweeps, refit_scales, damping, scale_dtype, where
         )
     return Quantized(codes=codes, scale=scale, grid=grid, group_size=group_size)
 
 
 def _check_method(method: str, grid: Grid, gram: Tensor | None, where: str) -> None:
     if method not in METHODS:
-        raise HwpqError(
-            f"unknown rounding {method!r}", where=where, remedy=f"Choose one of {', '.join(METHODS)}."
-        )
+        raise HwpqError(f"unknown rounding {method!r}", where=where, remedy=f"Choose one of {', '.join(METHODS)}.")
     if method == "nearest":
         return
     if grid.is_float:
@@ -125,16 +130,20 @@ def _descend(
     grid: Grid,
     sweeps: int,
     refit: bool,
+    damping: float,
     dtype: torch.dtype,
     where: str,
 ) -> tuple[Tensor, Tensor]:
-    """Coordinate descent from ``codes``, row by row never worse than it began."""
+    """Coordinate descent from ``codes``; a row whose undamped objective did not fall keeps what it had."""
     check_problem(target, gram, mask, where)
+    delta = damping * float(gram.diagonal().double().mean())
+    damped = gram.float().clone()
+    damped.diagonal().add_(delta)
     moved, scales, before, after = cpu.descend(
         codes,
         scale,
         target,
-        gram.float(),
+        damped,
         mask,
         low=grid.low,
         high=grid.high,
@@ -142,5 +151,13 @@ def _descend(
         refit=refit,
         scale_dtype=dtype,
     )
+    before -= 0.5 * delta * _squared_distance(codes, scale, target)
+    after -= 0.5 * delta * _squared_distance(moved, scales, target)
     better = (after < before)[:, None]
     return torch.where(better, moved, codes), torch.where(better, scales, scale)
+
+
+def _squared_distance(codes: Tensor, scale: Tensor, target: Tensor) -> Tensor:
+    """(out,) ‖q − w₀‖² of every row."""
+    change = codes.float().mul_(scale.repeat_interleave(codes.shape[1] // scale.shape[1], 1)).sub_(target)
+    return torch.linalg.vecdot(change, change)

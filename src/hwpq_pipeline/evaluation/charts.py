@@ -86,9 +86,7 @@ def sparsity_by_layer(layers: pd.DataFrame, path: str | Path) -> Path:
         panel.set_title(kind, fontsize=10)
     values = 100 * layers[["wanted_sparsity", "reached_sparsity"]].to_numpy(float)
     low, high = float(np.nanmin(values)), float(np.nanmax(values))
-    margin = max(
-        1.0, 0.1 * (high - low)
-    )  # a wanted sparsity is met to 0.1 %: a full axis would hide the rest
+    margin = max(1.0, 0.1 * (high - low))  # a wanted sparsity is met to 0.1 %: a full axis would hide the rest
     panels[0].set_ylim(max(low - margin, -margin / 4), min(high + margin, 100 + margin / 4))
     _finish_panels(figure, panels, "Sparsity by layer", "zeros, %")
     return _save(figure, path)
@@ -137,9 +135,7 @@ def pareto_front(x: np.ndarray[Any, Any], y: np.ndarray[Any, Any]) -> list[int]:
     return front
 
 
-def _scatter(
-    axes: Axes, x: np.ndarray[Any, Any], y: np.ndarray[Any, Any], names: Sequence[str], label: str
-) -> None:
+def _scatter(axes: Axes, x: np.ndarray[Any, Any], y: np.ndarray[Any, Any], names: Sequence[str], label: str) -> None:
     from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
     front = pareto_front(x, y)
@@ -208,9 +204,7 @@ def _overlap(a: tuple[float, ...], b: tuple[float, ...]) -> bool:
 
 def _require(table: pd.DataFrame, columns: Sequence[str]) -> None:
     if missing := [column for column in columns if column not in table]:
-        raise HwpqError(
-            f"the table has no column {', '.join(missing)}", where="chart", remedy="Run the report again."
-        )
+        raise HwpqError(f"the table has no column {', '.join(missing)}", where="chart", remedy="Run the report again.")
     if table.empty:
         raise HwpqError("the table has no rows", where="chart", remedy="Run the pipelines before the chart.")
 

@@ -87,30 +87,30 @@ def dtype_name(dtype: str) -> str:
     return str(resolve_dtype(dtype)).removeprefix("torch.")
 
 
-def open_model(directory: str | Path, dtype: str, probe: Tensor) -> LoadedModel:
+def open_model(directory: str | Path, dtype: str, tokens: Tensor) -> LoadedModel:
     """Load a checkpoint from a local directory and make sure that it computes what it says.
 
     Args:
         directory: a dense checkpoint or an export.
         dtype: `auto`, `float32` or `bfloat16`.
-        probe: token ids to try it on, shape (length,) or longer; the first few are used.
+        tokens: ids that it is going to see, shape (samples, length); it is tried on the first few.
 
     Raises:
-        HwpqError: it does not load, weights are missing, left over or of another shape, its logits are not a
-            linear function of its hidden states or not finite, or it should round activations and does not.
+        HwpqError: it does not load, weights are missing, left over or of another shape, ids are outside its
+            vocabulary, its logits are not finite or not a linear function of its hidden states, or it should
+            round activations and does not.
     """
     model = _load(Path(directory), resolve_dtype(dtype))
-    ids = probe.reshape(1, -1)[:, :_PROBE_TOKENS]
+    head = model.get_output_embeddings()
+    if head is None or model.base_model is model:
+        raise HwpqError("no language model head", where=str(directory), remedy="Use a causal LM.")
+    _check_vocabulary(tokens, head.weight.shape[0], str(directory))
+    ids = tokens[:1, :_PROBE_TOKENS]
     with torch.inference_mode():
         with _without_bars():
             logits = model(input_ids=ids, use_cache=False).logits.float()
-        head = model.get_output_embeddings()
-        if head is None or model.base_model is model:
-            raise HwpqError("no language model head", where=str(directory), remedy="Use a causal LM.")
         bias = getattr(head, "bias", None)
-        loaded = LoadedModel(
-            model, head.weight.detach().float(), None if bias is None else bias.detach().float()
-        )
+        loaded = LoadedModel(model, head.weight.detach().float(), None if bias is None else bias.detach().float())
         _check_head(loaded, ids, logits, Path(directory))
         _check_activations(loaded, ids, Path(directory))
     return loaded
@@ -135,9 +135,7 @@ def _load(directory: Path, dtype: torch.dtype) -> Any:
             )
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise HwpqError(
-            f"transformers cannot load it ({first})", where=str(directory), remedy=remedy
-        ) from error
+        raise HwpqError(f"transformers cannot load it ({first})", where=str(directory), remedy=remedy) from error
     model, found = result
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
         if wrong := sorted(map(str, found.get(kind) or ())):
@@ -147,6 +145,16 @@ def _load(directory: Path, dtype: torch.dtype) -> Any:
                 remedy=remedy,
             )
     return model.eval()
+
+
+def _check_vocabulary(tokens: Tensor, vocabulary: int, where: str) -> None:
+    low, high = int(tokens.min()), int(tokens.max())
+    if low < 0 or high >= vocabulary:
+        raise HwpqError(
+            f"token ids reach from {low} to {high}, the vocabulary has {vocabulary} entries",
+            where=where,
+            remedy="Draw the samples with this model's tokenizer.",
+        )
 
 
 def _check_head(loaded: LoadedModel, ids: Tensor, logits: Tensor, directory: Path) -> None:

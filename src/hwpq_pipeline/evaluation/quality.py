@@ -29,7 +29,6 @@ from .reference import (
     Progress,
     Reference,
     check_tokens,
-    check_vocabulary,
     chunks,
     hidden_batches,
     load_reference,
@@ -94,8 +93,7 @@ def evaluate_export(
     begun = time.perf_counter()
     tokens = reference.tokens if token_ids is None else check_tokens(token_ids)
     _check_same(reference, tokens, dtype)
-    loaded = open_model(export_dir, dtype, tokens[0])
-    check_vocabulary(tokens, loaded, str(export_dir))
+    loaded = open_model(export_dir, dtype, tokens)
     if loaded.head_digest() != reference.head_digest:
         raise HwpqError(
             "its lm_head is not the dense model's",
@@ -130,9 +128,7 @@ def evaluate_export(
 def _check_same(reference: Reference, tokens: Tensor, dtype: str) -> None:
     remedy = "Run the reference pipeline again with these evaluation parameters."
     if not torch.equal(tokens, reference.tokens):
-        raise HwpqError(
-            "the evaluation tokens are not those of the reference", where="reference", remedy=remedy
-        )
+        raise HwpqError("the evaluation tokens are not those of the reference", where="reference", remedy=remedy)
     if dtype_name(dtype) != reference.dtype:
         raise HwpqError(
             f"made in dtype {reference.dtype}, asked for {dtype_name(dtype)}",
@@ -152,9 +148,7 @@ def _compare(
     return nll, divergence, logits.argmax(-1) == top1
 
 
-def _summary(
-    reference: Reference, nll: Tensor, divergence: Tensor, agree: Tensor, begun: float, where: str
-) -> Quality:
+def _summary(reference: Reference, nll: Tensor, divergence: Tensor, agree: Tensor, begun: float, where: str) -> Quality:
     mean_nll, mean_divergence = float(nll.double().mean()), float(divergence.double().mean())
     if mean_divergence < _KL_FLOOR:
         raise HwpqError(

@@ -1,0 +1,1 @@
+"""Mapping the method over a model's layers, on this machine."""

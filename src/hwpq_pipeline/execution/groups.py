@@ -23,7 +23,7 @@ from torch import Tensor
 from hwpq_pipeline.checkpoints.layers import Layer, LayerMap
 from hwpq_pipeline.checkpoints.reader import Checkpoint
 from hwpq_pipeline.compression.grids import Quantized
-from hwpq_pipeline.compression.recovery import output_error, relative_error
+from hwpq_pipeline.compression.recovery import output_error, relative_error, squared_error
 from hwpq_pipeline.errors import HwpqError
 from hwpq_pipeline.execution.progress import with_progress
 
@@ -57,6 +57,7 @@ class Group:
         weight: the weights as the last step left them, same shape.
         mask: bool, same shape, true where a weight is kept; None when nothing is pruned.
         quantized: codes and scales of `weight`; None before rounding.
+        energy: ‖w₀X‖² of every row, shape (rows,), once a step has needed it.
         facts: what the steps found out, by layer name: columns of the layer table.
     """
 
@@ -67,6 +68,7 @@ class Group:
     weight: Tensor
     mask: Tensor | None = None
     quantized: Quantized | None = None
+    energy: Tensor | None = None
     facts: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     @cached_property
@@ -87,21 +89,32 @@ class Group:
         """The Gram matrix of the inputs, shape (in_features, in_features), float32; read once a step."""
         return self.statistics.gram(self.name)
 
-    def with_errors(self, column: str, known: tuple[Tensor, Tensor] | None = None) -> Group:
-        """Note each layer's relative squared output error ‖(W−W₀)X‖²/‖W₀X‖² under `column`.
+    def with_measured_error(self, column: str) -> Group:
+        """Note the weight's error as it stands; see `with_error`. It costs a matrix product, two the first time.
 
         Without a Gram matrix (statistics of mode `diagonal`) the error is not known and nothing is noted.
-
-        Args:
-            column: of the layer table.
-            known: squared error and energy of every row, shape (rows,) each, where a step has them already.
         """
         if self.statistics.mode == "diagonal":
             return self
-        error, energy = known or output_error(self.weight, self.original, self.gram)
-        facts = {layer.name: {**self.facts.get(layer.name, {}), column: relative_error(error[rows], energy[rows])}
-                 for layer, rows in self.rows}
-        return replace(self, facts=facts)
+        if self.energy is None:
+            error, energy = output_error(self.weight, self.original, self.gram)
+        else:
+            error, energy = squared_error(self.weight - self.original, self.gram), self.energy
+        return self.with_error(column, error, energy)
+
+    def with_error(self, column: str, error: Tensor, energy: Tensor) -> Group:
+        """Note each layer's relative squared output error ‖(W−W₀)X‖²/‖W₀X‖².
+
+        Args:
+            column: of the layer table.
+            error: ‖(w−w₀)X‖² of every row, shape (rows,).
+            energy: ‖w₀X‖² of every row, shape (rows,); kept for the steps that follow.
+        """
+        facts = {
+            layer.name: {**self.facts.get(layer.name, {}), column: relative_error(error[rows], energy[rows])}
+            for layer, rows in self.rows
+        }
+        return replace(self, facts=facts, energy=energy)
 
 
 Step = Callable[[Group], Group]
@@ -117,8 +130,9 @@ class Groups:
         steps: composed by `then`.
     """
 
-    def __init__(self, checkpoint: Checkpoint, layers: LayerMap, statistics: InputStatistics,
-                 steps: Sequence[Step] = ()) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, layers: LayerMap, statistics: InputStatistics, steps: Sequence[Step] = ()
+    ) -> None:
         self.checkpoint, self.layers, self.statistics, self.steps = checkpoint, layers, statistics, tuple(steps)
 
     def then(self, step: Step) -> Groups:
@@ -150,7 +164,10 @@ class Groups:
     def _read(self, name: str, layers: tuple[Layer, ...]) -> Group:
         for layer in layers:
             if (stored := tuple(self.checkpoint.shape(f"{layer.name}.weight"))) != layer.shape:
-                raise HwpqError(f"weight has shape {stored}, the config says {layer.shape}", where=layer.name,
-                                remedy="Fetch the model again: weights and config do not belong together.")
+                raise HwpqError(
+                    f"weight has shape {stored}, the config says {layer.shape}",
+                    where=layer.name,
+                    remedy="Fetch the model again: weights and config do not belong together.",
+                )
         weight = torch.cat([self.checkpoint.weight(layer.name) for layer in layers])
         return Group(name, layers, self.statistics, weight, weight)

@@ -12,7 +12,9 @@ from hwpq_pipeline.checkpoints.layers import Layer
 IDENTITY = ("layer", "block", "kind", "rows", "columns")
 
 
-def layer_table(layers: Iterable[Layer], facts: Mapping[str, Mapping[str, Any]], columns: Iterable[str]) -> pd.DataFrame:
+def layer_table(
+    layers: Iterable[Layer], facts: Mapping[str, Mapping[str, Any]], columns: Iterable[str]
+) -> pd.DataFrame:
     """A table of `layers` with the `columns` of `facts`; what a layer's facts lack is missing.
 
     Args:

@@ -145,9 +145,7 @@ def _left_alone(model_dir: str | Path, quantized: Mapping[str, Any]) -> list[str
     return [name for name in linears if name not in quantized]
 
 
-def _tensors(
-    dense: Checkpoint, compressed: Intermediate, scale_dtype: torch.dtype
-) -> Iterator[tuple[str, Tensor]]:
+def _tensors(dense: Checkpoint, compressed: Intermediate, scale_dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
     """The export's tensors by name, each made when it is asked for."""
     if lost := sorted(layer for layer in compressed.layers if f"{layer}.weight" not in dense):
         raise HwpqError(

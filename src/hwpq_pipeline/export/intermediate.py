@@ -109,9 +109,7 @@ class Intermediate:
         try:
             tensor: Tensor = self._handles[name].get_tensor(name)
         except (SafetensorError, OSError, RuntimeError) as error:
-            raise HwpqError(
-                f"cannot be read ({error})", where=f"{self.path}: {name}", remedy=_AGAIN
-            ) from error
+            raise HwpqError(f"cannot be read ({error})", where=f"{self.path}: {name}", remedy=_AGAIN) from error
         return tensor
 
     def read_quantized(self, layer: str, shape: tuple[int, ...]) -> QuantizedLayer:

@@ -4,19 +4,25 @@ What the CPU kernels share: how they are compiled (`jit`), how rows are spread o
 weight is read without a copy (`flat_rows`).
 
 **Compiling.** Machine code is cached beside the source, else in the user's cache directory, or where
-``NUMBA_CACHE_DIR`` points. Where none of these can be written to, a kernel is compiled once a process. No fastmath: the
-results are defined to the bit. (LLVM fuses no multiplication into an addition unless told to.)
+``NUMBA_CACHE_DIR`` points. Where none of these can be written to, a kernel is compiled once a process. Numba forgets
+cached code when the kernel's own file changes, but not when a file does that it takes its inner loop from; `jit` makes
+it a matter of all the kernels' sources. No fastmath: the results are defined to the bit. (LLVM fuses no multiplication
+into an addition unless told to.)
 
 **Threads.** The kernels are serial, release the GIL and are run over chunks of rows by plain threads, as many as
 ``numba.get_num_threads()`` (the cores, unless ``NUMBA_NUM_THREADS`` or `numba.set_num_threads` says less). Chunks are
-handed out one at a time, so a core that something else holds up does not hold up the rest; callers may themselves be
-threads or forked processes, which numba's own thread pools do not all allow.
+taken one at a time, by the caller too, so a core that something else holds up does not hold up the rest; callers may
+themselves be threads or forked processes, which numba's own thread pools do not all allow.
 """
 
 from __future__ import annotations
 
+import functools
+import hashlib
+import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import numba
@@ -30,13 +36,28 @@ __all__ = ["flat_rows", "jit", "over_rows"]
 SMALLEST_SHARED = 1 << 17
 
 
+@functools.cache
+def _sources() -> str:
+    """A digest of every source below this folder."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.rglob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
 def jit(function: Callable[..., Any]) -> Any:
     """Compile for the CPU: no GIL, numpy's error model, strict arithmetic, cached on disk where that is possible."""
     options = {"nogil": True, "error_model": "numpy", "fastmath": False}
     try:
-        return numba.njit(cache=True, **options)(function)
+        compiled = numba.njit(cache=True, **options)(function)
     except RuntimeError:  # numba found no directory that it may write to
-        return numba.njit(cache=False, **options)(function)
+        return numba.njit(**options)(function)
+    # Numba offers no public way to widen what its cache depends on; without this one, better no cache than a stale one.
+    index = getattr(getattr(compiled, "_cache", None), "_cache_file", None)
+    if not hasattr(index, "_source_stamp"):
+        return numba.njit(**options)(function)
+    index._source_stamp = (index._source_stamp, _sources())  # type: ignore[union-attr]  # noqa: SLF001
+    return compiled
 
 
 def over_rows(work: Callable[[int, int], None], rows: int, columns: int, block: int = 1) -> None:
@@ -54,10 +75,29 @@ def over_rows(work: Callable[[int, int], None], rows: int, columns: int, block: 
         return
     share = -(-rows // (threads * 4))
     chunk = -(-share // block) * block
-    with ThreadPoolExecutor(threads) as pool:
-        jobs = [pool.submit(work, first, min(first + chunk, rows)) for first in range(0, rows, chunk)]
-        for job in jobs:
-            job.result()
+    starts = iter(range(0, rows, chunk))  # taking the next of an iterator is atomic
+
+    def drain() -> None:
+        for first in starts:
+            work(first, min(first + chunk, rows))
+
+    helpers = [_pool().submit(drain) for _ in range(threads - 1)]
+    try:
+        drain()  # the caller works too: small layers are done before a helper wakes
+    finally:
+        for helper in helpers:
+            if not helper.cancel():
+                helper.result()
+
+
+@functools.cache
+def _pool() -> ThreadPoolExecutor:
+    """The helping threads, started when first needed, and shared by all callers."""
+    return ThreadPoolExecutor(numba.config.NUMBA_NUM_THREADS, thread_name_prefix="kernels")
+
+
+# Threads do not survive a fork: the child starts its own.
+os.register_at_fork(after_in_child=_pool.cache_clear)
 
 
 def flat_rows(weight: Tensor) -> tuple[np.ndarray[Any, Any], int]:

@@ -6,8 +6,7 @@ from collections.abc import Iterable
 
 from kedro.pipeline import Node, Pipeline
 
-SHARED = {"model", "corpus", "calibration", "evaluation", "statistics", "reference", "scratch",
-          "calibrate_seconds"}
+SHARED = {"model", "corpus", "calibration", "evaluation", "statistics", "reference", "scratch", "calibrate_seconds"}
 
 
 def for_each_variant(nodes: Iterable[Node], names: Iterable[str]) -> Pipeline:
@@ -25,9 +24,15 @@ def for_each_variant(nodes: Iterable[Node], names: Iterable[str]) -> Pipeline:
     parameters = {name: name for name in template.inputs() if name.startswith("params:")}
     return sum(
         (
-            Pipeline(template, namespace=f"variants.{name}", inputs=shared,
-                     parameters={**parameters, **({"params:variant": f"params:variants.{name}"}
-                                                  if "params:variant" in parameters else {})})
+            Pipeline(
+                template,
+                namespace=f"variants.{name}",
+                inputs=shared,
+                parameters={
+                    **parameters,
+                    **({"params:variant": f"params:variants.{name}"} if "params:variant" in parameters else {}),
+                },
+            )
             for name in names
         ),
         Pipeline([]),

@@ -9,8 +9,15 @@ import pandas as pd
 import rich
 from rich.table import Table
 
-FIGURES = ("perplexity", "perplexity_ratio", "kl_divergence", "top1_agreement", "sparsity", "size_bytes",
-           "compression_ratio")
+FIGURES = (
+    "perplexity",
+    "perplexity_ratio",
+    "kl_divergence",
+    "top1_agreement",
+    "sparsity",
+    "size_bytes",
+    "compression_ratio",
+)
 
 
 def comparison_table(metrics: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:
@@ -23,10 +30,12 @@ def comparison_table(metrics: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:
         Columns `variant`, those of `FIGURES`, and `seconds`: the sum over the stages that made the variant
         (calibrate, select, compress, export), evaluation left out.
     """
-    return pd.DataFrame([
-        {"variant": name, **{figure: values[figure] for figure in FIGURES}, "seconds": making_seconds(values)}
-        for name, values in metrics.items()
-    ])
+    return pd.DataFrame(
+        [
+            {"variant": name, **{figure: values[figure] for figure in FIGURES}, "seconds": making_seconds(values)}
+            for name, values in metrics.items()
+        ]
+    )
 
 
 def making_seconds(metrics: Mapping[str, Any]) -> float:
@@ -37,16 +46,35 @@ def making_seconds(metrics: Mapping[str, Any]) -> float:
 def show(table: pd.DataFrame, *, experiment: str, tracking_uri: str, new_runs: int) -> None:
     """Print the table, and how to open the MLflow UI."""
     view = Table(title="Compressed variants")
-    heads = {"variant": "variant", "perplexity": "perplexity", "perplexity_ratio": "× dense",
-             "kl_divergence": "KL (nats)", "top1_agreement": "top-1 agreement", "sparsity": "sparsity",
-             "size_bytes": "MB on disk", "compression_ratio": "× smaller", "seconds": "seconds to make"}
+    heads = {
+        "variant": "variant",
+        "perplexity": "perplexity",
+        "perplexity_ratio": "× dense",
+        "kl_divergence": "KL (nats)",
+        "top1_agreement": "top-1 agreement",
+        "sparsity": "sparsity",
+        "size_bytes": "MB on disk",
+        "compression_ratio": "× smaller",
+        "seconds": "seconds to make",
+    }
     for head in heads.values():
         view.add_column(head, justify="left" if head == "variant" else "right")
     for row in table.to_dict("records"):
-        view.add_row(str(row["variant"]), f"{row['perplexity']:.2f}", f"{row['perplexity_ratio']:.3f}",
-                     f"{row['kl_divergence']:.4f}", f"{row['top1_agreement']:.1%}", f"{row['sparsity']:.1%}",
-                     f"{row['size_bytes'] / 1e6:.1f}", f"{row['compression_ratio']:.2f}", f"{row['seconds']:.0f}")
+        view.add_row(
+            str(row["variant"]),
+            f"{row['perplexity']:.2f}",
+            f"{row['perplexity_ratio']:.3f}",
+            f"{row['kl_divergence']:.4f}",
+            f"{row['top1_agreement']:.1%}",
+            f"{row['sparsity']:.1%}",
+            f"{row['size_bytes'] / 1e6:.1f}",
+            f"{row['compression_ratio']:.2f}",
+            f"{row['seconds']:.0f}",
+        )
     console = rich.get_console()
     console.print(view)
-    console.print(f"{new_runs} new runs in MLflow experiment {experiment!r}. "
-                  f"Compare them with `make ui`, or: mlflow ui --backend-store-uri {tracking_uri}", soft_wrap=True)
+    console.print(
+        f"{new_runs} new runs in MLflow experiment {experiment!r}. "
+        f"Compare them with `make ui`, or: mlflow ui --backend-store-uri {tracking_uri}",
+        soft_wrap=True,
+    )

@@ -112,8 +112,11 @@ def log_once(record: Record, *, experiment: str, tracking_uri: str) -> tuple[str
         return _write(client, experiment_id, record), True
     except MlflowException as error:
         reason = " ".join(str(error).replace(tracking_uri, _masked(tracking_uri)).split())[:300]
-        raise HwpqError(f"MLflow failed ({reason})", where=_masked(tracking_uri),
-                        remedy="The results are on disk; log them later with `kedro run --pipelines track`.") from error
+        raise HwpqError(
+            f"MLflow failed ({reason})",
+            where=_masked(tracking_uri),
+            remedy="The results are on disk; log them later with `kedro run --pipelines track`.",
+        ) from error
 
 
 def _experiment(client: MlflowClient, name: str, tracking_uri: str) -> str:
@@ -127,8 +130,9 @@ def _experiment(client: MlflowClient, name: str, tracking_uri: str) -> str:
 
 
 def _finished(client: MlflowClient, experiment_id: str, key: str) -> str | None:
-    runs = client.search_runs([experiment_id], f"tags.`{KEY}` = '{key}' and attributes.status = 'FINISHED'",
-                              max_results=1)
+    runs = client.search_runs(
+        [experiment_id], f"tags.`{KEY}` = '{key}' and attributes.status = 'FINISHED'", max_results=1
+    )
     return str(runs[0].info.run_id) if runs else None
 
 
@@ -166,6 +170,7 @@ def _write(client: MlflowClient, experiment_id: str, record: Record) -> str:
 
 def git_tags() -> dict[str, str]:
     """Commit of the working directory, and whether files differ from it; empty outside a repository."""
+
     def git(*arguments: str) -> str | None:
         done = subprocess.run(["git", *arguments], capture_output=True, text=True, check=False)
         return done.stdout.strip() if done.returncode == 0 else None

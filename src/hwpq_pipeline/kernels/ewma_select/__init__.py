@@ -32,14 +32,23 @@ import torch
 from torch import Tensor
 
 from hwpq_pipeline.errors import HwpqError
-from hwpq_pipeline.kernels.ewma_select import cpu
+from hwpq_pipeline.kernels.ewma_select import cpu, search
 
 DOMAINS = ("sqrt", "log", "raw")
 
 #: Memories (1/gain) of the running estimates that the warm start reads.
 WARM_MEMORIES = 3
 
-__all__ = ["DOMAINS", "EwmaPass", "ewma_ratios", "ewma_row_multipliers", "ewma_select", "warm_gains"]
+__all__ = [
+    "DOMAINS",
+    "EwmaPass",
+    "Ratios",
+    "ewma_dropped",
+    "ewma_ratios",
+    "ewma_row_multipliers",
+    "ewma_select",
+    "warm_gains",
+]
 
 
 @dataclass(frozen=True)
@@ -55,6 +64,36 @@ class EwmaPass:
     keep: Tensor
     kept: Tensor
     state: Tensor
+
+
+@dataclass(frozen=True)
+class Ratios:
+    """``(x − μ) / σ`` of every weight of some rows: a weight is dropped when this is below λ (but for rounding).
+
+    Where σ is 0 it is the largest float32 (kept whatever λ is), negative if x < μ. As large as the float32 weight:
+    meant for samples of rows.
+
+    Attributes:
+        values: float32, in the order of `search`.
+        rows: how many rows.
+        columns: how many inputs.
+    """
+
+    values: np.ndarray[Any, Any]
+    rows: int
+    columns: int
+
+    def below(self, multiplier: float) -> Tensor:
+        """How many weights of each row are dropped at a multiplier: int64, (rows,)."""
+        return torch.from_numpy(search.count_below(self.values, self.rows, self.columns, multiplier)).long()
+
+    def multiplier(self, drop: int) -> float:
+        """The multiplier at which ``drop`` weights of all rows together are dropped, or as near as repeats allow."""
+        return search.search(self.values, self.rows, self.columns, drop)
+
+    def matrix(self) -> Tensor:
+        """float32, shape (rows, columns)."""
+        return torch.from_numpy(search.matrix(self.values, self.rows, self.columns))
 
 
 def warm_gains(alpha: float, beta: float, columns: int) -> Tensor:
@@ -84,7 +123,7 @@ def ewma_select(
         column: float32, shape (in,): ``u``.
         row: float32, shape (out,): ``r``.
         cross: float32, shape (in,): ``v``.
-        multiplier: float32, shape (out,): λ of each row.
+        multiplier: float32, shape (out,) or (): λ of each row, or of all.
         alpha: gain of μ, in (0, 1].
         beta: gain of σ, in (0, 1].
         domain: one of `DOMAINS`.
@@ -92,39 +131,55 @@ def ewma_select(
     Raises:
         HwpqError: a device without a kernel, an unknown domain, a gain outside (0, 1].
     """
-    factors, options = _arguments(weight, column, row, cross, alpha, beta, domain)
-    lam = multiplier.detach().to(torch.float32).expand(weight.shape[0]).contiguous().numpy()
-    keep, kept, state = cpu.select(weight, *factors, lam, **options)
+    prepared = _prepare(weight, column, row, cross, alpha, beta, domain)
+    lam = multiplier.detach().to(torch.float32).expand(weight.shape[0]).contiguous()
+    keep, kept, state = prepared.select(lam.numpy())
     return EwmaPass(torch.from_numpy(keep), torch.from_numpy(kept), torch.from_numpy(state))
 
 
 def ewma_ratios(
     weight: Tensor, column: Tensor, row: Tensor, cross: Tensor, *, alpha: float, beta: float, domain: str
-) -> Tensor:
-    """``(x − μ) / σ`` of every weight, float32, (out, in): a weight is dropped when this is below λ (but for rounding).
+) -> Ratios:
+    """The ratios ``(x − μ) / σ`` of a (sample of a) layer. Arguments and errors as `ewma_select`."""
+    prepared = _prepare(weight, column, row, cross, alpha, beta, domain)
+    return Ratios(prepared.ratios(), prepared.rows, prepared.columns)
 
-    Where σ is 0 it is the largest float32 (kept whatever λ is), negative if x < μ. For samples of rows: it is as
-    large as the float32 weight. Arguments and errors as `ewma_select`.
+
+def ewma_dropped(
+    weight: Tensor,
+    column: Tensor,
+    row: Tensor,
+    cross: Tensor,
+    multipliers: Tensor,
+    *,
+    alpha: float,
+    beta: float,
+    domain: str,
+) -> Tensor:
+    """How many weights of the layer each of several multipliers drops, int64, (k,); in one pass, without a mask.
+
+    ``multipliers`` is float32, (k,). Other arguments and errors as `ewma_select`.
     """
-    factors, options = _arguments(weight, column, row, cross, alpha, beta, domain)
-    return torch.from_numpy(cpu.ratios(weight, *factors, **options))
+    prepared = _prepare(weight, column, row, cross, alpha, beta, domain)
+    return torch.from_numpy(prepared.dropped(multipliers.to(torch.float32).contiguous().numpy()))
 
 
 def ewma_row_multipliers(
-    weight: Tensor, column: Tensor, row: Tensor, cross: Tensor, drop: int, *, alpha: float, beta: float, domain: str
+    weight: Tensor, column: Tensor, row: Tensor, cross: Tensor, drop: Tensor, *, alpha: float, beta: float, domain: str
 ) -> Tensor:
-    """λ of each row such that about ``drop`` of its weights are dropped, float32, (out,), by bisection in one pass.
+    """λ of each row such that ``drop`` (int64, (out,)) of its weights are dropped, float32, (out,); in one pass.
 
-    A row without spread (σ = 0) has no such λ and gets 0. Other arguments and errors as `ewma_select`.
+    Where values repeat, it is the λ with the nearest count; a row without spread (σ = 0) has none, and gets 0. Other
+    arguments and errors as `ewma_select`.
     """
-    factors, options = _arguments(weight, column, row, cross, alpha, beta, domain)
-    return torch.from_numpy(cpu.row_multipliers(weight, *factors, drop, **options))
+    prepared = _prepare(weight, column, row, cross, alpha, beta, domain)
+    return torch.from_numpy(prepared.row_multipliers(drop.to(torch.int64).contiguous().numpy()))
 
 
-def _arguments(
+def _prepare(
     weight: Tensor, column: Tensor, row: Tensor, cross: Tensor, alpha: float, beta: float, domain: str
-) -> tuple[list[np.ndarray[Any, Any]], dict[str, Any]]:
-    """Check, and turn into what the CPU kernels take."""
+) -> cpu.Pass:
+    """Check, and choose the kernel by the weight's device."""
     if weight.device.type != "cpu":
         raise HwpqError(
             f"there is no kernel for the device '{weight.device}'",
@@ -132,14 +187,10 @@ def _arguments(
             remedy="Move the weight to the CPU: a layer is selected at the speed of its memory there",
         )
     if domain not in DOMAINS:
-        raise HwpqError(
-            f"unknown domain '{domain}'", where="ewma_select", remedy=f"Choose one of {', '.join(DOMAINS)}"
-        )
+        raise HwpqError(f"unknown domain '{domain}'", where="ewma_select", remedy=f"Choose one of {', '.join(DOMAINS)}")
     for name, gain in (("alpha", alpha), ("beta", beta)):
         if not 0 < gain <= 1:
-            raise HwpqError(
-                f"{name} is {gain}", where="ewma_select", remedy="A gain lies in (0, 1], for instance 1/64"
-            )
-    factors = [part.detach().to(torch.float32).contiguous().numpy() for part in (column, row, cross)]
-    gains = warm_gains(alpha, beta, weight.shape[1]).numpy()
-    return factors, {"gains": gains, "alpha": alpha, "beta": beta, "domain": domain}
+            raise HwpqError(f"{name} is {gain}", where="ewma_select", remedy="A gain lies in (0, 1], for instance 1/64")
+    column, row, cross = (part.detach().to(torch.float32).contiguous() for part in (column, row, cross))
+    warm = warm_gains(alpha, beta, weight.shape[1]).numpy()
+    return cpu.Pass(weight, column.numpy(), row.numpy(), cross.numpy(), warm, alpha, beta, domain)

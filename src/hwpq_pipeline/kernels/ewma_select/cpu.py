@@ -1,12 +1,9 @@
-"""The CPU kernel: one pass over the weight, sixteen rows side by side, eight columns a step, mask packed on the way.
+"""The CPU kernel: one pass over the weight, 32 rows side by side, mask packed on the way.
 
-The time is that of arithmetic, not of memory, so operations are counted: per weight and lane one product for the
-contribution, eight for rule and recurrence, three for the mask's bit. What varies by call but not by weight is part of
-the compiled type, so that the inner loop holds no branch: the weight's dtype; the domain, which travels as the length of
-a tuple (`TAGS`); whether the metric has cross factors (an array, or None).
-
-A block of rows past the end repeats the last row: it writes the same bytes again. A partial octet at a row's end is
-copied into a buffer of zeros, and its missing columns get a gain of 0, which leaves μ and σ as they are.
+The time is that of arithmetic, not of memory, so operations are counted: per weight one product for the contribution,
+nine operations for rule and recurrence, two for the mask's bit (`recurrence`). Lanes past the last row repeat it: they
+write the same bytes again. A partial octet at a row's end is filled up with zeros, and what is not there gets a gain
+of 0, which leaves μ and σ as they are.
 """
 
 from __future__ import annotations
@@ -14,214 +11,94 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import types
-from numba.extending import intrinsic
 from torch import Tensor
 
 from hwpq_pipeline.kernels import flat_rows, jit, over_rows
-from hwpq_pipeline.kernels.ewma_select import reference, search
-from hwpq_pipeline.kernels.ewma_select.search import LARGEST
-from hwpq_pipeline.kernels.lanes import (
-    F32,
-    I32,
-    LANES,
-    OCTET,
-    TILE,
-    absolute,
-    constant,
-    index,
-    lane_pointer,
-    load_octet,
-    load_splat,
-    padded,
-    pointer,
-    population,
-    splat,
-    stage,
-    vector,
+from hwpq_pipeline.kernels.ewma_select import search
+from hwpq_pipeline.kernels.ewma_select.recurrence import (
+    LAMBDA,
+    MU,
+    ROW,
+    SIGMA,
+    TAGS,
+    advance,
+    collect,
+    decide,
+    divide,
+    emit,
+    spread,
 )
+from hwpq_pipeline.kernels.ewma_select.search import LARGEST
+from hwpq_pipeline.kernels.lanes import LANES, OCTET, TILE, WIDTH, padded, stage
 
 Array = np.ndarray[Any, Any]
 
-#: The domain as a type: known when the kernel is compiled.
-TAGS = {"sqrt": (0,), "raw": (0, 0), "log": (0, 0, 0)}
 
-RAW, LOG = len(TAGS["raw"]), len(TAGS["log"])
-
-#: Rows of a block's state.
-MU, SIGMA, LAMBDA, ROW = range(4)
-
-
-def _log2(b: Any, z: Any) -> Any:
-    """`reference.log2`, lane by lane."""
-    bits = b.bitcast(z, vector(I32))
-    exponent = b.sitofp(b.sub(b.ashr(bits, constant(I32, 23)), constant(I32, 127)), vector(F32))
-    mantissa = b.or_(b.and_(bits, constant(I32, 0x7FFFFF)), constant(I32, 0x3F800000))
-    fraction = b.fsub(b.bitcast(mantissa, vector(F32)), constant(F32, 1.0))
-    a, slope, curve = (constant(F32, float(c)) for c in (reference.LOG_A, reference.LOG_B, reference.LOG_C))
-    correction = b.fadd(a, b.fmul(fraction, b.fadd(slope, b.fmul(fraction, curve))))
-    bump = b.fmul(fraction, b.fsub(constant(F32, 1.0), fraction))
-    return b.fadd(exponent, b.fadd(fraction, b.fmul(bump, correction)))
-
-
-def _ratio(b: Any, away: Any, sigma: Any) -> Any:
-    """away / sigma within ±LARGEST; where sigma is 0, +LARGEST if away >= 0, else −LARGEST."""
-    top, bottom, zero = constant(F32, LARGEST), constant(F32, -LARGEST), constant(F32, 0.0)
-    ratio = b.fdiv(away, sigma)
-    ratio = b.select(b.fcmp_ordered("<", ratio, top), ratio, top)
-    ratio = b.select(b.fcmp_ordered(">", ratio, bottom), ratio, bottom)
-    flat = b.select(b.fcmp_ordered(">=", away, zero), top, bottom)
-    return b.select(b.fcmp_ordered(">", sigma, zero), ratio, flat)
-
-
-def _step(b: Any, p: dict[str, Any], bfloat16: bool, domain: int, each: Any) -> None:
-    """Run the recurrence over eight columns; ``each(k, away, sigma)`` sees every column before the update."""
-    at = [lane_pointer(b, p["state"], index(row * LANES)) for row in range(4)]
-    mu, sigma = (b.load(at[row], align=4) for row in (MU, SIGMA))
-    for k, size in enumerate(load_octet(b, p["tile"], p["first"], bfloat16)):
-        place = b.add(p["column_first"], index(k))
-        scale = load_splat(b, p["column"], place)
-        if p["cross"] is not None:
-            scale = b.fadd(scale, b.fmul(b.load(at[ROW], align=4), load_splat(b, p["cross"], place)))
-        x = b.fmul(size, scale)
-        if domain == RAW:
-            x = b.fmul(x, x)
-        elif domain == LOG:
-            x = _log2(b, x)
-        away = b.fsub(x, mu)
-        each(k, away, sigma)
-        gain = b.mul(b.add(p["gain_first"], index(k)), index(2 * LANES))
-        alpha = b.load(lane_pointer(b, p["gains"], gain), align=4)
-        beta = b.load(lane_pointer(b, p["gains"], b.add(gain, index(LANES))), align=4)
-        sigma = b.fadd(sigma, b.fmul(beta, b.fsub(absolute(b, away), sigma)))
-        mu = b.fadd(mu, b.fmul(alpha, away))
-    b.store(mu, at[MU], align=4)
-    b.store(sigma, at[SIGMA], align=4)
-
-
-_NAMES = ("tile", "first", "column", "cross", "column_first", "gains", "gain_first", "state", "tag")
-
-
-def _unpack(context: Any, b: Any, signature: Any, values: Any) -> tuple[dict[str, Any], list[Any]]:
-    """The recurrence's arguments by name, and the others: arrays as addresses, None as None, integers as they are."""
-    unpacked = [
-        pointer(context, b, kind, value)
-        if isinstance(kind, types.Array)
-        else (None if kind is types.none else value)
-        for kind, value in zip(signature.args, values, strict=True)
-    ]
-    return dict(zip(_NAMES, unpacked, strict=False)), unpacked[len(_NAMES) :]
-
-
-@intrinsic  # type: ignore[untyped-decorator]
-def _advance(_, tile, first, column, cross, column_first, gains, gain_first, state, tag):  # type: ignore[no-untyped-def]
-    """Eight columns of the recurrence, nothing kept: the warm start."""
-
-    def generate(context: Any, b: Any, signature: Any, values: Any) -> Any:
-        arguments, _ = _unpack(context, b, signature, values)
-        _step(b, arguments, tile.dtype == types.uint16, len(tag), lambda *_: None)
-        return context.get_dummy_value()
-
-    return types.void(tile, first, column, cross, column_first, gains, gain_first, state, tag), generate
-
-
-@intrinsic  # type: ignore[untyped-decorator]
-def _decide(_, tile, first, column, cross, column_first, gains, gain_first, state, tag, words, shift):  # type: ignore[no-untyped-def]
-    """Eight columns of the recurrence; their keep-bits are or-ed into each lane's word, ``shift`` bits up."""
-
-    def generate(context: Any, b: Any, signature: Any, values: Any) -> Any:
-        arguments, (words_at, shift_by) = _unpack(context, b, signature, values)
-        lam = b.load(lane_pointer(b, arguments["state"], index(LAMBDA * LANES)), align=4)
-        bits = [constant(I32, 0)]
-
-        def decide(k: int, away: Any, sigma: Any) -> None:
-            kept = b.fcmp_ordered(">=", away, b.fmul(lam, sigma))
-            bits[0] = b.or_(bits[0], b.select(kept, constant(I32, 1 << k), constant(I32, 0)))
-
-        _step(b, arguments, tile.dtype == types.uint16, len(tag), decide)
-        place = b.bitcast(words_at, vector(I32).as_pointer())
-        moved = b.shl(bits[0], splat(b, b.trunc(shift_by, I32)))
-        b.store(b.or_(b.load(place, align=4), moved), place, align=4)
-        return context.get_dummy_value()
-
-    arguments = (tile, first, column, cross, column_first, gains, gain_first, state, tag)
-    return types.void(*arguments, words, types.int64), generate
-
-
-@intrinsic  # type: ignore[untyped-decorator]
-def _count(_, words, counts):  # type: ignore[no-untyped-def]
-    """Add each lane's number of ones to its count, and clear the words."""
-
-    def generate(context: Any, b: Any, signature: Any, values: Any) -> Any:
-        at = [pointer(context, b, kind, value) for kind, value in zip(signature.args, values, strict=True)]
-        words_at, counts_at = (b.bitcast(place, vector(I32).as_pointer()) for place in at)
-        ones = population(b, b.load(words_at, align=4))
-        b.store(b.add(b.load(counts_at, align=4), ones), counts_at, align=4)
-        b.store(constant(I32, 0), words_at, align=4)
-        return context.get_dummy_value()
-
-    return types.void(words, counts), generate
-
-
-@intrinsic  # type: ignore[untyped-decorator]
-def _divide(_, tile, first, column, cross, column_first, gains, gain_first, state, tag, ratios, place):  # type: ignore[no-untyped-def]
-    """Eight columns of the recurrence, and the ratio ``(x − μ) / σ`` of each weight, a column's lanes side by side."""
-
-    def generate(context: Any, b: Any, signature: Any, values: Any) -> Any:
-        arguments, (ratios_at, place_at) = _unpack(context, b, signature, values)
-
-        def write(k: int, away: Any, sigma: Any) -> None:
-            at = b.add(place_at, index(k * LANES))
-            b.store(_ratio(b, away, sigma), lane_pointer(b, ratios_at, at), align=4)
-
-        _step(b, arguments, tile.dtype == types.uint16, len(tag), write)
-        return context.get_dummy_value()
-
-    arguments = (tile, first, column, cross, column_first, gains, gain_first, state, tag)
-    return types.void(*arguments, ratios, types.int64), generate
+@jit
+def _tile(flat, stride, block, last, first, have, column, cross, state, tag, staged, near, x):  # type: ignore[no-untyped-def]
+    """A tile's values to ``x``: straight from the weight if all of it is there, else by way of ``staged``."""
+    source, start, step = flat, block * stride + first, stride
+    if have < TILE or block + LANES > last:
+        stage(flat, stride, block, last, first, have, staged)
+        source, start, step = staged, 0, TILE
+    for group in range(0, LANES, WIDTH):
+        spread(source, start + group * step, step, column, cross, first, state, tag, group, near, x)
 
 
 @jit
-def _warm_up(flat, stride, columns, block, last, column, cross, row, warm, tag, state, tile):  # type: ignore[no-untyped-def]
+def _warm_up(flat, stride, columns, block, last, column, cross, row, warm, tag, state, staged, near, x):  # type: ignore[no-untyped-def]
     """Set a block's state: the warm start over the rows' last columns."""
     for lane in range(LANES):
         state[MU * LANES + lane] = 0
         state[SIGMA * LANES + lane] = 0
         state[ROW * LANES + lane] = row[min(block + lane, last - 1)]
-    length = warm.shape[0] - OCTET  # it ends with an octet of zero gains, for a partial octet
+    length = warm.shape[0] // (2 * WIDTH) - OCTET  # it ends with an octet of zero gains, for a partial octet
     for t in range(0, length, TILE):
         c, have = columns - length + t, min(TILE, length - t)
-        stage(flat, stride, block, last, c, have, tile)
+        _tile(flat, stride, block, last, c, have, column, cross, state, tag, staged, near, x)
         for k in range(0, have, OCTET):
-            _advance(tile, k, column, cross, c + k, warm, t + k, state, tag)
+            advance(x, k, warm, t + k, state)
+
+
+@jit
+def _emit_rest(marks, have, counts, keep, places, byte):  # type: ignore[no-untyped-def]
+    """`emit` for a partial tile: bytes for the ``have`` columns that are there, and no bits beyond."""
+    words = np.empty(LANES, np.int32)
+    collect(marks, words)
+    for lane in range(LANES):
+        word = words[lane] & ((1 << have) - 1)
+        for k in range(have):
+            counts[lane] += (word >> k) & 1
+        for k in range((have + OCTET - 1) // OCTET):
+            keep[places[lane] + byte + k] = (word >> (k * OCTET)) & 0xFF
 
 
 @jit
 def _select(flat, stride, columns, first, last, column, cross, row, lam, warm, gains, tag, keep, kept, states):  # type: ignore[no-untyped-def]
-    """Rows ``first`` to ``last - 1`` of the mask, their counts and last states."""
-    tile, state = np.empty(LANES * TILE, flat.dtype), np.empty(4 * LANES, np.float32)
-    words, count = np.zeros(LANES, np.int32), np.empty(LANES, np.int32)
+    """Rows ``first`` to ``last - 1`` of the mask (``keep`` is flat), their counts and last states."""
+    staged, near = np.empty(LANES * TILE, flat.dtype), np.empty(WIDTH * TILE, flat.dtype)
+    x, state = np.empty(TILE * LANES, np.float32), np.empty(4 * LANES, np.float32)
+    marks, counts = np.empty(TILE * LANES // WIDTH, np.uint8), np.empty(LANES, np.int32)
+    places, width = np.empty(LANES, np.int64), (columns + OCTET - 1) // OCTET
     for block in range(first, last, LANES):
-        present = min(LANES, last - block)
-        _warm_up(flat, stride, columns, block, last, column, cross, row, warm, tag, state, tile)
+        _warm_up(flat, stride, columns, block, last, column, cross, row, warm, tag, state, staged, near, x)
         for lane in range(LANES):
-            state[LAMBDA * LANES + lane] = lam[min(block + lane, last - 1)]
-            count[lane] = 0
+            i = min(block + lane, last - 1)
+            state[LAMBDA * LANES + lane] = lam[i]
+            places[lane] = i * width
+            counts[lane] = 0
         for c in range(0, columns, TILE):
             have = min(TILE, columns - c)
-            stage(flat, stride, block, last, c, have, tile)
+            _tile(flat, stride, block, last, c, have, column, cross, state, tag, staged, near, x)
             for k in range(0, have, OCTET):
                 gain = 0 if k + OCTET <= have else OCTET
-                _decide(tile, k, column, cross, c + k, gains, gain, state, tag, words, k)
-            if have < TILE:
-                for lane in range(LANES):
-                    words[lane] &= (1 << have) - 1  # no bits for columns that are not there
-            for lane in range(present):
-                for k in range(0, have, OCTET):
-                    keep[block + lane, (c + k) // OCTET] = (words[lane] >> k) & 0xFF
-            _count(words, count)
-        for lane in range(present):
-            kept[block + lane] = count[lane]
+                decide(x, k, gains, gain, state, marks)
+            if have == TILE:
+                emit(marks, counts, keep, places, c // OCTET)
+            else:
+                _emit_rest(marks, have, counts, keep, places, c // OCTET)
+        for lane in range(min(LANES, last - block)):
+            kept[block + lane] = counts[lane]
             states[block + lane, 0] = state[MU * LANES + lane]
             states[block + lane, 1] = state[SIGMA * LANES + lane]
 
@@ -232,24 +109,24 @@ def _ratios(flat, stride, columns, first, last, column, cross, row, warm, gains,
 
     ``ratios`` has `search.ratio_size` elements a block; missing columns are filled with `LARGEST`.
     """
-    tile, state = np.empty(LANES * TILE, flat.dtype), np.empty(4 * LANES, np.float32)
-    place = 0
+    staged, near = np.empty(LANES * TILE, flat.dtype), np.empty(WIDTH * TILE, flat.dtype)
+    x, state, place = np.empty(TILE * LANES, np.float32), np.empty(4 * LANES, np.float32), 0
     for block in range(first, last, LANES):
-        _warm_up(flat, stride, columns, block, last, column, cross, row, warm, tag, state, tile)
+        _warm_up(flat, stride, columns, block, last, column, cross, row, warm, tag, state, staged, near, x)
         for c in range(0, columns, TILE):
             have = min(TILE, columns - c)
-            stage(flat, stride, block, last, c, have, tile)
+            _tile(flat, stride, block, last, c, have, column, cross, state, tag, staged, near, x)
             for k in range(0, have, OCTET):
                 gain = 0 if k + OCTET <= have else OCTET
-                _divide(tile, k, column, cross, c + k, gains, gain, state, tag, ratios, place + k * LANES)
+                divide(x, k, gains, gain, state, ratios, place + k * LANES)
             place += -(-have // OCTET) * OCTET * LANES
             for k in range(place - (-have % OCTET) * LANES, place):
                 ratios[k] = LARGEST
 
 
 def _splatted(gains: Array) -> Array:
-    """(steps, 2) gains, each repeated over the lanes, so that the kernel loads them as vectors; flat."""
-    return np.ascontiguousarray(np.repeat(gains.astype(np.float32), LANES, axis=1).reshape(-1))
+    """(steps, 2) gains, each in every lane of a vector, so that the kernel loads them as vectors; flat."""
+    return np.ascontiguousarray(np.repeat(gains.astype(np.float32), WIDTH, axis=1).reshape(-1))
 
 
 class Pass:
@@ -267,14 +144,22 @@ class Pass:
     """
 
     def __init__(
-        self, weight: Tensor, column: Array, row: Array, cross: Array, warm: Array, alpha: float, beta: float, domain: str
+        self,
+        weight: Tensor,
+        column: Array,
+        row: Array,
+        cross: Array,
+        warm: Array,
+        alpha: float,
+        beta: float,
+        domain: str,
     ) -> None:
         self.rows, self.columns = weight.shape
         self.flat, self.stride = flat_rows(weight)
         self.column, self.row = padded(column), row
         self.cross = padded(cross) if cross.any() else None
         self.tag = TAGS[domain]
-        self.warm = _splatted(np.concatenate([warm.T, np.zeros((OCTET, 2), np.float32)])).reshape(-1, 2 * LANES)
+        self.warm = _splatted(np.concatenate([warm.T, np.zeros((OCTET, 2), np.float32)]))
         # An octet of the gains, then one for a partial octet: its missing columns move nothing.
         gains = np.tile(np.array([alpha, beta], np.float32), (2 * OCTET, 1))
         gains[OCTET + self.columns % OCTET :] = 0
@@ -286,8 +171,10 @@ class Pass:
         kept, states = np.empty(self.rows, np.int64), np.empty((self.rows, 2), np.float32)
         shape, factors = (self.flat, self.stride, self.columns), (self.column, self.cross, self.row)
 
+        flat_keep = keep.reshape(-1)
+
         def work(first: int, last: int) -> None:
-            _select(*shape, first, last, *factors, lam, self.warm, self.gains, self.tag, keep, kept, states)
+            _select(*shape, first, last, *factors, lam, self.warm, self.gains, self.tag, flat_keep, kept, states)
 
         over_rows(work, self.rows, self.columns, LANES)
         return keep, kept, states
@@ -303,8 +190,8 @@ class Pass:
         over_rows(work, self.rows, self.columns, LANES)
         return out
 
-    def row_multipliers(self, drop: int) -> Array:
-        """λ of each row such that ``drop`` of its weights are dropped, a block of rows at a time: float32, (out,)."""
+    def row_multipliers(self, drop: Array) -> Array:
+        """λ of each row such that ``drop`` (int64, (out,)) of its weights go, a block at a time: float32, (out,)."""
         lam = np.empty(self.rows, np.float32)
 
         def work(first: int, last: int) -> None:
@@ -312,10 +199,25 @@ class Pass:
             for block in range(first, last, LANES):
                 end = min(block + LANES, last)
                 self._ratios(block, end, ratios)
-                search.search_rows(ratios, end - block, self.columns, drop, lam[block:end])
+                search.search_rows(ratios, end - block, self.columns, drop[block:end], lam[block:end])
 
         over_rows(work, self.rows, self.columns, LANES)
         return lam
+
+    def dropped(self, multipliers: Array) -> Array:
+        """How many weights of all rows each multiplier drops, int64, (k,)."""
+        starts = range(0, self.rows, LANES)
+        totals = np.zeros((len(starts), len(multipliers)), np.int64)  # a line a block, so that no two threads share one
+
+        def work(first: int, last: int) -> None:
+            ratios = np.empty(search.ratio_size(self.columns), np.float32)
+            for block in range(first, last, LANES):
+                end = min(block + LANES, last)
+                self._ratios(block, end, ratios)
+                search.count_ladder(ratios, end - block, self.columns, multipliers, totals[block // LANES])
+
+        over_rows(work, self.rows, self.columns, LANES)
+        return np.asarray(totals.sum(axis=0))
 
     def _ratios(self, first: int, last: int, out: Array) -> None:
         shape, factors = (self.flat, self.stride, self.columns), (self.column, self.cross, self.row)

@@ -19,12 +19,13 @@ LOG_A, LOG_B, LOG_C = np.float32(0.43873), np.float32(-0.23906), np.float32(0.08
 
 
 def log2(z: Vector) -> Vector:
-    """Base-2 logarithm of not-negative float32 by exponent and polynomial; zero gives −127, subnormals rise from there."""
+    """Base-2 logarithm of not-negative float32 by exponent and polynomial; zero gives −127, subnormals more."""
     bits = z.view(np.int32)
     exponent = ((bits >> 23) - 127).astype(np.float32)
     fraction = ((bits & 0x7FFFFF) | 0x3F800000).view(np.float32) - np.float32(1)
     correction = LOG_A + fraction * (LOG_B + fraction * LOG_C)
-    return exponent + (fraction + fraction * (np.float32(1) - fraction) * correction)
+    bump = fraction * (np.float32(1) - fraction)
+    return np.asarray(exponent + (fraction + bump * correction), np.float32)
 
 
 def levels(weight: Tensor, column: Tensor, row: Tensor, cross: Tensor, domain: str) -> Vector:

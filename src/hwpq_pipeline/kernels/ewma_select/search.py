@@ -5,6 +5,8 @@ some rows are stored, each trial λ costs one comparison a weight. The search st
 bracketed, then between (regula falsi, with every third step a bisection): about eight counts in practice.
 """
 
+# ruff: noqa: ARG001 (the intrinsics' arguments are there for their types; their code takes the values by position)
+
 from __future__ import annotations
 
 from typing import Any
@@ -14,7 +16,7 @@ from numba import types
 from numba.extending import intrinsic
 
 from hwpq_pipeline.kernels import jit
-from hwpq_pipeline.kernels.lanes import F32, I32, LANES, OCTET, index, lane_pointer, pointer, vector
+from hwpq_pipeline.kernels.lanes import I32, LANES, OCTET, WIDTH, index, lane_pointer, pointer, vector
 
 Array = np.ndarray[Any, Any]
 
@@ -30,19 +32,22 @@ def ratio_size(columns: int) -> int:
     return -(-columns // OCTET) * OCTET * LANES
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def _below(_, ratios, place, lam, first, counts):  # type: ignore[no-untyped-def]
     """Add to each lane's count how many of an octet's eight ratios lie below the lane's multiplier."""
 
     def generate(context: Any, b: Any, signature: Any, values: Any) -> Any:
         ratios_at, lam_at, counts_at = (pointer(context, b, signature.args[i], values[i]) for i in (0, 2, 4))
-        bound = b.load(lane_pointer(b, lam_at, values[3]), align=4)
-        place = b.bitcast(b.gep(counts_at, [values[3]]), vector(I32).as_pointer())
-        total = b.load(place, align=4)
-        for k in range(OCTET):
-            ratio = b.load(lane_pointer(b, ratios_at, b.add(values[1], index(k * LANES))), align=4)
-            total = b.sub(total, b.sext(b.fcmp_ordered("<", ratio, bound), vector(I32)))
-        b.store(total, place, align=4)
+        for part in range(0, LANES, WIDTH):
+            lanes = b.add(values[3], index(part))
+            bound = b.load(lane_pointer(b, lam_at, lanes), align=4)
+            place = b.bitcast(b.gep(counts_at, [lanes]), vector(I32).as_pointer())
+            total = b.load(place, align=4)
+            for k in range(OCTET):
+                at = b.add(values[1], index(k * LANES + part))
+                ratio = b.load(lane_pointer(b, ratios_at, at), align=4)
+                total = b.sub(total, b.sext(b.fcmp_ordered("<", ratio, bound), vector(I32)))
+            b.store(total, place, align=4)
         return context.get_dummy_value()
 
     return types.void(ratios, types.int64, lam, types.int64, counts), generate
@@ -77,7 +82,16 @@ def _next(low, high, low_count, high_count, wanted, step):  # type: ignore[no-un
 
 @jit
 def _search(ratios, size, rows, groups, drop, best):  # type: ignore[no-untyped-def]
-    """Fill ``best``: multipliers below which ``drop`` ratios lie, of each row (``groups == rows``) or of all (1)."""
+    """Fill ``best``: multipliers below which ``drop`` ratios lie, of each row (``groups == rows``) or of all (1).
+
+    Args:
+        ratios: blocks of ratios.
+        size: `ratio_size`.
+        rows: how many rows they are of.
+        groups: ``rows`` or 1.
+        drop: int64, (groups,).
+        best: float32, (groups,).
+    """
     whole = (rows + LANES - 1) // LANES * LANES
     trial, counts = np.zeros(whole, np.float32), np.zeros(whole, np.int32)
     # For each group: the bracket's ends, then their counts and the smallest error so far.
@@ -89,15 +103,15 @@ def _search(ratios, size, rows, groups, drop, best):  # type: ignore[no-untyped-
             below = 0
             for i in range(rows if groups == 1 else 1):
                 below += counts[g + i]
-            error = abs(below - drop)
+            error = abs(below - drop[g])
             if seen[g, 2] < 0 or error < seen[g, 2]:
                 best[g] = trial[g]
                 seen[g, 2] = error
-            side = 0 if below < drop else 1
+            side = 0 if below < drop[g] else 1
             ends[g, side] = trial[g]
             seen[g, side] = below
             if seen[g, 2] > 0 and abs(trial[g]) < LARGEST:
-                after = np.float32(_next(ends[g, 0], ends[g, 1], seen[g, 0], seen[g, 1], drop, step))
+                after = np.float32(_next(ends[g, 0], ends[g, 1], seen[g, 0], seen[g, 1], drop[g], step))
                 unfinished = unfinished or after != trial[g]
                 trial[g] = after
         if not unfinished:
@@ -105,6 +119,25 @@ def _search(ratios, size, rows, groups, drop, best):  # type: ignore[no-untyped-
         if groups == 1:
             for i in range(whole):
                 trial[i] = trial[0]
+
+
+@jit
+def _ladder(ratios, size, rows, multipliers, totals):  # type: ignore[no-untyped-def]
+    """Add to ``totals`` how many ratios of all rows lie below each of several multipliers."""
+    lam, counts = np.empty(LANES, np.float32), np.empty(LANES, np.int32)
+    for first in range(0, rows, LANES):
+        block = ratios[first // LANES * size : (first // LANES + 1) * size]
+        for m in range(multipliers.shape[0]):
+            for lane in range(LANES):
+                lam[lane] = multipliers[m]
+            _count_below(block, size, LANES, lam, counts)
+            for lane in range(min(LANES, rows - first)):
+                totals[m] += counts[lane]
+
+
+def count_ladder(ratios: Array, rows: int, columns: int, multipliers: Array, totals: Array) -> None:
+    """Add how many of all the ratios lie below each multiplier, float32 (k,), to ``totals``, int64 (k,)."""
+    _ladder(ratios, ratio_size(columns), rows, multipliers, totals)
 
 
 def count_below(ratios: Array, rows: int, columns: int, multiplier: float) -> Array:
@@ -117,10 +150,19 @@ def count_below(ratios: Array, rows: int, columns: int, multiplier: float) -> Ar
 def search(ratios: Array, rows: int, columns: int, drop: int) -> float:
     """The multiplier below which ``drop`` of all the ratios lie, or as near to it as repeated values allow."""
     best = np.zeros(1, np.float32)
-    _search(ratios, ratio_size(columns), rows, 1, drop, best)
+    _search(ratios, ratio_size(columns), rows, 1, np.array([drop], np.int64), best)
     return float(best[0])
 
 
-def search_rows(ratios: Array, rows: int, columns: int, drop: int, best: Array) -> None:
-    """Likewise for each row apart: ``drop`` of its own ratios; into ``best``, float32, (rows,)."""
+def search_rows(ratios: Array, rows: int, columns: int, drop: Array, best: Array) -> None:
+    """Likewise for each row apart, ``drop`` of its own ratios, int64 (rows,); into ``best``, float32 (rows,)."""
+    if rows == 1:  # a single row is searched as one group: the same thing
+        best[0] = search(ratios, 1, columns, int(drop[0]))
+        return
     _search(ratios, ratio_size(columns), rows, rows, drop, best)
+
+
+def matrix(ratios: Array, rows: int, columns: int) -> Array:
+    """The ratios as a matrix, float32, (rows, columns)."""
+    lanes_last = ratios.reshape(-1, ratio_size(columns) // LANES, LANES)
+    return np.ascontiguousarray(lanes_last.transpose(0, 2, 1).reshape(-1, lanes_last.shape[1])[:rows, :columns])

@@ -9,8 +9,10 @@ from hwpq_pipeline.kernels.group_scale import CANDIDATES, REFITS, SMALLEST
 
 
 def errors(grouped: Tensor, scale: Tensor, importance: Tensor, low: float, high: float) -> Tensor:
-    """(out, groups) Σ h (s·code − w)² for ``grouped`` (out, groups, size), ``scale`` (out, groups), ``importance``
-    (groups, size)."""
+    """(out, groups) Σ h (s·code − w)² of ``grouped`` (out, groups, size) at ``scale`` (out, groups).
+
+    ``importance`` is (groups, size).
+    """
     codes = (grouped / scale[..., None]).round().clamp(low, high)
     return (importance * (codes * scale[..., None] - grouped).square()).sum(-1)
 

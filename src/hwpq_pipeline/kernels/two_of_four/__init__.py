@@ -16,7 +16,7 @@ from hwpq_pipeline.kernels.two_of_four import cpu
 __all__ = ["select_two_of_four"]
 
 
-def select_two_of_four(weight: Tensor, column: Tensor, row: Tensor, cross: Tensor) -> Tensor:
+def select_two_of_four(weight: Tensor, column: Tensor, row: Tensor, cross: Tensor) -> tuple[Tensor, Tensor]:
     """Select two of every four inputs, on the device that the weight is on.
 
     Args:
@@ -26,10 +26,11 @@ def select_two_of_four(weight: Tensor, column: Tensor, row: Tensor, cross: Tenso
         cross: float32, shape (in,): ``v``.
 
     Returns:
-        uint8, shape (out, ceil(in / 8)): keep-bits in little bit order.
+        ``(keep, finite)``: uint8, shape (out, ceil(in / 8)), keep-bits in little bit order; and bool, shape (out,),
+        whether all contributions of a row are finite (its bits mean nothing otherwise).
 
     Raises:
-        HwpqError: a device without a kernel, columns that do not divide by 4, non-finite weights.
+        HwpqError: a device without a kernel, columns that do not divide by 4.
     """
     if weight.device.type != "cpu":
         raise HwpqError(
@@ -45,10 +46,4 @@ def select_two_of_four(weight: Tensor, column: Tensor, row: Tensor, cross: Tenso
         )
     factors = [part.detach().to(torch.float32).contiguous().numpy() for part in (column, row, cross)]
     keep, finite = cpu.select(weight, *factors)
-    if not finite.all():
-        raise HwpqError(
-            f"row {int((~finite).argmax())} of the weight holds non-finite values (or they overflow float32)",
-            where="select_two_of_four",
-            remedy="Check the checkpoint: a damaged or overflowed weight cannot be compressed",
-        )
-    return torch.from_numpy(keep)
+    return torch.from_numpy(keep), torch.from_numpy(finite)

@@ -15,16 +15,33 @@ from hwpq_pipeline.parameters import Calibration
 
 def draw_calibration(model: Path, documents: pd.DataFrame, calibration: Calibration) -> pd.DataFrame:
     """Token samples from the documents that calibrate."""
-    return draw_samples(documents, model, split="calibration", samples=calibration.samples,
-                        length=calibration.length, seed=calibration.seed)
+    return draw_samples(
+        documents,
+        model,
+        split="calibration",
+        samples=calibration.samples,
+        length=calibration.length,
+        seed=calibration.seed,
+    )
 
 
-def collect(model: Path, samples: pd.DataFrame, calibration: Calibration, scratch: Path,
-            ) -> tuple[Path, dict[str, float]]:
+def collect(
+    model: Path,
+    samples: pd.DataFrame,
+    calibration: Calibration,
+    scratch: Path,
+) -> tuple[Path, dict[str, float]]:
     """Gram matrices (or their diagonals) of every distinct linear input, and the seconds it took."""
     begun = time.perf_counter()
     target = scratch / "statistics"
     with progress_bar("calibrate: decoder blocks") as progress:
-        collect_statistics(model, token_matrix(samples), target=target, mode=calibration.mode,
-                           dtype=calibration.dtype, batch=calibration.batch, progress=progress)
+        collect_statistics(
+            model,
+            token_matrix(samples),
+            target=target,
+            mode=calibration.mode,
+            dtype=calibration.dtype,
+            batch=calibration.batch,
+            progress=progress,
+        )
     return target, {"calibrate": time.perf_counter() - begun}

@@ -9,8 +9,16 @@ from .nodes import collect, draw_calibration
 
 def create_pipeline() -> Pipeline:
     """Sampling, then one forward pass over the samples."""
-    return Pipeline([
-        node(draw_calibration, ["model", "documents", "params:calibration"], "calibration", name="draw_calibration"),
-        node(collect, ["model", "calibration", "params:calibration", "scratch"],
-             ["statistics", "calibrate_seconds"], name="collect_statistics"),
-    ])
+    return Pipeline(
+        [
+            node(
+                draw_calibration, ["model", "documents", "params:calibration"], "calibration", name="draw_calibration"
+            ),
+            node(
+                collect,
+                ["model", "calibration", "params:calibration", "scratch"],
+                ["statistics", "calibrate_seconds"],
+                name="collect_statistics",
+            ),
+        ]
+    )

@@ -10,7 +10,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from hwpq_pipeline.calibration.statistics import Statistics
+from hwpq_pipeline.calibration.store import Statistics
 from hwpq_pipeline.checkpoints.layers import layer_map
 from hwpq_pipeline.checkpoints.reader import Checkpoint
 from hwpq_pipeline.checkpoints.writer import write_json, write_tensors
@@ -32,7 +32,9 @@ def prune(model: Path, statistics: Path, masks: dict[str, Tensor], variant: Vari
     groups = Groups(Checkpoint(model), layer_map(model), Statistics(statistics))
     if variant.selection is None:
         return groups
-    return groups.then(partial(_prune, masks=masks, selection=variant.selection))
+    groups = groups.then(partial(_prune, masks=masks, selection=variant.selection))
+    # Recovery tells the error before and after without a further product.
+    return groups if variant.recovery else groups.then(lambda group: group.with_measured_error("error_pruned"))
 
 
 def recover(groups: Groups, variant: Variant) -> Groups:
@@ -59,13 +61,16 @@ def quantize(groups: Groups, name: str, variant: Variant, scratch: Path) -> tupl
             write_tensors(target / f"{group.name}.safetensors", _tensors(group))
             facts.update(group.facts)
             written += [layer.name for layer in group.layers]
-    write_json(target / "recipe.json", {
-        "variant": name,
-        "grid": variant.quantization.grid if variant.quantization else None,
-        "group_size": variant.quantization.group_size if variant.quantization else None,
-        "structure": variant.selection.structure if variant.selection else "dense",
-        "layers": written,
-    })
+    write_json(
+        target / "recipe.json",
+        {
+            "variant": name,
+            "grid": variant.quantization.grid if variant.quantization else None,
+            "group_size": variant.quantization.group_size if variant.quantization else None,
+            "structure": variant.selection.structure if variant.selection else "dense",
+            "layers": written,
+        },
+    )
     return target, layer_table(groups.layers, facts, ERRORS), {"compress": time.perf_counter() - begun}
 
 
@@ -74,20 +79,24 @@ def _prune(group: Group, masks: dict[str, Tensor], selection: Selection) -> Grou
     try:
         packed = torch.cat([masks[f"{layer.name}.keep"] for layer in group.layers])
     except KeyError as error:
-        raise HwpqError(f"no mask {error}", where=group.name,
-                        remedy="Run the select pipeline for this variant again") from error
+        raise HwpqError(
+            f"no mask {error}", where=group.name, remedy="Run the select pipeline for this variant again"
+        ) from error
     mask = unpack_bits(packed, columns)
     if selection.structure == "2of4":
         check_two_of_four(mask, where=group.name)
-    pruned = group.with_weight(group.weight * mask, mask=mask)
-    return pruned.with_errors("error_pruned")
+    return group.with_weight(group.weight * mask, mask=mask)
 
 
 def _recover(group: Group, recovery: Recovery) -> Group:
-    assert group.mask is not None
-    recovered = recover_weights(group.original, group.mask, group.gram, steps=recovery.steps,
-                                damping=recovery.damping, where=group.name)
-    return group.with_weight(recovered.weight).with_errors("error_recovered", (recovered.row_error, recovered.row_energy))
+    if group.mask is None:  # nothing was pruned, so there is nothing to recover
+        return group
+    recovered = recover_weights(
+        group.original, group.mask, group.gram, steps=recovery.steps, damping=recovery.damping, where=group.name
+    )
+    energy = recovered.row_energy
+    pruned = group.with_error("error_pruned", recovered.row_error_before, energy)
+    return pruned.with_weight(recovered.weight).with_error("error_recovered", recovered.row_error, energy)
 
 
 def _quantize(group: Group, quantization: Quantization, scale_dtype: torch.dtype) -> Group:
@@ -104,7 +113,7 @@ def _quantize(group: Group, quantization: Quantization, scale_dtype: torch.dtype
         scale_dtype=scale_dtype,
         where=group.name,
     )
-    return group.with_weight(dequantize(quantized), quantized=quantized).with_errors("error_quantized")
+    return group.with_weight(dequantize(quantized), quantized=quantized).with_measured_error("error_quantized")
 
 
 def _tensors(group: Group) -> dict[str, Tensor]:

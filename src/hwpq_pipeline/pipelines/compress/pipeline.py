@@ -13,9 +13,16 @@ from .nodes import prune, quantize, recover
 
 def create_pipeline(names: Iterable[str]) -> Pipeline:
     """Pruning and recovery (lazy), then one walk over the layers that rounds and writes."""
-    return for_each_variant([
-        node(prune, ["model", "statistics", "masks", "params:variant"], "pruned", name="prune"),
-        node(recover, ["pruned", "params:variant"], "recovered", name="recover"),
-        node(quantize, ["recovered", "name", "params:variant", "scratch"],
-             ["compressed", "compressed_layers", "compress_seconds"], name="quantize"),
-    ], names)
+    return for_each_variant(
+        [
+            node(prune, ["model", "statistics", "masks", "params:variant"], "pruned", name="prune"),
+            node(recover, ["pruned", "params:variant"], "recovered", name="recover"),
+            node(
+                quantize,
+                ["recovered", "name", "params:variant", "scratch"],
+                ["compressed", "compressed_layers", "compress_seconds"],
+                name="quantize",
+            ),
+        ],
+        names,
+    )

@@ -15,12 +15,23 @@ from hwpq_pipeline.execution.progress import progress_bar
 from hwpq_pipeline.parameters import Evaluation
 
 
-def evaluate(export: Path, model: Path, reference: Path, samples: pd.DataFrame, evaluation: Evaluation,
-             ) -> tuple[dict[str, Any], dict[str, float]]:
+def evaluate(
+    export: Path,
+    model: Path,
+    reference: Path,
+    samples: pd.DataFrame,
+    evaluation: Evaluation,
+) -> tuple[dict[str, Any], dict[str, float]]:
     """Load the export as a user would; its figures beside the dense model's, and the seconds it took."""
     with progress_bar(f"evaluate {export.name}: batches") as progress:
-        quality = evaluate_export(export, load_reference(reference), token_matrix(samples),
-                                  batch=evaluation.batch, dtype=evaluation.dtype, progress=progress)
+        quality = evaluate_export(
+            export,
+            load_reference(reference),
+            token_matrix(samples),
+            batch=evaluation.batch,
+            dtype=evaluation.dtype,
+            progress=progress,
+        )
     size = measure_size(export, model)
     figures = {
         "perplexity": quality.perplexity,
@@ -39,8 +50,9 @@ def evaluate(export: Path, model: Path, reference: Path, samples: pd.DataFrame, 
     return figures, {"evaluate": quality.seconds}
 
 
-def report(figures: dict[str, Any], selected: pd.DataFrame, compressed: pd.DataFrame,
-           *seconds: dict[str, float]) -> tuple[dict[str, Any], pd.DataFrame]:
+def report(
+    figures: dict[str, Any], selected: pd.DataFrame, compressed: pd.DataFrame, *seconds: dict[str, float]
+) -> tuple[dict[str, Any], pd.DataFrame]:
     """Everything that is known of a variant: its figures with the seconds of each stage, and its layers."""
     by_stage = {stage: value for part in seconds for stage, value in part.items()}
     identity = [column for column in compressed.columns if column in selected.columns]

@@ -13,11 +13,30 @@ from .nodes import evaluate, plot, report
 
 def create_pipeline(names: Iterable[str]) -> Pipeline:
     """Evaluation of the export, then the report."""
-    return for_each_variant([
-        node(evaluate, ["export", "model", "reference", "evaluation", "params:evaluation"],
-             ["quality", "evaluate_seconds"], name="evaluate"),
-        node(report, ["quality", "selected_layers", "compressed_layers", "calibrate_seconds", "select_seconds",
-                      "compress_seconds", "export_seconds", "evaluate_seconds"],
-             ["metrics", "layers"], name="report"),
-        node(plot, ["layers", "scratch"], ["error_plot", "sparsity_plot"], name="plot"),
-    ], names)
+    return for_each_variant(
+        [
+            node(
+                evaluate,
+                ["export", "model", "reference", "evaluation", "params:evaluation"],
+                ["quality", "evaluate_seconds"],
+                name="evaluate",
+            ),
+            node(
+                report,
+                [
+                    "quality",
+                    "selected_layers",
+                    "compressed_layers",
+                    "calibrate_seconds",
+                    "select_seconds",
+                    "compress_seconds",
+                    "export_seconds",
+                    "evaluate_seconds",
+                ],
+                ["metrics", "layers"],
+                name="report",
+            ),
+            node(plot, ["layers", "scratch"], ["error_plot", "sparsity_plot"], name="plot"),
+        ],
+        names,
+    )

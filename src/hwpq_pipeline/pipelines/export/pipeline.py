@@ -13,7 +13,14 @@ from .nodes import export_variant
 
 def create_pipeline(names: Iterable[str]) -> Pipeline:
     """One node a variant."""
-    return for_each_variant([
-        node(export_variant, ["model", "corpus", "compressed", "name", "params:variant", "params:calibration", "scratch"],
-             ["export", "export_seconds"], name="export"),
-    ], names)
+    return for_each_variant(
+        [
+            node(
+                export_variant,
+                ["model", "corpus", "compressed", "name", "params:variant", "params:calibration", "scratch"],
+                ["export", "export_seconds"],
+                name="export",
+            ),
+        ],
+        names,
+    )

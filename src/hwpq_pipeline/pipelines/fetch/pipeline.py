@@ -9,8 +9,10 @@ from .nodes import fetch_corpus, fetch_model, read_documents
 
 def create_pipeline() -> Pipeline:
     """The model, and the corpus with its table."""
-    return Pipeline([
-        node(fetch_model, ["params:model", "downloads", "scratch"], "model", name="fetch_model"),
-        node(fetch_corpus, ["params:corpus", "downloads", "scratch"], "corpus", name="fetch_corpus"),
-        node(read_documents, "corpus", "documents", name="read_documents"),
-    ])
+    return Pipeline(
+        [
+            node(fetch_model, ["params:model", "downloads", "scratch"], "model", name="fetch_model"),
+            node(fetch_corpus, ["params:corpus", "downloads", "scratch"], "corpus", name="fetch_corpus"),
+            node(read_documents, "corpus", "documents", name="read_documents"),
+        ]
+    )

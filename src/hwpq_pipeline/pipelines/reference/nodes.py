@@ -14,14 +14,16 @@ from hwpq_pipeline.parameters import Evaluation
 
 def draw_evaluation(model: Path, documents: pd.DataFrame, evaluation: Evaluation) -> pd.DataFrame:
     """Token samples from the documents that evaluate."""
-    return draw_samples(documents, model, split="evaluation", samples=evaluation.samples,
-                        length=evaluation.length, seed=evaluation.seed)
+    return draw_samples(
+        documents, model, split="evaluation", samples=evaluation.samples, length=evaluation.length, seed=evaluation.seed
+    )
 
 
 def refer(model: Path, samples: pd.DataFrame, evaluation: Evaluation, scratch: Path) -> Path:
-    """The dense model's final hidden states on the evaluation tokens."""
+    """What the divergence of any variant needs of the dense model on the evaluation tokens."""
     target = scratch / "reference"
     with progress_bar("reference: batches of the dense model") as progress:
-        make_reference(model, token_matrix(samples), target, batch=evaluation.batch, dtype=evaluation.dtype,
-                       progress=progress)
+        make_reference(
+            model, token_matrix(samples), target, batch=evaluation.batch, dtype=evaluation.dtype, progress=progress
+        )
     return target

@@ -12,7 +12,9 @@ from .nodes import draw_evaluation, refer
 
 def create_pipeline() -> Pipeline:
     """Sampling, then one forward pass of the dense model."""
-    return Pipeline([
-        node(draw_evaluation, ["model", "documents", "params:evaluation"], "evaluation", name="draw_evaluation"),
-        node(refer, ["model", "evaluation", "params:evaluation", "scratch"], "reference", name="make_reference"),
-    ])
+    return Pipeline(
+        [
+            node(draw_evaluation, ["model", "documents", "params:evaluation"], "evaluation", name="draw_evaluation"),
+            node(refer, ["model", "evaluation", "params:evaluation", "scratch"], "reference", name="make_reference"),
+        ]
+    )

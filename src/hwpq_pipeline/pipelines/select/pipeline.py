@@ -13,9 +13,15 @@ from .nodes import score_contributions, select_weights
 
 def create_pipeline(names: Iterable[str]) -> Pipeline:
     """Scoring (lazy), then one walk over the layers."""
-    return for_each_variant([
-        node(score_contributions, ["model", "statistics", "params:variant"], "contributions",
-             name="score_contributions"),
-        node(select_weights, ["contributions", "params:variant"], ["masks", "selected_layers", "select_seconds"],
-             name="select_weights"),
-    ], names)
+    return for_each_variant(
+        [
+            node(score_contributions, ["model", "statistics"], "contributions", name="score_contributions"),
+            node(
+                select_weights,
+                ["contributions", "params:variant"],
+                ["masks", "selected_layers", "select_seconds"],
+                name="select_weights",
+            ),
+        ],
+        names,
+    )

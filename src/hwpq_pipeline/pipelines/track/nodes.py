@@ -17,7 +17,7 @@ from hwpq_pipeline.tracking.comparison import comparison_table, show
 from hwpq_pipeline.tracking.runs import Record, log_once, resolve_uri
 
 
-def log_variant(  # noqa: PLR0913 (a run gathers everything that is known of a variant)
+def log_variant(
     name: str,
     model: Path,
     corpus: Path,
@@ -35,11 +35,18 @@ def log_variant(  # noqa: PLR0913 (a run gathers everything that is known of a v
     """Log one variant unless its content is logged already; whether the run is new."""
     record = Record(
         variant=name,
-        parameters={"variant": variant.model_dump(), "calibration": calibration.model_dump(),
-                    "evaluation": evaluation.model_dump()},
+        parameters={
+            "variant": variant.model_dump(),
+            "calibration": calibration.model_dump(),
+            "evaluation": evaluation.model_dump(),
+        },
         metrics=metrics,
-        digests={"model": sha256_directory(model), "corpus": sha256_directory(corpus),
-                 "evaluation": hashlib.sha256(token_matrix(samples).tobytes()).hexdigest(), "export": sha256_directory(export)},
+        digests={
+            "model": sha256_directory(model),
+            "corpus": sha256_directory(corpus),
+            "evaluation": hashlib.sha256(token_matrix(samples).tobytes()).hexdigest(),
+            "export": sha256_directory(export),
+        },
         files=(error_plot, sparsity_plot, export / "README.md"),
         texts={"metrics.json": json.dumps(metrics, indent=2), "layers.csv": layers.to_csv(index=False)},
         command=f"dvc repro evaluate@{name}",
@@ -64,8 +71,12 @@ def compare(scratch: Path, track: Track, **results: Any) -> tuple[pd.DataFrame, 
     table = comparison_table(by_kind["metrics"])
     plot = scratch / "pareto.png"
     pareto(table, plot)
-    show(table, experiment=track.experiment, tracking_uri=resolve_uri(track.tracking_uri),
-         new_runs=sum(by_kind["new"].values()))
+    show(
+        table,
+        experiment=track.experiment,
+        tracking_uri=resolve_uri(track.tracking_uri),
+        new_runs=sum(by_kind["new"].values()),
+    )
     return table, plot
 
 

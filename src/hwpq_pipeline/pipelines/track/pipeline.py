@@ -14,17 +14,41 @@ from .nodes import compare, log_variant
 def create_pipeline(names: Iterable[str]) -> Pipeline:
     """Logging in each variant's namespace, then the comparison."""
     names = list(names)
-    logging = for_each_variant([
-        node(log_variant, ["name", "model", "corpus", "evaluation", "export", "metrics", "layers", "error_plot",
-                           "sparsity_plot", "params:variant", "params:calibration", "params:evaluation", "params:track"],
-             "new_run", name="log"),
-    ], names)
+    logging = for_each_variant(
+        [
+            node(
+                log_variant,
+                [
+                    "name",
+                    "model",
+                    "corpus",
+                    "evaluation",
+                    "export",
+                    "metrics",
+                    "layers",
+                    "error_plot",
+                    "sparsity_plot",
+                    "params:variant",
+                    "params:calibration",
+                    "params:evaluation",
+                    "params:track",
+                ],
+                "new_run",
+                name="log",
+            ),
+        ],
+        names,
+    )
     comparing = node(
         compare,
-        {"scratch": "scratch", "track": "params:track",
-         **{f"metrics:{name}": f"variants.{name}.metrics" for name in names},
-         **{f"new:{name}": f"variants.{name}.new_run" for name in names}},
+        {
+            "scratch": "scratch",
+            "track": "params:track",
+            **{f"metrics:{name}": f"variants.{name}.metrics" for name in names},
+            **{f"new:{name}": f"variants.{name}.new_run" for name in names},
+        },
         ["comparison", "pareto_plot"],
         name="compare",
+        namespace="variants",
     )
     return logging + Pipeline([comparing])

@@ -1,0 +1,332 @@
+"""Selection at the speed of memory: EWMA and 2:4 beside a copy of the same bytes and the sort-based rivals.
+
+All methods work on the same arrays in one process, from the stored weight and the inputs' energies to a mask: scores
+are part of every method. `copy` copies the weight into memory that was touched before. The rivals get the threads that
+torch takes for them, and produce a boolean mask; ours a packed one.
+
+    copy         weight → weight
+    ewma         scores, threshold and packed mask at a given λ: one pass
+    ewma_row     the same with λ solved for each row (two passes), ewma_layer with one λ solved for the layer
+    two_of_four  2:4 by comparisons
+    sort         scores, torch.sort, threshold at the wanted rank; topk, kthvalue likewise
+    wanda        as its authors compute it: stable sort of the scores, indices of the lowest, scatter
+    topk_groups  2:4 by torch.topk on groups of four
+
+Fast methods take turns, so that what else the machine does meets them alike; a slow one gets as many repeats as its
+budget of seconds allows, at least one. A method whose mask is wrong on the rows that are checked gets no time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numba
+import numpy as np
+import torch
+from torch import Tensor
+
+from hwpq_pipeline.compression.bits import pack_bits, unpack_bits
+from hwpq_pipeline.compression.contribution import root_factors
+from hwpq_pipeline.compression.ewma import TOLERANCE, EwmaSelection, ewma_select
+from hwpq_pipeline.compression.structured import select_two_of_four
+from hwpq_pipeline.kernels import ewma_select as kernels
+from hwpq_pipeline.kernels.ewma_select import reference as ewma_reference
+from hwpq_pipeline.kernels.two_of_four import reference as two_of_four_reference
+
+RESULTS = Path(__file__).parent / "results"
+#: Shapes of LLaMA-2's linears (7B, 13B, 70B), and of the default model's, which fit the caches.
+LARGE = ("4096x4096", "11008x4096", "4096x11008", "5120x13824", "8192x28672")
+SMALL = ("576x576", "1536x576", "576x1536")
+QUICK = ("4096x4096", *SMALL)
+METRIC, SPARSITY, LAMBDA = "wanda", 0.5, -0.25
+OPTIONS: dict[str, Any] = {"alpha": 1 / 64, "beta": 1 / 64, "domain": "sqrt"}
+CHECKED_ROWS = 24
+#: Seconds before each repeat: OpenMP's workers spin for a while after torch's work is done, and would keep a core from
+#: whoever comes next.
+PAUSE = 0.03
+OURS = {"ewma": ("sort", "topk", "kthvalue", "wanda"), "ewma_row": ("sort", "topk", "kthvalue", "wanda"),
+        "ewma_layer": ("sort", "topk", "kthvalue", "wanda"), "two_of_four": ("topk_groups", "sort")}  # fmt: skip
+
+
+@dataclass
+class Case:
+    """A weight, its inputs' energies, and where a copy goes."""
+
+    weight: Tensor
+    energy: Tensor
+    target: Tensor = field(init=False)
+    rows: Tensor = field(init=False)  # that are checked
+
+    def __post_init__(self) -> None:
+        self.target = torch.zeros_like(self.weight)
+        self.rows = torch.linspace(0, self.weight.shape[0] - 1, min(CHECKED_ROWS, self.weight.shape[0])).long()
+
+    @property
+    def kept(self) -> int:
+        """Weights that a row keeps."""
+        return self.weight.shape[1] - round(SPARSITY * self.weight.shape[1])
+
+    def scores(self) -> Tensor:
+        """Wanda's: |w| · ‖x‖, float32."""
+        return self.weight.abs() * self.energy.sqrt().reshape(1, -1)
+
+
+def make(shape: str, dtype: torch.dtype) -> Case:
+    """Weights from a normal distribution, energies over three decades: speed does not depend on them."""
+    rows, columns = (int(size) for size in shape.split("x"))
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.empty(rows, columns, dtype=dtype)
+    for part in weight.split(1024):
+        part.copy_(torch.randn(part.shape, generator=generator) * 0.02)
+    return Case(weight, 10 ** (3 * torch.rand(columns, generator=generator)))
+
+
+def copy(case: Case) -> Tensor:
+    """The weight to memory that was touched before."""
+    return case.target.copy_(case.weight)
+
+
+def ewma(case: Case) -> kernels.EwmaPass:
+    """Scores and mask at a given λ, one pass."""
+    factors = root_factors(METRIC, case.weight, case.energy)
+    lam = torch.tensor(LAMBDA)
+    return kernels.ewma_select(case.weight, factors.column, factors.row, factors.cross, lam, **OPTIONS)
+
+
+def ewma_row(case: Case) -> EwmaSelection:
+    """λ solved for each row."""
+    return ewma_select(case.weight, METRIC, case.energy, sparsity=SPARSITY, scope="row")
+
+
+def ewma_layer(case: Case) -> EwmaSelection:
+    """λ solved for the layer."""
+    return ewma_select(case.weight, METRIC, case.energy, sparsity=SPARSITY, scope="layer")
+
+
+def two_of_four(case: Case) -> Tensor:
+    """Scores and mask, 2:4."""
+    return select_two_of_four(case.weight, METRIC, case.energy)
+
+
+def sort(case: Case) -> Tensor:
+    """A full sort of every row's scores, threshold at the wanted rank."""
+    scores = case.scores()
+    ordered = torch.sort(scores, dim=1).values
+    return scores >= ordered[:, -case.kept, None]
+
+
+def topk(case: Case) -> Tensor:
+    """The best of every row, by their indices."""
+    scores = case.scores()
+    best = torch.topk(scores, case.kept, dim=1, sorted=False).indices
+    return torch.zeros(scores.shape, dtype=torch.bool).scatter_(1, best, True)
+
+
+def kthvalue(case: Case) -> Tensor:
+    """Threshold at the wanted rank, by selection."""
+    scores = case.scores()
+    return scores > torch.kthvalue(scores, scores.shape[1] - case.kept, dim=1, keepdim=True).values
+
+
+def wanda(case: Case) -> Tensor:
+    """`prune_wanda` of locuslab/wanda, unstructured; there the mask marks what is dropped."""
+    metric = torch.abs(case.weight) * torch.sqrt(case.energy.reshape((1, -1)))
+    mask = torch.zeros_like(metric) == 1
+    ordered = torch.sort(metric, dim=-1, stable=True)
+    mask.scatter_(1, ordered[1][:, : int(metric.shape[1] * SPARSITY)], True)
+    return mask
+
+
+def topk_groups(case: Case) -> Tensor:
+    """2:4 by `torch.topk` on groups of four."""
+    groups = case.scores().unflatten(1, (-1, 4))
+    best = torch.topk(groups, 2, dim=2, sorted=False).indices
+    return torch.zeros(groups.shape, dtype=torch.bool).scatter_(2, best, True).flatten(1)
+
+
+METHODS: dict[str, Callable[[Case], Any]] = {
+    method.__name__: method
+    for method in (copy, ewma, ewma_row, ewma_layer, two_of_four, sort, topk, kthvalue, wanda, topk_groups)
+}
+
+
+def check(name: str, case: Case, result: Any) -> str:
+    """Empty if the result is right on the rows that are looked at, else what is wrong."""
+    rows, columns = case.rows, case.weight.shape[1]
+    some = case.weight[rows]
+    if name == "copy":
+        return "" if torch.equal(result[rows], some) else "the copy differs"
+    factors = root_factors(METRIC, case.weight, case.energy).rows(rows)
+    parts = (factors.column, factors.row, factors.cross)
+    if name.startswith("ewma"):
+        lam = torch.tensor(LAMBDA) if name == "ewma" else result.multiplier
+        gains = kernels.warm_gains(OPTIONS["alpha"], OPTIONS["beta"], columns)
+        lam = lam[rows] if lam.dim() else lam.expand(len(rows))
+        expected = pack_bits(ewma_reference.ewma_select(some, *parts, lam, gains, **OPTIONS)[0])
+        if not torch.equal(result.keep[rows], expected):
+            return "the mask differs from the reference"
+        missed = name != "ewma" and abs(result.reached - SPARSITY) > TOLERANCE
+        return f"reached {result.reached:.4f}" if missed else ""
+    if name == "two_of_four":
+        expected = two_of_four_reference.select_two_of_four(some, *parts)
+        return (
+            "" if torch.equal(unpack_bits(result[rows], columns), expected) else "the mask differs from the reference"
+        )
+    return _check_rival(name, case, result[rows])
+
+
+def _check_rival(name: str, case: Case, mask: Tensor) -> str:
+    """Right number, and no kept score below a dropped one; ties may go either way, and `sort` keeps them all."""
+    scores, keep = case.scores()[case.rows], ~mask if name == "wanda" else mask
+    if name == "topk_groups":
+        scores, keep = (part.unflatten(1, (-1, 4)) for part in (scores, keep))
+    wanted = 2 if name == "topk_groups" else case.kept
+    lowest = scores.masked_fill(~keep, float("inf")).amin(-1)
+    highest = scores.masked_fill(keep, -1).amax(-1)
+    if not bool((lowest >= highest).all()):
+        return "a dropped score is above a kept one"
+    surplus = (keep.sum(-1) - wanted).abs().float()
+    return "" if bool((surplus <= 0.01 * scores.shape[-1]).all()) else "the wrong number is kept"
+
+
+def measure(case: Case, repeats: int, budget: float) -> dict[str, tuple[str, list[float]]]:
+    """For each method what is wrong with its result, and its times."""
+    found: dict[str, tuple[str, list[float]]] = {}
+    fast = []
+    for name, method in METHODS.items():
+        begin = time.perf_counter()
+        result = method(case)  # compiles, and touches the memory that later calls get again
+        once = time.perf_counter() - begin
+        begin = time.perf_counter()
+        if once < 5:
+            result = method(case)
+            once = time.perf_counter() - begin
+        found[name] = (check(name, case, result), [once])
+        del result
+        if once * repeats <= budget / 10:
+            fast.append(name)
+        else:
+            for _ in range(min(repeats, int(budget / once)) - 1):
+                found[name][1].append(_timed(method, case))
+    for _ in range(repeats):
+        for name in fast:
+            found[name][1].append(_timed(METHODS[name], case))
+    return found
+
+
+def _timed(method: Callable[[Case], Any], case: Case) -> float:
+    time.sleep(PAUSE)
+    begin = time.perf_counter()
+    result = method(case)
+    seconds = time.perf_counter() - begin
+    del result
+    return seconds
+
+
+def rows_of(
+    shape: str, dtype: torch.dtype, found: dict[str, tuple[str, list[float]]], size: int
+) -> list[dict[str, Any]]:
+    """A row a method; no time where the check failed."""
+    right = {name: statistics.median(times) for name, (wrong, times) in found.items() if not wrong}
+    rows = []
+    for name, (wrong, times) in found.items():
+        row: dict[str, Any] = {"shape": shape, "dtype": str(dtype).removeprefix("torch."), "method": name}
+        if wrong:
+            rows.append(row | {"error": wrong})
+            continue
+        seconds = right[name]
+        row |= {"seconds": seconds, "repeats": times, "gigabytes_per_second": size / seconds / 1e9}
+        row["ratio_to_copy"] = seconds / right["copy"] if "copy" in right else None
+        row["times_faster_than"] = {rival: right[rival] / seconds for rival in OURS.get(name, ()) if rival in right}
+        rows.append(row)
+    return rows
+
+
+def machine() -> dict[str, Any]:
+    """What the figures depend on."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+    return {
+        "processor": model,
+        "cores": os.cpu_count(),
+        "load_before": os.getloadavg()[0],
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "numba": numba.__version__,
+        "torch_threads": torch.get_num_threads(),
+        "numba_threads": numba.get_num_threads(),
+    }
+
+
+def table(report: dict[str, Any]) -> str:
+    """The rows as Markdown."""
+    about = report["machine"]
+    lines = [
+        "# Selection: time from weight to mask",
+        "",
+        f"{about['processor']}, {about['cores']} cores, {about['torch_threads']} threads;",
+        f"torch {about['torch']}, numba {about['numba']}; metric {METRIC}, sparsity {SPARSITY}.",
+        "Medians; GB/s counts the weight's bytes once.",
+        "",
+        "| shape | dtype | method | ms | GB/s | × copy | repeats | × faster than |",
+        "|---|---|---|---:|---:|---:|---:|---|",
+    ]
+    for row in report["rows"]:
+        head = f"| {row['shape']} | {row['dtype']} | {row['method']} |"
+        if "error" in row:
+            lines.append(f"{head} | | | | {row['error']} |")
+            continue
+        ratio = "" if row["ratio_to_copy"] is None else f"{row['ratio_to_copy']:.2f}"
+        faster = ", ".join(f"{rival} {times:.1f}" for rival, times in row["times_faster_than"].items())
+        lines.append(
+            f"{head} {1e3 * row['seconds']:.2f} | {row['gigabytes_per_second']:.2f} | {ratio} "
+            f"| {len(row['repeats'])} | {faster} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Measure what the command line asks for, print the table, write both files."""
+    parser = argparse.ArgumentParser(description="Time selection beside a copy and the sort-based rivals.")
+    parser.add_argument(
+        "--shapes", nargs="+", default=list(QUICK), help="out x in, as 4096x11008; `large`, `small` or `all` for sets"
+    )
+    parser.add_argument("--dtypes", nargs="+", default=["bfloat16"], choices=["bfloat16", "float32"])
+    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--budget", type=float, default=20, help="seconds that a slow method may take for its repeats")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    sets = {"large": LARGE, "small": SMALL, "all": (*SMALL, *LARGE)}
+    shapes = [shape for name in options.shapes for shape in sets.get(name, (name,))]
+    report: dict[str, Any] = {"machine": machine(), "rows": []}
+    options.out.mkdir(parents=True, exist_ok=True)
+    for shape in shapes:
+        for dtype in (getattr(torch, name) for name in options.dtypes):
+            print(f"{shape} {dtype} …", flush=True)
+            case = make(shape, dtype)
+            found = measure(case, options.repeats, options.budget)
+            report["rows"] += rows_of(shape, dtype, found, case.weight.nbytes)
+            # After every shape, so that a run that is cut short has left what it had.
+            for name, text in (("json", json.dumps(report, indent=1) + "\n"), ("md", table(report))):
+                partial = options.out / f"selection.{name}.partial"
+                partial.write_text(text)
+                partial.replace(options.out / f"selection.{name}")
+    print(table(report))
+    if any("error" in row for row in report["rows"]):
+        raise SystemExit("a method's result is wrong: see the table")
+
+
+if __name__ == "__main__":
+    main()

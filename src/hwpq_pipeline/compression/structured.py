@@ -1,0 +1,78 @@
+"""2:4 selection: in every aligned group of four inputs the two of highest contribution stay.
+
+Half of the weights whatever they are, in the one pattern that tensor cores skip. The price against an unstructured half
+is that a group with three weights that matter loses one, and one with none keeps two. Of equal contributions the one of
+lower column stays, so the pattern is exact for any weight, all zeros included.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hwpq_pipeline.compression.contribution import root_factors
+from hwpq_pipeline.errors import HwpqError
+from hwpq_pipeline.kernels import two_of_four
+
+GROUP, KEPT = 4, 2
+
+
+def select_two_of_four(weight: Tensor, metric: str, energy: Tensor, *, where: str = "select_two_of_four") -> Tensor:
+    """Keep the two of highest contribution in every aligned group of four inputs.
+
+    Args:
+        weight: float32 or bfloat16 (others are converted), shape (out, in), in divisible by 4.
+        metric: one of `contribution.METRICS`.
+        energy: shape (in,): Σ_tokens x_j².
+        where: the layer's name, for errors.
+
+    Returns:
+        uint8, shape (out, ceil(in / 8)): keep-bits in little bit order.
+
+    Raises:
+        HwpqError: columns that do not divide by 4; non-finite weights; an unknown metric; statistics that do not fit.
+    """
+    _check_columns(weight.shape[-1], where)
+    factors = root_factors(metric, weight.detach(), energy)
+    keep, finite = two_of_four.select_two_of_four(weight, factors.column, factors.row, factors.cross)
+    if not bool(finite.all()):
+        raise HwpqError(
+            f"row {int((~finite).int().argmax())} of the weight holds non-finite values "
+            "(or contributions beyond float32)",
+            where=where,
+            remedy="Check the checkpoint: a damaged or overflowed weight cannot be compressed",
+        )
+    return keep
+
+
+def check_two_of_four(weight: Tensor, where: str) -> None:
+    """Assert the pattern: in every aligned group of four at most two weights are not zero; a mask keeps exactly two.
+
+    Args:
+        weight: shape (out, in); a bool mask (exactly two True a group), or weights (at most two not zero: a kept
+            weight may have been rounded to zero).
+        where: the layer's name, for errors.
+
+    Raises:
+        HwpqError: columns that do not divide by 4; a group that breaks the pattern, the first of which is named.
+    """
+    _check_columns(weight.shape[-1], where)
+    kept = (weight != 0).unflatten(-1, (-1, GROUP)).sum(dim=-1, dtype=torch.uint8)
+    wrong = kept != KEPT if weight.dtype == torch.bool else kept > KEPT
+    if bool(wrong.any()):
+        row, group = divmod(int(wrong.flatten().int().argmax()), kept.shape[-1])
+        raise HwpqError(
+            f"{int(wrong.sum())} groups of four are not 2:4, the first in row {row}, columns {GROUP * group} to "
+            f"{GROUP * group + GROUP - 1}, with {int(kept.reshape(-1, kept.shape[-1])[row, group])} kept",
+            where=where,
+            remedy="A step after the selection must multiply by the mask; select again if the mask itself is wrong",
+        )
+
+
+def _check_columns(columns: int, where: str) -> None:
+    if columns % GROUP:
+        raise HwpqError(
+            f"{columns} columns do not divide into groups of {GROUP}",
+            where=where,
+            remedy="Leave this layer dense, or choose an unstructured variant for it",
+        )

@@ -1,0 +1,142 @@
+"""Refinement against exhaustive search over masks with numpy.linalg.lstsq for the weights."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from hwpq_pipeline.compression.recovery import recover
+from hwpq_pipeline.compression.refinement import refine_mask
+from hwpq_pipeline.errors import HwpqError
+
+
+def problem(rows: int, columns: int, seed: int = 0, tokens: int = 400) -> tuple[Tensor, Tensor, Tensor]:
+    """Weights, inputs (tokens, columns) with strong correlations, and their Gram matrix."""
+    generator = torch.Generator().manual_seed(seed)
+    inputs = torch.randn(tokens, columns, generator=generator)
+    inputs = inputs + 1.5 * torch.randn(tokens, 3, generator=generator) @ torch.randn(3, columns, generator=generator)
+    return torch.randn(rows, columns, generator=generator), inputs, inputs.T @ inputs
+
+
+def wanda(weight: Tensor, gram: Tensor) -> Tensor:
+    """2:4 mask by |w|·‖x‖, with a sort."""
+    scores = (weight.abs() * gram.diagonal().sqrt()).view(weight.shape[0], -1, 4)
+    return (scores.argsort(2).argsort(2) >= 2).view(weight.shape)
+
+
+def half(weight: Tensor, gram: Tensor) -> Tensor:
+    scores = weight.abs() * gram.diagonal().sqrt()
+    return scores > scores.flatten().median()
+
+
+def error_by_tokens(weight: Tensor, original: Tensor, inputs: Tensor) -> np.ndarray:
+    change = weight.double().numpy() - original.double().numpy()
+    return ((inputs.double().numpy() @ change.T) ** 2).sum(0)
+
+
+def best_by_exhaustion(row: np.ndarray, inputs: np.ndarray, masks: list[list[int]]) -> float:
+    """Least squared output error over all masks, each with its least-squares weights."""
+    wanted = inputs @ row
+    errors = []
+    for kept in masks:
+        solution = np.linalg.lstsq(inputs[:, kept], wanted, rcond=None)[0]
+        errors.append(((inputs[:, kept] @ solution - wanted) ** 2).sum())
+    return min(errors)
+
+
+PAIRS = list(itertools.combinations(range(4), 2))
+MASKS_2OF4 = [[*a, *(4 + j for j in b), *(8 + j for j in c)] for a, b, c in itertools.product(PAIRS, repeat=3)]
+
+
+@pytest.mark.parametrize("method", ["descent", "admm"])
+def test_close_to_the_exhaustive_optimum_of_2of4(method: str) -> None:
+    weight, inputs, gram = problem(12, 12)
+    mask = wanda(weight, gram)
+    refined, keep, report = refine_mask(weight, mask, gram, damping=1e-4, rounds=20, sweeps=20, method=method)
+    best = np.array([best_by_exhaustion(row, inputs.double().numpy(), MASKS_2OF4) for row in weight.double().numpy()])
+    mine = error_by_tokens(refined, weight, inputs)
+    fixed = error_by_tokens(recover(weight, mask, gram, steps=40, damping=1e-4).weight, weight, inputs)
+    assert (mine >= best * (1 - 1e-3)).all()
+    assert mine.sum() <= 1.25 * best.sum()
+    assert mine.sum() < 0.9 * fixed.sum()
+    assert bool((keep.view(12, 3, 4).sum(2) == 2).all())
+    assert bool((refined[~keep] == 0).all())
+    np.testing.assert_allclose(report.row_error.numpy(), mine, rtol=1e-2)
+
+
+@pytest.mark.parametrize("method", ["descent", "admm"])
+def test_better_than_recovery_of_a_fixed_mask_when_unstructured(method: str) -> None:
+    weight, inputs, gram = problem(24, 32, 1)
+    mask = half(weight, gram)
+    refined, keep, report = refine_mask(
+        weight, mask, gram, structure="unstructured", damping=1e-4, method=method, rounds=20, sweeps=20
+    )
+    fixed = error_by_tokens(recover(weight, mask, gram, steps=40, damping=1e-4).weight, weight, inputs)
+    mine = error_by_tokens(refined, weight, inputs)
+    assert mine.sum() < 0.92 * fixed.sum()
+    assert int(keep.sum()) == int(mask.sum())
+    assert bool((refined[~keep] == 0).all())
+    assert report.error_after == pytest.approx(mine.sum() / error_by_tokens(0 * weight, weight, inputs).sum(), rel=1e-3)
+
+
+@pytest.mark.parametrize("sparsity", [0.3, 0.5, 0.75])
+def test_each_stacked_layer_gets_its_sparsity(sparsity: float) -> None:
+    weight, _, gram = problem(30, 32, 4)
+    weight[10:] *= 20.0  # one threshold for both layers would prune the first away
+    heights = [10, 20]
+    _, keep, report = refine_mask(
+        weight, half(weight, gram), gram, structure="unstructured", sparsity=sparsity, layer_rows=heights
+    )
+    for rows in (slice(0, 10), slice(10, 30)):
+        assert int(keep[rows].sum()) == keep[rows].numel() - round(sparsity * keep[rows].numel())
+    assert report.sparsity == pytest.approx(sparsity, abs=1e-3)
+    assert len(report.relative_errors(slice(0, 10))) == 2
+
+
+def test_no_row_gets_worse_on_the_tokens_themselves() -> None:
+    weight, inputs, gram = problem(40, 24, tokens=5)
+    mask = wanda(weight, gram)
+    refined, _, report = refine_mask(weight, mask, gram, damping=10.0, rounds=0, sweeps=1)
+    before, after = error_by_tokens(weight * mask, weight, inputs), error_by_tokens(refined, weight, inputs)
+    energy = error_by_tokens(0 * weight, weight, inputs)
+    assert (after <= before + 1e-5 * energy).all()
+    assert report.error_after <= report.error_before
+    assert 0.0 <= report.moved <= 1.0
+
+
+@pytest.mark.parametrize("structure", ["2of4", "unstructured"])
+def test_dead_and_silent_inputs(structure: str) -> None:
+    weight, inputs, _ = problem(6, 16)
+    inputs[:, 4:8] = 0.0
+    for gram in (inputs.T @ inputs, torch.zeros(16, 16)):
+        refined, keep, _ = refine_mask(weight, wanda(weight, gram + 1e-9), gram, structure=structure)
+        assert bool(torch.isfinite(refined).all())
+        assert int(keep.sum()) == keep.numel() // 2
+        assert bool((refined[~keep] == 0).all())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"structure": "1of4"}, "layer.7.*1of4.*2of4, unstructured"),
+        ({"method": "luck"}, "layer.7.*luck.*descent, admm"),
+        ({"layer_rows": [1, 2]}, r"layer.7.*\[1, 2\] rows do not make 4"),
+    ],
+)
+def test_refusals_name_layer_and_remedy(options: dict, message: str) -> None:
+    weight, _, gram = problem(4, 8)
+    with pytest.raises(HwpqError, match=message):
+        refine_mask(weight, wanda(weight, gram), gram, where="layer.7", **options)
+
+
+def test_refuses_columns_that_do_not_divide_by_four_and_values_that_are_not_finite() -> None:
+    weight, _, gram = problem(4, 10)
+    with pytest.raises(HwpqError, match=r"layer.7.*10 columns"):
+        refine_mask(weight, weight > 0, gram, where="layer.7")
+    gram[0, 0] = float("inf")
+    with pytest.raises(HwpqError, match=r"layer.7.*not finite"):
+        refine_mask(weight[:, :8], weight[:, :8] > 0, gram[:8, :8], where="layer.7")
