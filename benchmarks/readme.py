@@ -29,9 +29,11 @@ PICTURES = {
 def machine() -> str:
     """One line on what this was measured on."""
     info = Path("/proc/cpuinfo")
-    names = [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")] if (
-        info.exists()
-    ) else [platform.processor()]
+    names = (
+        [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
+        if (info.exists())
+        else [platform.processor()]
+    )
     return (
         f"{os.cpu_count()} cores of {names[0]} ({torch.backends.cpu.get_cpu_capability()}), Python "
         f"{platform.python_version()}, torch {torch.__version__.partition('+')[0]}, transformers "
@@ -44,8 +46,8 @@ def table() -> str:
     parameters = yaml.safe_load((ROOT / "conf/base/parameters.yml").read_text())
     variants = yaml.safe_load((ROOT / "conf/base/parameters_variants.yml").read_text())["variants"]
     lines = [
-        "| variant | perplexity | × dense | KL (nats) | top-1 agreement | sparsity | MB on disk | × smaller "
-        "| seconds to make |",
+        ("| variant | perplexity | × dense | KL (nats) | top-1 agreement | sparsity | MB on disk | × smaller "
+        "| seconds to make |"),
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for name in variants:
@@ -59,11 +61,11 @@ def table() -> str:
     calibration, evaluation = parameters["calibration"], parameters["evaluation"]
     lines += [
         "",
-        f"{parameters['model']['name']}; {parameters['corpus']['name']}. Calibrated on {calibration['samples']} × "
+        (f"{parameters['model']['name']}; {parameters['corpus']['name']}. Calibrated on {calibration['samples']} × "
         f"{calibration['length']} tokens (seed {calibration['seed']}, even articles), once for all variants, in "
         f"{values['seconds']['calibrate']:.0f} s; evaluated from the exports, dynamic activation quantization included, "
         f"on {evaluation['samples']} × {evaluation['length']} (seed {evaluation['seed']}, odd articles). Machine: "
-        f"{machine()}.",
+        f"{machine()}."),
     ]
     return "\n".join(lines)
 

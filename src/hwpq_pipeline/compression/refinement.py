@@ -12,10 +12,11 @@ each time, so that the pairs are chosen against a row that is dense, then less s
 pairs on, and end with weights that are almost optimal for their mask.  All is matrix products and small tiles; the
 objective of the last sweeps cannot rise.
 
-Why not ADMM.  Against ALPS-style ADMM (Meng et al. 2024, arXiv 2406.07831) with conjugate gradients for its inner
-solve, 20 rounds of 3 steps, the descent reaches the same error on held-out text with an eighth of the matrix products;
-``method="admm"`` keeps the former for comparison and for those who have the time: as a start of the descent it takes
-off another two to three per cent.
+Descent or ADMM.  ALPS-style ADMM (Meng et al. 2024, arXiv 2406.07831) keeps the row dense for longer and finds better
+masks, at three matrix products a round (conjugate gradients for its inner solve).  ``method="admm"`` takes its mask
+and values as the start of the descent, which needs then no ``rounds`` of its own.  In a trial at 2:4, perplexity 20.6
+dense and 73.5 for recovery on a fixed mask: descent alone 65.8; 10 rounds of ADMM, then 3 sweeps 62.0 in about twice
+the time.
 
 Damping.  ``δ`` is 0.01 of the mean energy.  More lowers the layers' error on held-out text (least at 0.2 to 0.3) but
 not the perplexity of the model (65.8 at 0.01, 66.4 at 0.1 in a trial at 2:4).
