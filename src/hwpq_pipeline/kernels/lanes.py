@@ -1,16 +1,13 @@
-"""Vector code for recurrences along rows: many rows side by side, one a lane, as LLVM IR for numba intrinsics.
+"""Vector code for recurrences along rows: sixteen rows side by side, one a lane, as LLVM IR for numba intrinsics.
 
-A recurrence has nothing to vectorise along its own direction, so `LANES` rows are walked at once, a column at a time,
-in two steps for each tile of `TILE` columns. First, eight rows at a time (contiguous in each row) are transposed in
-registers, turned to contributions, and left column by column in the first-level cache. Then the recurrence reads a
-column's lanes as vectors. Apart, the two run faster than as one: the transposition is limited by how much can be done
-a cycle, the recurrence by how long its chain of operations takes, and four registers' worth of rows are four chains
-that run side by side.
-
-Numba's own vectoriser finds none of this (eight times slower, tried), so the loops' bodies are written here as IR on
-vectors of `WIDTH` lanes, which LLVM lowers to what the processor has. No instruction carries a fast-math flag: LLVM
-may neither reorder nor fuse.
+A recurrence has nothing to vectorise along its own direction, so the kernels run `LANES` rows at once, a column at a
+time. For that, eight columns of the rows are loaded (contiguous in each row) and transposed in registers. Numba's
+own vectoriser does not find this (five times slower, tried), so the inner loop's body is written here as IR on
+vectors of `LANES` values, which LLVM lowers to whatever the processor has (two AVX2 registers, one of AVX-512, four of
+NEON). No instruction here carries a fast-math flag: LLVM may neither reorder nor fuse.
 """
+
+# ruff: noqa: ARG001 (the intrinsics' arguments are there for their types; their code takes the values by position)
 
 from __future__ import annotations
 
@@ -19,16 +16,15 @@ from typing import Any
 
 import numpy as np
 from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
 
 from hwpq_pipeline.kernels import jit
 
-#: Lanes of a vector: a 256-bit register of float32. Rows side by side: four of those.
-WIDTH, LANES = 8, 32
+#: Rows side by side; columns in a step; columns of a tile, which make a word of keep-bits.
+LANES, OCTET, TILE = 16, 8, 32
 
-#: Columns in a step, and of a tile; a tile's make a word of keep-bits.
-OCTET, TILE = 8, 32
-
-F32, I64, I32, I8 = ir.FloatType(), ir.IntType(64), ir.IntType(32), ir.IntType(8)
+F32, I64, I32, I16, I8 = ir.FloatType(), ir.IntType(64), ir.IntType(32), ir.IntType(16), ir.IntType(8)
 
 # llvmlite ships no types; these say what is meant.
 Builder = Any
@@ -36,13 +32,18 @@ Value = Any
 
 
 def vector(element: Any) -> Any:
-    """The type of `WIDTH` values, one a lane."""
-    return ir.VectorType(element, WIDTH)
+    """The type of one value a lane."""
+    return ir.VectorType(element, LANES)
 
 
 def constant(element: Any, value: float) -> Value:
     """The same constant in every lane."""
-    return ir.Constant(vector(element), [value] * WIDTH)
+    return ir.Constant(vector(element), [value] * LANES)
+
+
+def lane_number(value: int) -> Value:
+    """As `extract_element` takes it."""
+    return ir.Constant(I32, value)
 
 
 def index(value: int) -> Value:
@@ -63,7 +64,7 @@ def shuffle(builder: Builder, first: Value, second: Value, lanes: Sequence[int])
 def splat(builder: Builder, scalar: Value) -> Value:
     """The same value in every lane."""
     one = builder.insert_element(ir.Constant(vector(scalar.type), ir.Undefined), scalar, ir.Constant(I32, 0))
-    return shuffle(builder, one, one, [0] * WIDTH)
+    return shuffle(builder, one, one, [0] * LANES)
 
 
 def load_splat(builder: Builder, base: Value, at: Value) -> Value:
@@ -72,7 +73,7 @@ def load_splat(builder: Builder, base: Value, at: Value) -> Value:
 
 
 def lane_pointer(builder: Builder, base: Value, at: Value) -> Value:
-    """The address of `WIDTH` float32 that start at element ``at``."""
+    """The address of `LANES` float32 that start at element ``at``."""
     return builder.bitcast(builder.gep(base, [at]), vector(F32).as_pointer())
 
 
@@ -82,30 +83,30 @@ def absolute(builder: Builder, value: Value) -> Value:
     return builder.bitcast(bits, vector(F32))
 
 
-def copy_rows(builder: Builder, start: Value, stride: Value, target: Value) -> None:
-    """Copy `TILE` columns of `WIDTH` rows, each a stretch of memory, to one after the other."""
-    kind = ir.VectorType(start.type.pointee, TILE).as_pointer()
-    for lane in range(WIDTH):
-        row = builder.load(builder.bitcast(builder.gep(start, [builder.mul(stride, index(lane))]), kind), align=2)
-        builder.store(row, builder.bitcast(builder.gep(target, [index(lane * TILE)]), kind), align=2)
+def population(builder: Builder, words: Value) -> Value:
+    """The number of ones in each lane's 32-bit word."""
+    kind = vector(I32)
+    name = f"llvm.ctpop.v{LANES}i32"
+    function = builder.module.globals.get(name) or ir.Function(builder.module, ir.FunctionType(kind, [kind]), name)
+    return builder.call(function, [words])
 
 
-def load_octet(builder: Builder, start: Value, bfloat16: bool) -> list[Value]:
-    """Eight columns of ``|w|`` of eight rows, float32: eight vectors over the rows.
+def load_octet(builder: Builder, tile: Value, first: Value, bfloat16: bool) -> list[Value]:
+    """Eight columns of ``|w|`` from a staged tile, float32, each a vector over the rows.
 
     Args:
         builder: where to emit.
-        start: address of the first row's first column; rows are `TILE` apart.
+        tile: address of `LANES` rows of `TILE` weights, one row after the other.
+        first: the octet's first column in the tile.
         bfloat16: whether the weights are bfloat16's bits, else float32.
     """
-    count = OCTET // 2 if bfloat16 else OCTET
+    width = OCTET // 2 if bfloat16 else OCTET
     element = I32 if bfloat16 else F32  # bfloat16 are moved in pairs: half as many words to transpose
-    rows = []
-    for lane in range(WIDTH):
-        row = builder.gep(start, [index(lane * TILE)])
-        row = builder.bitcast(row, ir.VectorType(element, count).as_pointer())
-        rows.append(builder.load(row, align=2 if bfloat16 else 4))
-    words = _transpose(builder, rows, count)
+    start, loaded = builder.gep(tile, [first]), []
+    for lane in range(LANES):
+        row = builder.bitcast(builder.gep(start, [index(lane * TILE)]), ir.VectorType(element, width).as_pointer())
+        loaded.append(builder.load(row, align=2 if bfloat16 else 4))
+    words = _transpose(builder, loaded, width)
     if not bfloat16:
         return [absolute(builder, word) for word in words]
     columns = []
@@ -116,29 +117,62 @@ def load_octet(builder: Builder, start: Value, bfloat16: bool) -> list[Value]:
     return columns
 
 
-def _transpose(builder: Builder, rows: list[Value], count: int) -> list[Value]:
-    """``count`` vectors over eight rows from eight vectors over ``count`` columns."""
-    # Rows r and r + 4 are glued to one register; the rest is a 4 × 4 transposition within its halves.
-    low, high = [0, 8, 1, 9, 4, 12, 5, 13], [2, 10, 3, 11, 6, 14, 7, 15]
+def _transpose(builder: Builder, rows: list[Value], width: int) -> list[Value]:
+    """``width`` vectors over `LANES` rows from `LANES` vectors over ``width`` columns."""
+    # Glue rows r, r + 4, r + 8, … to one long vector, so that the rest is a 4 × 4 transposition within 128-bit lanes.
+    quads = []
+    for part in range(0, width, 4):
+        glued = []
+        for r in range(4):
+            pieces = [shuffle(builder, rows[i], rows[i], range(part, part + 4)) for i in range(r, LANES, 4)]
+            while len(pieces) > 1:
+                size = 2 * pieces[0].type.count
+                pieces = [shuffle(builder, pieces[i], pieces[i + 1], range(size)) for i in range(0, len(pieces), 2)]
+            glued.append(pieces[0])
+        quads.append(glued)
+    low = [i for block in range(0, LANES, 4) for i in (block, block + LANES, block + 1, block + LANES + 1)]
+    high = [i + 2 for i in low]
     columns = []
-    for part in range(0, count, 4):
-        pieces = [shuffle(builder, row, row, range(part, part + 4)) for row in rows]
-        r0, r1, r2, r3 = (shuffle(builder, pieces[r], pieces[r + 4], range(WIDTH)) for r in range(4))
-        for half in (low, high):
-            even, odd = shuffle(builder, r0, r2, half), shuffle(builder, r1, r3, half)
-            columns += [shuffle(builder, even, odd, low), shuffle(builder, even, odd, high)]
+    for r0, r1, r2, r3 in quads:
+        even, odd = (shuffle(builder, r0, r2, low), shuffle(builder, r1, r3, low))
+        columns += [shuffle(builder, even, odd, low), shuffle(builder, even, odd, high)]
+        even, odd = (shuffle(builder, r0, r2, high), shuffle(builder, r1, r3, high))
+        columns += [shuffle(builder, even, odd, low), shuffle(builder, even, odd, high)]
     return columns
 
 
 def padded(values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """A vector with a tile of zeros after it, so that a last, partial tile may be read whole."""
-    return np.concatenate([values, np.zeros(TILE, values.dtype)])
+    """A vector with an octet of zeros after it, so that a last, partial octet may be read whole."""
+    return np.concatenate([values, np.zeros(OCTET, values.dtype)])
+
+
+@intrinsic
+def _copy_row(_, flat, start, tile, lane):  # type: ignore[no-untyped-def]
+    """`TILE` weights to a lane's place in the tile, as vectors."""
+
+    def generate(context: Any, builder: Builder, _signature: Any, values: Any) -> Any:
+        source = builder.gep(pointer(context, builder, flat, values[0]), [values[1]])
+        target = pointer(context, builder, tile, values[2])
+        target = builder.gep(target, [builder.mul(values[3], index(TILE))])
+        kind = ir.VectorType(source.type.pointee, TILE).as_pointer()
+        row = builder.load(builder.bitcast(source, kind), align=flat.dtype.bitwidth // 8)
+        builder.store(row, builder.bitcast(target, kind), align=flat.dtype.bitwidth // 8)
+        return context.get_dummy_value()
+
+    return types.void(flat, types.int64, tile, types.int64), generate
 
 
 @jit
 def stage(flat, stride, block, last, first, have, tile):  # type: ignore[no-untyped-def]
-    """Copy ``have`` columns of a block's rows into a tile, zeros after them. Lanes past the last row repeat it."""
+    """Copy ``have`` columns of a block's rows into a tile, zeros after them.
+
+    Rows are often a multiple of 4 KiB apart, so that all sixteen want the same few places in the first-level cache:
+    each of their cache lines is therefore read once, whole. Lanes past the last row repeat it.
+    """
     for lane in range(LANES):
         start = min(block + lane, last - 1) * stride + first
-        for c in range(TILE):
-            tile[lane * TILE + c] = flat[start + c] if c < have else 0
+        if have == TILE:
+            _copy_row(flat, start, tile, lane)
+        else:
+            for c in range(TILE):
+                tile[lane * TILE + c] = flat[start + c] if c < have else 0

@@ -1,4 +1,4 @@
-"""The CPU kernel: one pass over the weight, 32 rows side by side, mask packed on the way.
+"""The CPU kernel: one pass over the weight, sixteen rows side by side, eight columns a step, mask packed on the way.
 
 The time is that of arithmetic, not of memory, so operations are counted: per weight one product for the contribution,
 nine operations for rule and recurrence, two for the mask's bit (`recurrence`). Lanes past the last row repeat it: they
@@ -22,51 +22,37 @@ from hwpq_pipeline.kernels.ewma_select.recurrence import (
     SIGMA,
     TAGS,
     advance,
-    collect,
     decide,
     divide,
     emit,
-    spread,
 )
 from hwpq_pipeline.kernels.ewma_select.search import LARGEST
-from hwpq_pipeline.kernels.lanes import LANES, OCTET, TILE, WIDTH, padded, stage
+from hwpq_pipeline.kernels.lanes import LANES, OCTET, TILE, padded, stage
 
 Array = np.ndarray[Any, Any]
 
 
 @jit
-def _tile(flat, stride, block, last, first, have, column, cross, state, tag, staged, near, x):  # type: ignore[no-untyped-def]
-    """A tile's values to ``x``: straight from the weight if all of it is there, else by way of ``staged``."""
-    source, start, step = flat, block * stride + first, stride
-    if have < TILE or block + LANES > last:
-        stage(flat, stride, block, last, first, have, staged)
-        source, start, step = staged, 0, TILE
-    for group in range(0, LANES, WIDTH):
-        spread(source, start + group * step, step, column, cross, first, state, tag, group, near, x)
-
-
-@jit
-def _warm_up(flat, stride, columns, block, last, column, cross, row, warm, tag, state, staged, near, x):  # type: ignore[no-untyped-def]
+def _warm_up(flat, stride, columns, block, last, column, cross, row, warm, tag, state, tile):  # type: ignore[no-untyped-def]
     """Set a block's state: the warm start over the rows' last columns."""
     for lane in range(LANES):
         state[MU * LANES + lane] = 0
         state[SIGMA * LANES + lane] = 0
         state[ROW * LANES + lane] = row[min(block + lane, last - 1)]
-    length = warm.shape[0] // (2 * WIDTH) - OCTET  # it ends with an octet of zero gains, for a partial octet
+    length = warm.shape[0] - OCTET  # it ends with an octet of zero gains, for a partial octet
     for t in range(0, length, TILE):
         c, have = columns - length + t, min(TILE, length - t)
-        _tile(flat, stride, block, last, c, have, column, cross, state, tag, staged, near, x)
+        stage(flat, stride, block, last, c, have, tile)
         for k in range(0, have, OCTET):
-            advance(x, k, warm, t + k, state)
+            advance(tile, k, column, cross, c + k, warm, t + k, state, tag)
 
 
 @jit
-def _emit_rest(marks, have, counts, keep, places, byte):  # type: ignore[no-untyped-def]
+def _emit_rest(words, have, counts, keep, places, byte):  # type: ignore[no-untyped-def]
     """`emit` for a partial tile: bytes for the ``have`` columns that are there, and no bits beyond."""
-    words = np.empty(LANES, np.int32)
-    collect(marks, words)
     for lane in range(LANES):
         word = words[lane] & ((1 << have) - 1)
+        words[lane] = 0
         for k in range(have):
             counts[lane] += (word >> k) & 1
         for k in range((have + OCTET - 1) // OCTET):
@@ -76,12 +62,11 @@ def _emit_rest(marks, have, counts, keep, places, byte):  # type: ignore[no-unty
 @jit
 def _select(flat, stride, columns, first, last, column, cross, row, lam, warm, gains, tag, keep, kept, states):  # type: ignore[no-untyped-def]
     """Rows ``first`` to ``last - 1`` of the mask (``keep`` is flat), their counts and last states."""
-    staged, near = np.empty(LANES * TILE, flat.dtype), np.empty(WIDTH * TILE, flat.dtype)
-    x, state = np.empty(TILE * LANES, np.float32), np.empty(4 * LANES, np.float32)
-    marks, counts = np.empty(TILE * LANES // WIDTH, np.uint8), np.empty(LANES, np.int32)
-    places, width = np.empty(LANES, np.int64), (columns + OCTET - 1) // OCTET
+    tile, state = np.empty(LANES * TILE, flat.dtype), np.empty(4 * LANES, np.float32)
+    words, counts, places = np.zeros(LANES, np.int32), np.empty(LANES, np.int32), np.empty(LANES, np.int64)
+    width = (columns + OCTET - 1) // OCTET
     for block in range(first, last, LANES):
-        _warm_up(flat, stride, columns, block, last, column, cross, row, warm, tag, state, staged, near, x)
+        _warm_up(flat, stride, columns, block, last, column, cross, row, warm, tag, state, tile)
         for lane in range(LANES):
             i = min(block + lane, last - 1)
             state[LAMBDA * LANES + lane] = lam[i]
@@ -89,14 +74,16 @@ def _select(flat, stride, columns, first, last, column, cross, row, lam, warm, g
             counts[lane] = 0
         for c in range(0, columns, TILE):
             have = min(TILE, columns - c)
-            _tile(flat, stride, block, last, c, have, column, cross, state, tag, staged, near, x)
-            for k in range(0, have, OCTET):
-                gain = 0 if k + OCTET <= have else OCTET
-                decide(x, k, gains, gain, state, marks)
+            stage(flat, stride, block, last, c, have, tile)
             if have == TILE:
-                emit(marks, counts, keep, places, c // OCTET)
+                for k in range(0, TILE, OCTET):  # unrolled by the compiler
+                    decide(tile, k, column, cross, c + k, gains, 0, state, tag, words, k)
+                emit(words, counts, keep, places, c // OCTET)
             else:
-                _emit_rest(marks, have, counts, keep, places, c // OCTET)
+                for k in range(0, have, OCTET):
+                    gain = 0 if k + OCTET <= have else OCTET
+                    decide(tile, k, column, cross, c + k, gains, gain, state, tag, words, k)
+                _emit_rest(words, have, counts, keep, places, c // OCTET)
         for lane in range(min(LANES, last - block)):
             kept[block + lane] = counts[lane]
             states[block + lane, 0] = state[MU * LANES + lane]
@@ -109,24 +96,24 @@ def _ratios(flat, stride, columns, first, last, column, cross, row, warm, gains,
 
     ``ratios`` has `search.ratio_size` elements a block; missing columns are filled with `LARGEST`.
     """
-    staged, near = np.empty(LANES * TILE, flat.dtype), np.empty(WIDTH * TILE, flat.dtype)
-    x, state, place = np.empty(TILE * LANES, np.float32), np.empty(4 * LANES, np.float32), 0
+    tile, state = np.empty(LANES * TILE, flat.dtype), np.empty(4 * LANES, np.float32)
+    place = 0
     for block in range(first, last, LANES):
-        _warm_up(flat, stride, columns, block, last, column, cross, row, warm, tag, state, staged, near, x)
+        _warm_up(flat, stride, columns, block, last, column, cross, row, warm, tag, state, tile)
         for c in range(0, columns, TILE):
             have = min(TILE, columns - c)
-            _tile(flat, stride, block, last, c, have, column, cross, state, tag, staged, near, x)
+            stage(flat, stride, block, last, c, have, tile)
             for k in range(0, have, OCTET):
                 gain = 0 if k + OCTET <= have else OCTET
-                divide(x, k, gains, gain, state, ratios, place + k * LANES)
+                divide(tile, k, column, cross, c + k, gains, gain, state, tag, ratios, place + k * LANES)
             place += -(-have // OCTET) * OCTET * LANES
             for k in range(place - (-have % OCTET) * LANES, place):
                 ratios[k] = LARGEST
 
 
 def _splatted(gains: Array) -> Array:
-    """(steps, 2) gains, each in every lane of a vector, so that the kernel loads them as vectors; flat."""
-    return np.ascontiguousarray(np.repeat(gains.astype(np.float32), WIDTH, axis=1).reshape(-1))
+    """(steps, 2) gains, each repeated over the lanes, so that the kernel loads them as vectors; flat."""
+    return np.ascontiguousarray(np.repeat(gains.astype(np.float32), LANES, axis=1).reshape(-1))
 
 
 class Pass:
@@ -159,7 +146,7 @@ class Pass:
         self.column, self.row = padded(column), row
         self.cross = padded(cross) if cross.any() else None
         self.tag = TAGS[domain]
-        self.warm = _splatted(np.concatenate([warm.T, np.zeros((OCTET, 2), np.float32)]))
+        self.warm = _splatted(np.concatenate([warm.T, np.zeros((OCTET, 2), np.float32)])).reshape(-1, 2 * LANES)
         # An octet of the gains, then one for a partial octet: its missing columns move nothing.
         gains = np.tile(np.array([alpha, beta], np.float32), (2 * OCTET, 1))
         gains[OCTET + self.columns % OCTET :] = 0

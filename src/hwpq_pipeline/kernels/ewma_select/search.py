@@ -16,7 +16,7 @@ from numba import types
 from numba.extending import intrinsic
 
 from hwpq_pipeline.kernels import jit
-from hwpq_pipeline.kernels.lanes import I32, LANES, OCTET, WIDTH, index, lane_pointer, pointer, vector
+from hwpq_pipeline.kernels.lanes import I32, LANES, OCTET, index, lane_pointer, pointer, vector
 
 Array = np.ndarray[Any, Any]
 
@@ -38,16 +38,13 @@ def _below(_, ratios, place, lam, first, counts):  # type: ignore[no-untyped-def
 
     def generate(context: Any, b: Any, signature: Any, values: Any) -> Any:
         ratios_at, lam_at, counts_at = (pointer(context, b, signature.args[i], values[i]) for i in (0, 2, 4))
-        for part in range(0, LANES, WIDTH):
-            lanes = b.add(values[3], index(part))
-            bound = b.load(lane_pointer(b, lam_at, lanes), align=4)
-            place = b.bitcast(b.gep(counts_at, [lanes]), vector(I32).as_pointer())
-            total = b.load(place, align=4)
-            for k in range(OCTET):
-                at = b.add(values[1], index(k * LANES + part))
-                ratio = b.load(lane_pointer(b, ratios_at, at), align=4)
-                total = b.sub(total, b.sext(b.fcmp_ordered("<", ratio, bound), vector(I32)))
-            b.store(total, place, align=4)
+        bound = b.load(lane_pointer(b, lam_at, values[3]), align=4)
+        place = b.bitcast(b.gep(counts_at, [values[3]]), vector(I32).as_pointer())
+        total = b.load(place, align=4)
+        for k in range(OCTET):
+            ratio = b.load(lane_pointer(b, ratios_at, b.add(values[1], index(k * LANES))), align=4)
+            total = b.sub(total, b.sext(b.fcmp_ordered("<", ratio, bound), vector(I32)))
+        b.store(total, place, align=4)
         return context.get_dummy_value()
 
     return types.void(ratios, types.int64, lam, types.int64, counts), generate
