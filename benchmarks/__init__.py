@@ -1,1 +1,1 @@
-"""Measurements that the README quotes; each runs as `python -m benchmarks.<name>` and writes to `benchmarks/results/`."""
+"""Measurements outside the pipelines: each writes a result file under `results/`."""
