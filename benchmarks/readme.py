@@ -46,8 +46,10 @@ def table() -> str:
     parameters = yaml.safe_load((ROOT / "conf/base/parameters.yml").read_text())
     variants = yaml.safe_load((ROOT / "conf/base/parameters_variants.yml").read_text())["variants"]
     lines = [
-        ("| variant | perplexity | × dense | KL (nats) | top-1 agreement | sparsity | MB on disk | × smaller "
-        "| seconds to make |"),
+        (
+            "| variant | perplexity | × dense | KL (nats) | top-1 agreement | sparsity | MB on disk | × smaller "
+            "| seconds to make |"
+        ),
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for name in variants:
@@ -61,11 +63,13 @@ def table() -> str:
     calibration, evaluation = parameters["calibration"], parameters["evaluation"]
     lines += [
         "",
-        (f"{parameters['model']['name']}; {parameters['corpus']['name']}. Calibrated on {calibration['samples']} × "
-        f"{calibration['length']} tokens (seed {calibration['seed']}, even articles), once for all variants, in "
-        f"{values['seconds']['calibrate']:.0f} s; evaluated from the exports, dynamic activation quantization included, "
-        f"on {evaluation['samples']} × {evaluation['length']} (seed {evaluation['seed']}, odd articles). Machine: "
-        f"{machine()}."),
+        (
+            f"{parameters['model']['name']}; {parameters['corpus']['name']}. Calibrated on {calibration['samples']} × "
+            f"{calibration['length']} tokens (seed {calibration['seed']}, even articles), once for all variants, in "
+            f"{values['seconds']['calibrate']:.0f} s; evaluated from the exports, activation rounding included, "
+            f"on {evaluation['samples']} × {evaluation['length']} (seed {evaluation['seed']}, odd articles). Machine: "
+            f"{machine()}."
+        ),
     ]
     return "\n".join(lines)
 
