@@ -80,7 +80,7 @@ def _parameter_lines(message: str) -> list[str]:
         name = re.match(r"Parameter '([^']+)'", part)
         where = name[1] if name else "parameters"
         details = re.findall(r"\n([\w.-]+)?\n?  (.+?)(?: \[type=.*)?(?=\n|$)", part)
-        problems = [(field, text) for field, text in details if not text.startswith("For further")]
+        problems = [(field, text) for field, text in details if not text.lstrip().startswith("For further")]
         if not problems:
             lines.append(" ".join(part.split()))
         for field, text in problems:
