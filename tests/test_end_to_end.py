@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -48,7 +49,10 @@ def metrics(project: Path, variant: str) -> dict:
 
 
 def finished_runs(project: Path) -> list[str]:
-    client = MlflowClient(f"sqlite:///{project}/mlflow.db")
+    # MLflow keeps a connection a URI, which after a wipe would still read the deleted file: look at a fresh copy.
+    with tempfile.NamedTemporaryFile(dir=project, suffix=".db", delete=False) as copy:
+        shutil.copyfile(project / "mlflow.db", copy.name)
+    client = MlflowClient(f"sqlite:///{copy.name}")
     experiment = client.get_experiment_by_name("hwpq")
     assert experiment is not None
     runs = client.search_runs([experiment.experiment_id])
