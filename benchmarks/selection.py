@@ -50,9 +50,10 @@ QUICK = ("4096x4096", *SMALL)
 METRIC, SPARSITY, LAMBDA = "wanda", 0.5, -0.25
 OPTIONS: dict[str, Any] = {"alpha": 1 / 64, "beta": 1 / 64, "domain": "sqrt"}
 CHECKED_ROWS = 24
-#: Seconds before each repeat: OpenMP's workers spin for a while after torch's work is done, and would keep a core from
-#: whoever comes next.
-PAUSE = 0.03
+#: Before each repeat this memory is written, for at least so many seconds. So every method finds its weight in memory,
+#: as it is when a layer has been read, and not in what cache the one before left; and OpenMP's workers, which spin for
+#: a while after torch's work is done, are asleep. (Not waited for by sleeping: a processor that slept starts slowly.)
+EVICTION, PAUSE = np.zeros(128 * 2**20, np.uint8), 0.02
 OURS = {"ewma": ("sort", "topk", "kthvalue", "wanda"), "ewma_row": ("sort", "topk", "kthvalue", "wanda"),
         "ewma_layer": ("sort", "topk", "kthvalue", "wanda"), "two_of_four": ("topk_groups", "sort")}  # fmt: skip
 
@@ -224,7 +225,11 @@ def measure(case: Case, repeats: int, budget: float) -> dict[str, tuple[str, lis
 
 
 def _timed(method: Callable[[Case], Any], case: Case) -> float:
-    time.sleep(PAUSE)
+    begin = time.perf_counter()
+    while True:
+        EVICTION[:] = 1
+        if time.perf_counter() - begin > PAUSE:
+            break
     begin = time.perf_counter()
     result = method(case)
     seconds = time.perf_counter() - begin

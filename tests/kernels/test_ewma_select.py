@@ -22,7 +22,7 @@ OPTIONS: dict[str, Any] = {"alpha": 1 / 64, "beta": 1 / 64, "domain": "sqrt"}
 
 def in_python(row: list[float], lam: float, alpha: float, beta: float) -> list[bool]:
     """The published rule on one row in Python floats, warm start and all, written from the text."""
-    warm = min(len(row), math.ceil(3 / min(alpha, beta)))
+    warm = min(len(row), math.ceil(2 / min(alpha, beta)))
     mu, sigma = row[len(row) - warm], 0.0
     for t, value in enumerate(row[len(row) - warm :]):
         away = value - mu

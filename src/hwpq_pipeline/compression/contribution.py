@@ -23,12 +23,15 @@ tied). A row or column of zero weights has no relative importance: its RIA term 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from hwpq_pipeline.errors import HwpqError
+
+Vector = np.ndarray[Any, np.dtype[np.float64]]
 
 METRICS = ("hwpq", "hwpq_weighted", "wanda", "ria", "magnitude")
 
@@ -62,7 +65,7 @@ class Factors:
 
 
 def check_inputs(metric: str, weight: Tensor, energy: Tensor) -> None:
-    """Raise `HwpqError` for an unknown metric, shapes that do not fit, or energies that are no sums of squares."""
+    """Raise `HwpqError` for an unknown metric, shapes that do not fit, or a dtype without fractions."""
     if metric not in METRICS:
         raise HwpqError(
             f"unknown metric '{metric}'", where="contribution", remedy=f"Choose one of {', '.join(METRICS)}"
@@ -79,13 +82,6 @@ def check_inputs(metric: str, weight: Tensor, energy: Tensor) -> None:
             where="contribution",
             remedy="Give a floating-point weight",
         )
-    # Negated, so that NaN is caught as well.
-    if not bool(((energy >= 0) & (energy < float("inf"))).all()):
-        raise HwpqError(
-            "the input energies hold negative or non-finite values",
-            where="contribution",
-            remedy="Collect the activation statistics again: sums of squares are finite and not negative",
-        )
 
 
 def root_factors(metric: str, weight: Tensor, energy: Tensor) -> Factors:
@@ -100,22 +96,27 @@ def root_factors(metric: str, weight: Tensor, energy: Tensor) -> Factors:
         HwpqError: unknown metric, shapes that do not fit, negative or non-finite energies.
     """
     check_inputs(metric, weight, energy)
-    x2 = energy.to(device=weight.device, dtype=torch.float64)
-    out_features, in_features = weight.shape
-    row = torch.zeros(out_features, dtype=torch.float32, device=weight.device)
-    cross = torch.zeros(in_features, dtype=torch.float32, device=weight.device)
+    # numpy: torch's smallest operations may wake its worker threads, which then spin on a core that the kernels want.
+    x2 = energy.detach().to(device="cpu", dtype=torch.float64).numpy()
+    if not ((x2 >= 0) & (x2 < np.inf)).all():  # so that NaN is caught as well
+        raise HwpqError(
+            "the input energies hold negative or non-finite values",
+            where="contribution",
+            remedy="Collect the activation statistics again: sums of squares are finite and not negative",
+        )
+    row, cross = np.zeros(weight.shape[0]), np.zeros(weight.shape[1])
     if metric == "ria":
         by_row, by_column = _absolute_sums(weight)
-        norm = x2.sqrt().pow(RIA_EXPONENT)
-        return Factors((_inverse(by_column) * norm).float(), _inverse(by_row).float(), norm.float())
-    column = torch.ones_like(x2)
-    if metric in ("hwpq_weighted", "wanda"):
-        column = column * x2
-    if metric in ("hwpq", "hwpq_weighted"):
-        total = x2.sum()
-        share = x2 / total if float(total) > 0 else torch.zeros_like(x2)
-        column = column / (1 - share).clamp_min(SMALLEST_REST)
-    return Factors(column.sqrt().float(), row, cross)
+        cross = np.sqrt(x2) ** RIA_EXPONENT
+        row, column = _inverse(by_row), _inverse(by_column) * cross
+    else:
+        column = x2 if metric in ("hwpq_weighted", "wanda") else np.ones_like(x2)
+        if metric in ("hwpq", "hwpq_weighted"):
+            total = x2.sum()
+            share = x2 / total if total > 0 else np.zeros_like(x2)
+            column = column / np.maximum(1 - share, SMALLEST_REST)
+        column = np.sqrt(column)
+    return Factors(*(torch.from_numpy(part.astype(np.float32)).to(weight.device) for part in (column, row, cross)))
 
 
 def contribution(metric: str, weight: Tensor, energy: Tensor) -> Tensor:
@@ -141,7 +142,7 @@ def root_contribution(weight: Tensor, factors: Factors) -> Tensor:
     return weight.float().abs() * scale
 
 
-def contribution_quantiles(weight: Tensor, factors: Factors, values: int = 32768) -> dict[str, float]:
+def contribution_quantiles(weight: Tensor, factors: Factors, values: int = 16384) -> dict[str, float]:
     """Quantiles of the contributions, from an even sample of the layer: ``{"q01": …, "q50": …, "q99": …}``.
 
     Args:
@@ -150,22 +151,25 @@ def contribution_quantiles(weight: Tensor, factors: Factors, values: int = 32768
         values: about how many weights to look at; sorting all of them would cost more than the selection.
     """
     rows = torch.linspace(0, weight.shape[0] - 1, min(weight.shape[0], 64)).round().long()
-    sample = root_contribution(weight[rows], factors.rows(rows)).square().flatten()
-    # An odd step visits all residues of the (mostly even) number of columns.
-    sample = sample[:: max(1, sample.numel() // values) | 1]
+    # An odd step does not fall in with heads and groups, whose sizes are even.
+    step = max(1, len(rows) * weight.shape[1] // values) | 1
+    columns = slice(None, None, step)
+    some = Factors(factors.column[columns], factors.row[rows], factors.cross[columns])
+    sample = root_contribution(weight[rows, columns], some).square()
     found = np.quantile(sample.cpu().numpy(), QUANTILES).tolist()
     return {f"q{round(100 * level):02d}": value for level, value in zip(QUANTILES, found, strict=True)}
 
 
-def _absolute_sums(weight: Tensor, rows_at_once: int = 1024) -> tuple[Tensor, Tensor]:
+def _absolute_sums(weight: Tensor, rows_at_once: int = 1024) -> tuple[Vector, Vector]:
     """Σ_j |w_ij| and Σ_i |w_ij| in float64, without a float64 copy of the whole weight."""
     by_row, by_column = [], torch.zeros(weight.shape[1], dtype=torch.float64, device=weight.device)
-    for part in weight.split(rows_at_once):
+    for part in weight.detach().split(rows_at_once):
         size = part.to(torch.float32).abs()
         by_row.append(size.sum(dim=1, dtype=torch.float64))
         by_column += size.sum(dim=0, dtype=torch.float64)
-    return torch.cat(by_row), by_column
+    return torch.cat(by_row).cpu().numpy(), by_column.cpu().numpy()
 
 
-def _inverse(values: Tensor) -> Tensor:
-    return torch.where(values > 0, 1 / values.clamp_min(torch.finfo(torch.float64).tiny), 0.0)
+def _inverse(values: Vector) -> Vector:
+    """1 / values; 0 where a sum of no weights is 0."""
+    return np.divide(1.0, values, out=np.zeros_like(values), where=values > 0)

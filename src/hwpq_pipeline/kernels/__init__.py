@@ -73,7 +73,7 @@ def over_rows(work: Callable[[int, int], None], rows: int, columns: int, block: 
     if threads == 1 or rows * columns < SMALLEST_SHARED:
         work(0, rows)
         return
-    share = -(-rows // (threads * 4))
+    share = -(-rows // (threads * 8))
     chunk = -(-share // block) * block
     starts = iter(range(0, rows, chunk))  # taking the next of an iterator is atomic
 

@@ -24,7 +24,10 @@ from hwpq_pipeline.kernels import jit
 #: Rows side by side; columns in a step; columns of a tile, which make a word of keep-bits.
 LANES, OCTET, TILE = 16, 8, 32
 
-F32, I64, I32, I16, I8 = ir.FloatType(), ir.IntType(64), ir.IntType(32), ir.IntType(16), ir.IntType(8)
+#: How many columns ahead of its use a row is asked for: sixteen rows are more streams than processors foresee well.
+AHEAD = 3 * TILE
+
+F32, I64, I32, I8 = ir.FloatType(), ir.IntType(64), ir.IntType(32), ir.IntType(8)
 
 # llvmlite ships no types; these say what is meant.
 Builder = Any
@@ -146,14 +149,23 @@ def padded(values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     return np.concatenate([values, np.zeros(OCTET, values.dtype)])
 
 
+def _prefetch(module: Any) -> Value:
+    """LLVM's prefetch: an address (any; it cannot fault), for reading, to keep in all caches, of data."""
+    kind = ir.FunctionType(ir.VoidType(), [I8.as_pointer(), I32, I32, I32])
+    return module.globals.get("llvm.prefetch.p0") or ir.Function(module, kind, "llvm.prefetch.p0")
+
+
 @intrinsic
 def _copy_row(_, flat, start, tile, lane):  # type: ignore[no-untyped-def]
-    """`TILE` weights to a lane's place in the tile, as vectors."""
+    """`TILE` weights to a lane's place in the tile, as vectors, and ask memory for those that come `AHEAD` of them."""
 
     def generate(context: Any, builder: Builder, _signature: Any, values: Any) -> Any:
         source = builder.gep(pointer(context, builder, flat, values[0]), [values[1]])
         target = pointer(context, builder, tile, values[2])
         target = builder.gep(target, [builder.mul(values[3], index(TILE))])
+        for line in range(0, TILE, 512 // flat.dtype.bitwidth):
+            ahead = builder.bitcast(builder.gep(source, [index(AHEAD + line)]), I8.as_pointer())
+            builder.call(_prefetch(builder.module), [ahead, *(ir.Constant(I32, flag) for flag in (0, 3, 1))])
         kind = ir.VectorType(source.type.pointee, TILE).as_pointer()
         row = builder.load(builder.bitcast(source, kind), align=flat.dtype.bitwidth // 8)
         builder.store(row, builder.bitcast(target, kind), align=flat.dtype.bitwidth // 8)

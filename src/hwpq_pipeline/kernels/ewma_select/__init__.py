@@ -5,14 +5,14 @@
         z · z      domain "raw": the contribution L itself
         log2(z)    domain "log": half of log2 L, by exponent and polynomial (`reference.log2`)
     d = x − μ
-    keep w_ij if   d ≥ λ_i σ                       that is x ≥ μ + λσ: judged by the columns before it, as TCP judges a
+    keep w_ij if   d ≥ (λ_i β) S                   that is x ≥ μ + λσ: judged by the columns before it, as TCP judges a
                                                    round trip by those before it
-    σ ← σ + β (|d| − σ);   μ ← μ + α d             (Jacobson 1988)
+    S ← (1 − β) S + |d|;   μ ← μ + α d             that is σ ← σ + β (|d| − σ) with σ = β S (Jacobson 1988)
 
-in float32, in this order of operations, no fused multiply-add.
+in float32, in this order of operations, no fused multiply-add. ``S`` in the place of σ saves an operation a weight.
 
 **Warm start.** A row is treated as a ring: before column 0 the recurrence runs over the row's *last*
-``warm = min(in, ⌈3 / min(α, β)⌉)`` columns, from ``μ = x`` of the first of them and ``σ = 0``, with gains
+``warm = min(in, ⌈2 / min(α, β)⌉)`` columns, from ``μ = x`` of the first of them and ``σ = 0``, with gains
 ``max(α, 1 / (t + 1))``, that is a plain mean until that has as long a memory as the running one. So column 0 is judged
 by a settled estimate that does not contain column 0 itself, and no position of a row is favoured: on i.i.d. rows the
 keep rate is flat. The price is to read ``warm`` columns twice. In a row whose values are all equal ``d`` is exactly 0:
@@ -23,7 +23,6 @@ keep rate is flat. The price is to read ``warm`` columns twice. In a row whose v
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,9 +34,6 @@ from hwpq_pipeline.errors import HwpqError
 from hwpq_pipeline.kernels.ewma_select import cpu, search
 
 DOMAINS = ("sqrt", "log", "raw")
-
-#: Memories (1/gain) of the running estimates that the warm start reads.
-WARM_MEMORIES = 3
 
 __all__ = [
     "DOMAINS",
@@ -97,12 +93,8 @@ class Ratios:
 
 
 def warm_gains(alpha: float, beta: float, columns: int) -> Tensor:
-    """Gains of μ and σ over the warm start, float32, shape (2, warm)."""
-    warm = min(columns, math.ceil(WARM_MEMORIES / min(alpha, beta)))
-    plain = 1.0 / torch.arange(1, warm + 1, dtype=torch.float64)
-    gains = torch.stack([plain.clamp_min(alpha), plain.clamp_min(beta)]).float()
-    gains[1, 0] = 0  # the first value is μ itself and says nothing about σ
-    return gains
+    """The warm start step by step, float32, (3, warm): the gain of μ, what S is faded by, the weight of |d| in it."""
+    return torch.from_numpy(cpu.warm_gains(alpha, beta, columns).astype(np.float32))
 
 
 def ewma_select(
@@ -192,5 +184,4 @@ def _prepare(
         if not 0 < gain <= 1:
             raise HwpqError(f"{name} is {gain}", where="ewma_select", remedy="A gain lies in (0, 1], for instance 1/64")
     column, row, cross = (part.detach().to(torch.float32).contiguous() for part in (column, row, cross))
-    warm = warm_gains(alpha, beta, weight.shape[1]).numpy()
-    return cpu.Pass(weight, column.numpy(), row.numpy(), cross.numpy(), warm, alpha, beta, domain)
+    return cpu.Pass(weight, column.numpy(), row.numpy(), cross.numpy(), alpha, beta, domain)

@@ -1,13 +1,15 @@
 """The CPU kernel: one pass over the weight, sixteen rows side by side, eight columns a step, mask packed on the way.
 
 The time is that of arithmetic, not of memory, so operations are counted: per weight one product for the contribution,
-nine operations for rule and recurrence, two for the mask's bit (`recurrence`). Lanes past the last row repeat it: they
-write the same bytes again. A partial octet at a row's end is filled up with zeros, and what is not there gets a gain
-of 0, which leaves μ and σ as they are.
+eight operations for rule and recurrence, two for the mask's bit (`recurrence`), three to read and transpose. Lanes past
+the last row repeat it: they write the same bytes again. A partial octet at a row's end is filled up with zeros, and
+what is not there gets a gain of 0, which leaves μ and σ as they are.
 """
 
 from __future__ import annotations
 
+import functools
+import math
 from typing import Any
 
 import numpy as np
@@ -16,10 +18,10 @@ from torch import Tensor
 from hwpq_pipeline.kernels import flat_rows, jit, over_rows
 from hwpq_pipeline.kernels.ewma_select import search
 from hwpq_pipeline.kernels.ewma_select.recurrence import (
-    LAMBDA,
+    BOUND,
     MU,
     ROW,
-    SIGMA,
+    SUM,
     TAGS,
     advance,
     decide,
@@ -31,20 +33,23 @@ from hwpq_pipeline.kernels.lanes import LANES, OCTET, TILE, padded, stage
 
 Array = np.ndarray[Any, Any]
 
+#: Memories (1/gain) of the running estimates that the warm start reads.
+WARM_MEMORIES = 2
+
 
 @jit
 def _warm_up(flat, stride, columns, block, last, column, cross, row, warm, tag, state, tile):  # type: ignore[no-untyped-def]
     """Set a block's state: the warm start over the rows' last columns."""
     for lane in range(LANES):
         state[MU * LANES + lane] = 0
-        state[SIGMA * LANES + lane] = 0
+        state[SUM * LANES + lane] = 0
         state[ROW * LANES + lane] = row[min(block + lane, last - 1)]
-    length = warm.shape[0] - OCTET  # it ends with an octet of zero gains, for a partial octet
+    length = warm.shape[0] // (3 * LANES) - OCTET  # it ends with an octet that moves nothing, for a partial octet
     for t in range(0, length, TILE):
         c, have = columns - length + t, min(TILE, length - t)
         stage(flat, stride, block, last, c, have, tile)
         for k in range(0, have, OCTET):
-            advance(tile, k, column, cross, c + k, warm, t + k, state, tag)
+            advance(tile, k, column, cross, c + k, state, tag, warm, t + k)
 
 
 @jit
@@ -60,34 +65,37 @@ def _emit_rest(words, have, counts, keep, places, byte):  # type: ignore[no-unty
 
 
 @jit
-def _select(flat, stride, columns, first, last, column, cross, row, lam, warm, gains, tag, keep, kept, states):  # type: ignore[no-untyped-def]
-    """Rows ``first`` to ``last - 1`` of the mask (``keep`` is flat), their counts and last states."""
-    tile, state = np.empty(LANES * TILE, flat.dtype), np.empty(4 * LANES, np.float32)
-    words, counts, places = np.zeros(LANES, np.int32), np.empty(LANES, np.int32), np.empty(LANES, np.int64)
-    width = (columns + OCTET - 1) // OCTET
+def _select(flat, stride, columns, first, last, column, cross, row, bound, warm, gains, ends, tag, keep, kept, states):  # type: ignore[no-untyped-def]
+    """Rows ``first`` to ``last - 1`` of the mask (``keep`` is flat), their counts and last states (μ, S)."""
+    tile, words = np.empty(LANES * TILE, flat.dtype), np.zeros(LANES, np.int32)
+    state, before = np.empty(4 * LANES, np.float32), np.empty(4 * LANES, np.float32)
+    counts, places, width = np.empty(LANES, np.int32), np.empty(LANES, np.int64), (columns + OCTET - 1) // OCTET
     for block in range(first, last, LANES):
         _warm_up(flat, stride, columns, block, last, column, cross, row, warm, tag, state, tile)
         for lane in range(LANES):
             i = min(block + lane, last - 1)
-            state[LAMBDA * LANES + lane] = lam[i]
+            state[BOUND * LANES + lane] = bound[i]
             places[lane] = i * width
             counts[lane] = 0
         for c in range(0, columns, TILE):
             have = min(TILE, columns - c)
+            whole = have // OCTET * OCTET
             stage(flat, stride, block, last, c, have, tile)
+            for k in range(0, whole, OCTET):
+                decide(tile, k, column, cross, c + k, state, tag, gains, words)
+            if whole < have:  # decided as if it were whole, then walked as far as it goes
+                before[:] = state
+                decide(tile, whole, column, cross, c + whole, state, tag, gains, words)
+                state[:] = before
+                advance(tile, whole, column, cross, c + whole, state, tag, ends, 0)
             if have == TILE:
-                for k in range(0, TILE, OCTET):  # unrolled by the compiler
-                    decide(tile, k, column, cross, c + k, gains, 0, state, tag, words, k)
                 emit(words, counts, keep, places, c // OCTET)
             else:
-                for k in range(0, have, OCTET):
-                    gain = 0 if k + OCTET <= have else OCTET
-                    decide(tile, k, column, cross, c + k, gains, gain, state, tag, words, k)
                 _emit_rest(words, have, counts, keep, places, c // OCTET)
         for lane in range(min(LANES, last - block)):
             kept[block + lane] = counts[lane]
             states[block + lane, 0] = state[MU * LANES + lane]
-            states[block + lane, 1] = state[SIGMA * LANES + lane]
+            states[block + lane, 1] = state[SUM * LANES + lane]
 
 
 @jit
@@ -104,16 +112,36 @@ def _ratios(flat, stride, columns, first, last, column, cross, row, warm, gains,
             have = min(TILE, columns - c)
             stage(flat, stride, block, last, c, have, tile)
             for k in range(0, have, OCTET):
-                gain = 0 if k + OCTET <= have else OCTET
-                divide(tile, k, column, cross, c + k, gains, gain, state, tag, ratios, place + k * LANES)
+                divide(tile, k, column, cross, c + k, state, tag, gains, ratios, place + k * LANES)
             place += -(-have // OCTET) * OCTET * LANES
             for k in range(place - (-have % OCTET) * LANES, place):
                 ratios[k] = LARGEST
 
 
-def _splatted(gains: Array) -> Array:
-    """(steps, 2) gains, each repeated over the lanes, so that the kernel loads them as vectors; flat."""
-    return np.ascontiguousarray(np.repeat(gains.astype(np.float32), LANES, axis=1).reshape(-1))
+def warm_gains(alpha: float, beta: float, columns: int) -> Array:
+    """The warm start step by step, float64, (3, warm): the gain of μ, what S is faded by, the weight of |d| in it."""
+    warm = min(columns, math.ceil(WARM_MEMORIES / min(alpha, beta)))
+    plain = 1.0 / np.arange(1, warm + 1)
+    of_sigma = np.maximum(plain, beta)
+    of_sigma[0] = 0  # the first value is μ itself and says nothing about σ
+    return np.stack([np.maximum(plain, alpha), 1 - of_sigma, of_sigma / beta])
+
+
+@functools.lru_cache(maxsize=64)
+def _gains(alpha: float, beta: float, columns: int) -> tuple[Array, Array, Array]:
+    """Gains as the inner loops load them: of the warm start, of a row, of its partial octet.
+
+    Each is flat: for every step μ's gain, S's fading and the weight of |d| (of a row: β), each in every lane.
+    """
+    nothing = np.tile([0.0, 1.0, 0.0], (OCTET, 1))  # moves neither μ nor S
+    ends = nothing.copy()
+    ends[: columns % OCTET] = (alpha, 1 - beta, 1)
+    warm = np.concatenate([warm_gains(alpha, beta, columns).T, nothing])
+    of_row = np.array([[alpha, 1 - beta, beta]])
+    warm, of_row, ends = (
+        np.repeat(steps.astype(np.float32), LANES, axis=1).reshape(-1) for steps in (warm, of_row, ends)
+    )
+    return warm, of_row, ends
 
 
 class Pass:
@@ -124,7 +152,6 @@ class Pass:
         column: float32, shape (in,).
         row: float32, shape (out,).
         cross: float32, shape (in,); all zeros for metrics without.
-        warm: the warm start's gains, float32, shape (2, warm).
         alpha: gain of μ.
         beta: gain of σ.
         domain: a key of `TAGS`.
@@ -136,7 +163,6 @@ class Pass:
         column: Array,
         row: Array,
         cross: Array,
-        warm: Array,
         alpha: float,
         beta: float,
         domain: str,
@@ -146,24 +172,21 @@ class Pass:
         self.column, self.row = padded(column), row
         self.cross = padded(cross) if cross.any() else None
         self.tag = TAGS[domain]
-        self.warm = _splatted(np.concatenate([warm.T, np.zeros((OCTET, 2), np.float32)])).reshape(-1, 2 * LANES)
-        # An octet of the gains, then one for a partial octet: its missing columns move nothing.
-        gains = np.tile(np.array([alpha, beta], np.float32), (2 * OCTET, 1))
-        gains[OCTET + self.columns % OCTET :] = 0
-        self.gains = _splatted(gains)
+        self.beta = np.float32(beta)
+        self.warm, self.gains, self.ends = _gains(alpha, beta, self.columns)
 
     def select(self, lam: Array) -> tuple[Array, Array, Array]:
         """``(keep, kept, state)`` for the rows' multipliers, as `EwmaPass` describes them."""
         keep = np.empty((self.rows, -(-self.columns // OCTET)), np.uint8)
         kept, states = np.empty(self.rows, np.int64), np.empty((self.rows, 2), np.float32)
         shape, factors = (self.flat, self.stride, self.columns), (self.column, self.cross, self.row)
-
-        flat_keep = keep.reshape(-1)
+        bound, gains, flat_keep = lam * self.beta, (self.warm, self.gains, self.ends), keep.reshape(-1)
 
         def work(first: int, last: int) -> None:
-            _select(*shape, first, last, *factors, lam, self.warm, self.gains, self.tag, flat_keep, kept, states)
+            _select(*shape, first, last, *factors, bound, *gains, self.tag, flat_keep, kept, states)
 
         over_rows(work, self.rows, self.columns, LANES)
+        states[:, 1] *= self.beta
         return keep, kept, states
 
     def ratios(self) -> Array:

@@ -1,4 +1,4 @@
-"""The inner loop: one octet of columns of the recurrence as vector code, and what to do with each column of it.
+"""The inner loop: one octet of columns of the recurrence as vector code, and what comes of each column of it.
 
 What varies by call but not by weight is part of the compiled type, so that the loop holds no branch: the weight's
 dtype; the domain, which travels as the length of a tuple (`TAGS`); whether the metric has cross factors (an array, or
@@ -9,6 +9,7 @@ None).
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from numba import types
@@ -20,7 +21,6 @@ from hwpq_pipeline.kernels.lanes import (
     F32,
     I32,
     LANES,
-    OCTET,
     absolute,
     constant,
     index,
@@ -38,8 +38,8 @@ from hwpq_pipeline.kernels.lanes import (
 TAGS = {"sqrt": (0,), "raw": (0, 0), "log": (0, 0, 0)}
 RAW, LOG = len(TAGS["raw"]), len(TAGS["log"])
 
-#: Rows of a block's state.
-MU, SIGMA, LAMBDA, ROW = range(4)
+#: Parts of a block's state, `LANES` values each: μ; S; λβ, by which S becomes the threshold; the rows' factor.
+MU, SUM, BOUND, ROW = range(4)
 
 
 def _log2(b: Any, z: Any) -> Any:
@@ -64,77 +64,123 @@ def _ratio(b: Any, away: Any, sigma: Any) -> Any:
     return b.select(b.fcmp_ordered(">", sigma, zero), ratio, flat)
 
 
-def _step(b: Any, p: dict[str, Any], bfloat16: bool, domain: int, each: Any) -> None:
-    """Run the recurrence over eight columns; ``each(k, away, sigma)`` sees every column before the update."""
-    at = [lane_pointer(b, p["state"], index(row * LANES)) for row in range(4)]
-    mu, sigma = (b.load(at[row], align=4) for row in (MU, SIGMA))
-    for k, size in enumerate(load_octet(b, p["tile"], p["first"], bfloat16)):
-        place = b.add(p["column_first"], index(k))
-        scale = load_splat(b, p["column"], place)
-        if p["cross"] is not None:
-            scale = b.fadd(scale, b.fmul(b.load(at[ROW], align=4), load_splat(b, p["cross"], place)))
+def _values(context: Any, b: Any, signature: Any, values: Any) -> list[Any]:
+    """What the intrinsics' code takes: arrays as addresses, None as None, integers as they are."""
+    return [
+        pointer(context, b, kind, value) if isinstance(kind, types.Array) else (None if kind is types.none else value)
+        for kind, value in zip(signature.args, values, strict=True)
+    ]
+
+
+def _octet(b: Any, inputs: list[Any], bfloat16: bool, domain: int) -> Iterator[Any]:
+    """Eight columns in the domain, each a vector over the rows.
+
+    Args:
+        b: where to emit.
+        inputs: address of the staged tile; the octet's first column in it; addresses of the factors ``column`` and
+            ``cross`` (or None); the octet's first column in them; address of the block's state.
+        bfloat16: whether the tile is of bfloat16.
+        domain: length of the domain's tag.
+    """
+    tile, first, column, cross, column_first, state = inputs
+    for k, size in enumerate(load_octet(b, tile, first, bfloat16)):
+        place = b.add(column_first, index(k))
+        scale = load_splat(b, column, place)
+        if cross is not None:
+            row = b.load(lane_pointer(b, state, index(ROW * LANES)), align=4)
+            scale = b.fadd(scale, b.fmul(row, load_splat(b, cross, place)))
         x = b.fmul(size, scale)
         if domain == RAW:
             x = b.fmul(x, x)
         elif domain == LOG:
             x = _log2(b, x)
-        away = b.fsub(x, mu)
-        each(k, away, sigma)
-        gain = b.mul(b.add(p["gain_first"], index(k)), index(2 * LANES))
-        alpha = b.load(lane_pointer(b, p["gains"], gain), align=4)
-        beta = b.load(lane_pointer(b, p["gains"], b.add(gain, index(LANES))), align=4)
-        sigma = b.fadd(sigma, b.fmul(beta, b.fsub(absolute(b, away), sigma)))
-        mu = b.fadd(mu, b.fmul(alpha, away))
-    b.store(mu, at[MU], align=4)
-    b.store(sigma, at[SIGMA], align=4)
+        yield x
 
 
-_NAMES = ("tile", "first", "column", "cross", "column_first", "gains", "gain_first", "state", "tag")
+class _State:
+    """μ and S of a block, in registers over an octet."""
+
+    def __init__(self, b: Any, state: Any) -> None:
+        self.b = b
+        self.at = [lane_pointer(b, state, index(row * LANES)) for row in (MU, SUM)]
+        self.mu, self.sum = (b.load(place, align=4) for place in self.at)
+
+    def update(self, away: Any, alpha: Any, fade: Any, weight: Any | None = None) -> None:
+        """``μ ← μ + α d; S ← fade · S + weight · |d|``; no weight is 1, and a product by 1 changes no bit."""
+        b, spread = self.b, absolute(self.b, away)
+        spread = spread if weight is None else b.fmul(weight, spread)
+        self.sum = b.fadd(b.fmul(fade, self.sum), spread)
+        self.mu = b.fadd(self.mu, b.fmul(alpha, away))
+
+    def store(self) -> None:
+        """To memory, for the next octet."""
+        for value, place in zip((self.mu, self.sum), self.at, strict=True):
+            self.b.store(value, place, align=4)
 
 
-def _unpack(context: Any, b: Any, signature: Any, values: Any) -> tuple[dict[str, Any], list[Any]]:
-    """The recurrence's arguments by name, and the others: arrays as addresses, None as None, integers as they are."""
-    unpacked = [
-        pointer(context, b, kind, value) if isinstance(kind, types.Array) else (None if kind is types.none else value)
-        for kind, value in zip(signature.args, values, strict=True)
-    ]
-    return dict(zip(_NAMES, unpacked, strict=False)), unpacked[len(_NAMES) :]
-
-
-@intrinsic
-def advance(_, tile, first, column, cross, column_first, gains, gain_first, state, tag):  # type: ignore[no-untyped-def]
-    """Eight columns of the recurrence, nothing kept: the warm start."""
-
-    def generate(context: Any, b: Any, signature: Any, values: Any) -> Any:
-        arguments, _ = _unpack(context, b, signature, values)
-        _step(b, arguments, tile.dtype == types.uint16, len(tag), lambda *_: None)
-        return context.get_dummy_value()
-
-    return types.void(tile, first, column, cross, column_first, gains, gain_first, state, tag), generate
+def _gain(b: Any, gains: Any, number: int, step: Any = None) -> Any:
+    """One of α, fade and third of the gains, of a step or of all."""
+    at = index(number * LANES)
+    if step is not None:
+        at = b.add(at, b.mul(step, index(3 * LANES)))
+    return b.load(lane_pointer(b, gains, at), align=4)
 
 
 @intrinsic
-def decide(_, tile, first, column, cross, column_first, gains, gain_first, state, tag, words, shift):  # type: ignore[no-untyped-def]
-    """Eight columns of the recurrence; their keep-bits are or-ed into each lane's word, ``shift`` bits up."""
+def advance(_, tile, first, column, cross, column_first, state, tag, gains, step):  # type: ignore[no-untyped-def]
+    """Eight columns of the recurrence, nothing kept, each with gains of its own: the warm start, and rows' ends."""
 
     def generate(context: Any, b: Any, signature: Any, values: Any) -> Any:
-        arguments, (words_at, shift_by) = _unpack(context, b, signature, values)
-        lam = b.load(lane_pointer(b, arguments["state"], index(LAMBDA * LANES)), align=4)
-        bits = [constant(I32, 0)]
-
-        def decide(k: int, away: Any, sigma: Any) -> None:
-            kept = b.fcmp_ordered(">=", away, b.fmul(lam, sigma))
-            bits[0] = b.or_(bits[0], b.select(kept, constant(I32, 1 << k), constant(I32, 0)))
-            if k == OCTET - 1:  # before the state is written: the next octet then finds it in registers
-                place = b.bitcast(words_at, vector(I32).as_pointer())
-                moved = b.shl(bits[0], splat(b, b.trunc(shift_by, I32)))
-                b.store(b.or_(b.load(place, align=4), moved), place, align=4)
-
-        _step(b, arguments, tile.dtype == types.uint16, len(tag), decide)
+        *inputs, _, gains_at, step_at = _values(context, b, signature, values)
+        running = _State(b, inputs[-1])
+        for k, x in enumerate(_octet(b, inputs, tile.dtype == types.uint16, len(tag))):
+            now = b.add(step_at, index(k))
+            running.update(b.fsub(x, running.mu), *(_gain(b, gains_at, number, now) for number in range(3)))
+        running.store()
         return context.get_dummy_value()
 
-    arguments = (tile, first, column, cross, column_first, gains, gain_first, state, tag)
-    return types.void(*arguments, words, types.int64), generate
+    return types.void(tile, types.int64, column, cross, types.int64, state, tag, gains, types.int64), generate
+
+
+@intrinsic
+def decide(_, tile, first, column, cross, column_first, state, tag, gains, words):  # type: ignore[no-untyped-def]
+    """Eight columns of the recurrence; their keep-bits are or-ed into each lane's word."""
+
+    def generate(context: Any, b: Any, signature: Any, values: Any) -> Any:
+        *inputs, _, gains_at, words_at = _values(context, b, signature, values)
+        running, bits = _State(b, inputs[-1]), constant(I32, 0)
+        bound = b.load(lane_pointer(b, inputs[-1], index(BOUND * LANES)), align=4)
+        for k, x in enumerate(_octet(b, inputs, tile.dtype == types.uint16, len(tag))):
+            away = b.fsub(x, running.mu)
+            kept = b.fcmp_ordered(">=", away, b.fmul(bound, running.sum))
+            bits = b.or_(bits, b.select(kept, constant(I32, 1 << k), constant(I32, 0)))
+            running.update(away, *(_gain(b, gains_at, number) for number in range(2)))
+        place = b.bitcast(words_at, vector(I32).as_pointer())
+        moved = b.shl(bits, splat(b, b.trunc(inputs[1], I32)))
+        b.store(b.or_(b.load(place, align=4), moved), place, align=4)
+        running.store()
+        return context.get_dummy_value()
+
+    return types.void(tile, types.int64, column, cross, types.int64, state, tag, gains, words), generate
+
+
+@intrinsic
+def divide(_, tile, first, column, cross, column_first, state, tag, gains, ratios, place):  # type: ignore[no-untyped-def]
+    """Eight columns of the recurrence, and the ratio ``(x − μ) / σ`` of each weight, a column's lanes side by side."""
+
+    def generate(context: Any, b: Any, signature: Any, values: Any) -> Any:
+        *inputs, _, gains_at, ratios_at, place_at = _values(context, b, signature, values)
+        running, beta = _State(b, inputs[-1]), _gain(b, gains_at, 2)
+        for k, x in enumerate(_octet(b, inputs, tile.dtype == types.uint16, len(tag))):
+            away = b.fsub(x, running.mu)
+            at = lane_pointer(b, ratios_at, b.add(place_at, index(k * LANES)))
+            b.store(_ratio(b, away, b.fmul(beta, running.sum)), at, align=4)
+            running.update(away, *(_gain(b, gains_at, number) for number in range(2)))
+        running.store()
+        return context.get_dummy_value()
+
+    arguments = (tile, types.int64, column, cross, types.int64, state, tag, gains, ratios, types.int64)
+    return types.void(*arguments), generate
 
 
 @intrinsic
@@ -155,21 +201,3 @@ def emit(_, words, counts, keep, places, byte):  # type: ignore[no-untyped-def]
         return context.get_dummy_value()
 
     return types.void(words, counts, keep, places, types.int64), generate
-
-
-@intrinsic
-def divide(_, tile, first, column, cross, column_first, gains, gain_first, state, tag, ratios, place):  # type: ignore[no-untyped-def]
-    """Eight columns of the recurrence, and the ratio ``(x − μ) / σ`` of each weight, a column's lanes side by side."""
-
-    def generate(context: Any, b: Any, signature: Any, values: Any) -> Any:
-        arguments, (ratios_at, place_at) = _unpack(context, b, signature, values)
-
-        def write(k: int, away: Any, sigma: Any) -> None:
-            at = b.add(place_at, index(k * LANES))
-            b.store(_ratio(b, away, sigma), lane_pointer(b, ratios_at, at), align=4)
-
-        _step(b, arguments, tile.dtype == types.uint16, len(tag), write)
-        return context.get_dummy_value()
-
-    arguments = (tile, first, column, cross, column_first, gains, gain_first, state, tag)
-    return types.void(*arguments, ratios, types.int64), generate

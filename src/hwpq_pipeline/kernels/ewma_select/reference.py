@@ -58,7 +58,7 @@ def ewma_select(
         row: see ``column``.
         cross: see ``column``.
         multiplier: λ of each row, float32, shape (out,).
-        gains: the warm start's gains for μ and σ, float32, shape (2, warm); ``warm <= in``.
+        gains: the warm start's (`warm_gains`), float32, shape (3, warm).
         alpha: gain of the running mean.
         beta: gain of the running mean deviation.
         domain: "sqrt", "raw" or "log".
@@ -67,18 +67,18 @@ def ewma_select(
         ``(keep, state)``: bool (out, in), and float32 (out, 2) with μ and σ after the last column.
     """
     values = levels(weight, column, row, cross, domain)
-    lam, a, b = multiplier.numpy(), np.float32(alpha), np.float32(beta)
-    columns, warm = values.shape[1], gains.shape[1]
-    mu, sigma = np.zeros((2, values.shape[0]), np.float32)
+    bound, a, fade = multiplier.numpy() * np.float32(beta), np.float32(alpha), np.float32(1 - beta)
+    columns, (alphas, fades, weights) = values.shape[1], gains.numpy()
+    mu, total = np.zeros((2, values.shape[0]), np.float32)
     with np.errstate(all="ignore"):
-        for step, j in enumerate(range(columns - warm, columns)):
+        for step, j in enumerate(range(columns - len(alphas), columns)):
             away = values[:, j] - mu
-            mu = mu + gains[0, step].numpy() * away
-            sigma = sigma + gains[1, step].numpy() * (np.abs(away) - sigma)
+            total = fades[step] * total + weights[step] * np.abs(away)
+            mu = mu + alphas[step] * away
         keep = np.empty(values.shape, dtype=bool)
         for j in range(columns):
             away = values[:, j] - mu
-            keep[:, j] = away >= lam * sigma
+            keep[:, j] = away >= bound * total
+            total = fade * total + np.abs(away)
             mu = mu + a * away
-            sigma = sigma + b * (np.abs(away) - sigma)
-    return torch.from_numpy(keep), torch.from_numpy(np.stack([mu, sigma], axis=1))
+    return torch.from_numpy(keep), torch.from_numpy(np.stack([mu, total * np.float32(beta)], axis=1))
