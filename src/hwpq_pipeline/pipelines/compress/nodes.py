@@ -17,6 +17,7 @@ from hwpq_pipeline.checkpoints.writer import write_json, write_tensors
 from hwpq_pipeline.compression.bits import unpack_bits
 from hwpq_pipeline.compression.grids import dequantize
 from hwpq_pipeline.compression.recovery import recover as recover_weights
+from hwpq_pipeline.compression.refinement import refine_mask
 from hwpq_pipeline.compression.rounding import quantize as quantize_weights
 from hwpq_pipeline.compression.structured import check_two_of_four
 from hwpq_pipeline.errors import HwpqError
@@ -24,6 +25,8 @@ from hwpq_pipeline.execution.groups import Group, Groups
 from hwpq_pipeline.execution.tables import layer_table
 from hwpq_pipeline.parameters import Quantization, Recovery, Selection, Variant
 
+#: Of the preset `quality`: where more of either gained little for its seconds (docs/decisions.md).
+ADMM_ROUNDS, ADMM_SWEEPS = 10, 3
 ERRORS = ("error_pruned", "error_recovered", "error_quantized")
 
 
@@ -39,7 +42,11 @@ def prune(model: Path, statistics: Path, masks: dict[str, Tensor], variant: Vari
 
 def recover(groups: Groups, variant: Variant) -> Groups:
     """Move the weights that are left towards the dense layer's outputs."""
-    return groups if variant.recovery is None else groups.then(partial(_recover, recovery=variant.recovery))
+    if variant.recovery is None or variant.selection is None:
+        return groups
+    if variant.recovery.preset == "quality":
+        return groups.then(partial(_refine, recovery=variant.recovery, selection=variant.selection))
+    return groups.then(partial(_recover, recovery=variant.recovery))
 
 
 def quantize(groups: Groups, name: str, variant: Variant, scratch: Path) -> tuple[Path, pd.DataFrame, dict[str, float]]:
@@ -97,6 +104,28 @@ def _recover(group: Group, recovery: Recovery) -> Group:
     energy = recovered.row_energy
     pruned = group.with_error("error_pruned", recovered.row_error_before, energy)
     return pruned.with_weight(recovered.weight).with_error("error_recovered", recovered.row_error, energy)
+
+
+def _refine(group: Group, recovery: Recovery, selection: Selection) -> Group:
+    if group.mask is None:  # nothing was pruned, so there is nothing to recover
+        return group
+    weight, mask, found = refine_mask(
+        group.original,
+        group.mask,
+        group.gram,
+        structure=selection.structure,
+        method="admm",
+        rounds=ADMM_ROUNDS,
+        sweeps=ADMM_SWEEPS,
+        damping=recovery.damping,
+        layer_rows=[layer.shape[0] for layer in group.layers],
+        where=group.name,
+    )
+    if selection.structure == "2of4":
+        check_two_of_four(mask, where=group.name)
+    pruned = group.with_error("error_pruned", found.row_error_before, found.row_energy)
+    refined = pruned.with_weight(weight, mask=mask)
+    return refined.with_error("error_recovered", found.row_error, found.row_energy)
 
 
 def _quantize(group: Group, quantization: Quantization, scale_dtype: torch.dtype) -> Group:
