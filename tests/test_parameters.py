@@ -48,7 +48,7 @@ def test_yaml_spells_out_the_codes_defaults(root):
     for name, fields in {"calibration": ("batch", "mode", "dtype"), "evaluation": ("batch", "dtype")}.items():
         for field in fields:
             assert read(root, "base/parameters.yml")[name][field] == SHARED[name].model_fields[field].default
-    recovery = read(root, "base/parameters_variants.yml")["variants"]["2of4-fp8"]["recovery"]
+    recovery = read(root, "base/parameters_variants.yml")["variants"]["ewma50-fp8"]["recovery"]
     assert recovery["steps"] == Recovery.model_fields["steps"].default
 
 

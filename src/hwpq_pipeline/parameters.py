@@ -134,17 +134,18 @@ class Selection(Parameters):
 class Recovery(Parameters):
     """Moving what pruning left towards the dense layer's outputs.
 
-    `fast` solves the masked least-squares problem on the selected mask by conjugate gradients. `quality` moves the
-    mask too (ADMM, then coordinate descent): better, at some three times the seconds.
+    `fast` solves the masked least-squares problem on the selected mask by conjugate gradients. The others move the
+    mask too: `balanced` by coordinate descent, `quality` by ADMM and then descent. Each is better than the one before
+    it, at about three and six times the seconds of `fast` (docs/decisions.md).
     """
 
-    preset: Literal["fast", "quality"] = "fast"
+    preset: Literal["fast", "balanced", "quality"] = "fast"
     steps: Annotated[int, Field(ge=1, le=1000)] = 5
     damping: Annotated[float, Field(ge=0)] = 0.01
 
     @model_validator(mode="after")
     def _no_contradiction(self) -> Self:
-        if self.preset == "quality" and "steps" in self.model_fields_set:
+        if self.preset != "fast" and "steps" in self.model_fields_set:
             raise ValueError("steps belongs to preset fast; remove it")
         return self
 

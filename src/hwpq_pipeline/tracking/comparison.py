@@ -19,6 +19,8 @@ FIGURES = (
     "compression_ratio",
 )
 
+TABLE_WIDTH = 124
+
 
 def comparison_table(metrics: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:
     """A row a variant.
@@ -72,7 +74,8 @@ def show(table: pd.DataFrame, *, experiment: str, tracking_uri: str, new_runs: i
             f"{row['seconds']:.0f}",
         )
     console = rich.get_console()
-    console.print(view)
+    # A pipe counts as 80 columns, which would cut every head short.
+    console.print(view, width=max(console.width, TABLE_WIDTH), crop=False)
     console.print(
         f"{new_runs} new runs in MLflow experiment {experiment!r}. "
         f"Compare them with `make ui`, or: mlflow ui --backend-store-uri {tracking_uri}",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import torch
@@ -25,8 +26,11 @@ from hwpq_pipeline.execution.groups import Group, Groups
 from hwpq_pipeline.execution.tables import layer_table
 from hwpq_pipeline.parameters import Quantization, Recovery, Selection, Variant
 
-#: Of the preset `quality`: where more of either gained little for its seconds (docs/decisions.md).
-ADMM_ROUNDS, ADMM_SWEEPS = 10, 3
+#: The presets that move the mask: where more rounds or sweeps gained little for their seconds (docs/decisions.md).
+REFINEMENTS: dict[str, dict[str, Any]] = {
+    "balanced": {"method": "descent", "rounds": 4, "sweeps": 4},
+    "quality": {"method": "admm", "rounds": 10, "sweeps": 3},
+}
 ERRORS = ("error_pruned", "error_recovered", "error_quantized")
 
 
@@ -44,7 +48,7 @@ def recover(groups: Groups, variant: Variant) -> Groups:
     """Move the weights that are left towards the dense layer's outputs."""
     if variant.recovery is None or variant.selection is None:
         return groups
-    if variant.recovery.preset == "quality":
+    if variant.recovery.preset in REFINEMENTS:
         return groups.then(partial(_refine, recovery=variant.recovery, selection=variant.selection))
     return groups.then(partial(_recover, recovery=variant.recovery))
 
@@ -114,9 +118,7 @@ def _refine(group: Group, recovery: Recovery, selection: Selection) -> Group:
         group.mask,
         group.gram,
         structure=selection.structure,
-        method="admm",
-        rounds=ADMM_ROUNDS,
-        sweeps=ADMM_SWEEPS,
+        **REFINEMENTS[recovery.preset],
         damping=recovery.damping,
         layer_rows=[layer.shape[0] for layer in group.layers],
         where=group.name,

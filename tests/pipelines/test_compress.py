@@ -1,0 +1,91 @@
+"""The nodes of `select` and `compress` on a tiny model: every kind of recovery, for both structures."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from hwpq_pipeline.calibration.statistics import collect_statistics
+from hwpq_pipeline.checkpoints.reader import read_json, read_tensors
+from hwpq_pipeline.errors import HwpqError
+from hwpq_pipeline.parameters import Variant
+from hwpq_pipeline.pipelines.compress.nodes import prune, quantize, recover
+from hwpq_pipeline.pipelines.select.nodes import score_contributions, select_weights
+from tests.tiny import tiny_checkpoint, tiny_tokens
+
+STRUCTURES = {"2of4": {"structure": "2of4"}, "unstructured": {"structure": "unstructured", "sparsity": 0.5}}
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory):
+    root = tmp_path_factory.mktemp("compress")
+    tiny_checkpoint(root / "model")
+    # More tokens than inputs, so that the Gram matrices are of full rank.
+    collect_statistics(root / "model", tiny_tokens(16, 32), target=root / "statistics")
+    return root
+
+
+def run(places, scratch, **sections):
+    variant = Variant.model_validate({"description": "d", **sections})
+    model, statistics = places / "model", places / "statistics"
+    masks, selected, _ = select_weights(score_contributions(model, statistics), variant)
+    groups = recover(prune(model, statistics, masks, variant), variant)
+    built, compressed, seconds = quantize(groups, "v", variant, scratch)
+    tensors = {}
+    for file in built.glob("*.safetensors"):
+        tensors |= read_tensors(file)
+    return built, tensors, selected, compressed, seconds
+
+
+@pytest.mark.parametrize("preset", ["fast", "balanced", "quality"])
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_recovery_betters_every_layer_and_keeps_the_structure(places, tmp_path, structure, preset):
+    built, tensors, selected, table, seconds = run(
+        places, tmp_path, selection=STRUCTURES[structure], recovery={"preset": preset}
+    )
+    assert (table["error_recovered"] < table["error_pruned"]).all()
+    assert table["error_quantized"].isna().all()
+    assert len(tensors) == len(table) == len(selected) == 14
+    assert set(seconds) == {"compress"}
+    for name, weight in tensors.items():
+        assert name.endswith(".weight")
+        if structure == "2of4":
+            assert bool(((weight != 0).unflatten(1, (-1, 4)).sum(-1) == 2).all())
+    zeros = sum(int((weight == 0).sum()) for weight in tensors.values())
+    assert zeros / sum(weight.numel() for weight in tensors.values()) == pytest.approx(0.5, abs=0.002)
+    assert read_json(built / "recipe.json")["structure"] == structure
+
+
+def test_moving_the_mask_betters_the_model_as_a_whole(places, tmp_path):
+    totals = []
+    for preset in ("fast", "balanced"):
+        folder = tmp_path / preset
+        folder.mkdir()
+        *_, table, _ = run(places, folder, selection=STRUCTURES["2of4"], recovery={"preset": preset})
+        totals.append(table["error_recovered"].sum())
+    assert totals[1] < totals[0]
+
+
+def test_rounding_keeps_the_zeros(places, tmp_path):
+    _, tensors, _, table, _ = run(
+        places, tmp_path, selection=STRUCTURES["2of4"], recovery={}, quantization={"grid": "fp8_e4m3"}
+    )
+    codes = {name: tensor for name, tensor in tensors.items() if name.endswith(".codes")}
+    assert len(codes) == 14
+    for tensor in codes.values():
+        assert tensor.dtype == torch.float8_e4m3fn
+        assert bool(((tensor.float() != 0).unflatten(1, (-1, 4)).sum(-1) <= 2).all())
+    assert table["error_quantized"].notna().all()
+
+
+def test_dense_is_nothing_but_a_recipe(places, tmp_path):
+    built, tensors, selected, table, _ = run(places, tmp_path)
+    assert [path.name for path in built.iterdir()] == ["recipe.json"]
+    assert tensors == {}
+    assert (selected["reached_sparsity"] == 0).all()
+    assert table["error_pruned"].isna().all()
+
+
+def test_a_group_that_does_not_divide_is_named(places, tmp_path):
+    with pytest.raises(HwpqError, match=r"model\.layers\.0\.self_attn\.q_proj.*32"):
+        run(places, tmp_path, quantization={"grid": "int4", "group_size": 64})
