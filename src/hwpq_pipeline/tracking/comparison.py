@@ -7,6 +7,7 @@ from typing import Any
 
 import pandas as pd
 import rich
+from rich.console import Console
 from rich.table import Table
 
 FIGURES = (
@@ -73,9 +74,9 @@ def show(table: pd.DataFrame, *, experiment: str, tracking_uri: str, new_runs: i
             f"{row['compression_ratio']:.2f}",
             f"{row['seconds']:.0f}",
         )
-    console = rich.get_console()
     # A pipe counts as 80 columns, which would cut every head short.
-    console.print(view, width=max(console.width, TABLE_WIDTH), crop=False)
+    console = Console(width=max(rich.get_console().width, TABLE_WIDTH))
+    console.print(view)
     console.print(
         f"{new_runs} new runs in MLflow experiment {experiment!r}. "
         f"Compare them with `make ui`, or: mlflow ui --backend-store-uri {tracking_uri}",
