@@ -20,7 +20,7 @@ FIGURES = (
     "compression_ratio",
 )
 
-TABLE_WIDTH = 124
+TABLE_WIDTH = 140
 
 
 def comparison_table(metrics: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:
@@ -75,7 +75,9 @@ def show(table: pd.DataFrame, *, experiment: str, tracking_uri: str, new_runs: i
             f"{row['seconds']:.0f}",
         )
     # A pipe counts as 80 columns, which would cut every head short.
-    console = Console(width=max(rich.get_console().width, TABLE_WIDTH))
+    console = rich.get_console()
+    if not console.is_terminal:
+        console = Console(width=TABLE_WIDTH)
     console.print(view)
     console.print(
         f"{new_runs} new runs in MLflow experiment {experiment!r}. "
