@@ -25,10 +25,10 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 DATABASE := sqlite:///$(CURDIR)/mlflow.db
 UI_PORT  ?= 5000
 
-.PHONY: help install run repro ui test test-fast lint format bench-selection lock clean
+.PHONY: help install run repro ui test test-fast lint format bench-selection bench-selection-quality bench-peers lock clean
 
 help:  ## what there is
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 26
 
 install: $(STAMP)  ## the environment, from the lock file (run and test do it themselves)
 
@@ -75,6 +75,29 @@ format: $(STAMP)  ## mend what ruff can mend
 bench-selection: $(STAMP)  ## selection against sort, topk and a memory copy
 	python -m benchmarks.selection $(ARGS)
 
+bench-selection-quality: $(STAMP) data/03_primary/reference  ## perplexity after EWMA and after an exact sort, over sparsity and alpha
+	python -m benchmarks.selection_quality $(ARGS)
+
+data/03_primary/reference: | $(STAMP)
+	kedro run --pipelines fetch,calibrate,reference
+
+# The peers have needs of their own (another transformers), hence another environment, outside the project's.
+PEERS := .peers
+SAMPLES ?= 32 8 128
+TASKS ?= 2of4 50 int4 2of4-int4 fp8 seven
+
+$(PEERS)/.installed: benchmarks/peers/requirements.lock
+	@echo "Installing the peers into $(PEERS); this takes some minutes, once."
+	@test -x $(PEERS)/bin/python || $(PYTHON) -m venv $(PEERS)
+	@$(PEERS)/bin/python -m pip install --quiet -r $<
+	@touch $@
+
+data/02_intermediate/documents.parquet: | $(STAMP)
+	kedro run --pipelines fetch
+
+bench-peers: $(STAMP) $(PEERS)/.installed data/02_intermediate/documents.parquet  ## SparseGPT, Wanda and GPTQ beside ours (SAMPLES, TASKS narrow it)
+	python -m benchmarks.peers --peers $(PEERS)/bin/python --samples $(SAMPLES) --tasks $(TASKS) $(ARGS)
+
 # A fresh environment from pyproject.toml alone, frozen. Local version labels such as `+cpu` name a build that only
 # some indexes have, so they are cut; `name @ file` lines would tie the lock to one machine, so they end it.
 lock:  ## make requirements.lock anew from pyproject.toml
@@ -88,6 +111,6 @@ lock:  ## make requirements.lock anew from pyproject.toml
 	echo "requirements.lock: $$(grep -c == requirements.lock) packages"
 
 clean:  ## remove the environment, caches and all that the pipelines made (downloads and DVC's cache stay)
-	rm -rf $(VENV) .cache .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache src/*.egg-info build
+	rm -rf $(VENV) $(PEERS) .cache .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache src/*.egg-info build
 	rm -rf data/0* data/.scratch mlflow.db* mlartifacts mlruns
 	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +

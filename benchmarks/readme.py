@@ -7,15 +7,13 @@ replaces the text between the two markers in `README.md`, and copies the picture
 from __future__ import annotations
 
 import json
-import os
-import platform
 import shutil
 from pathlib import Path
 
-import numba
-import torch
 import transformers
 import yaml
+
+from benchmarks.machine import machine
 
 ROOT = Path(__file__).resolve().parents[1]
 BEGIN, END = "<!-- results: made by `python -m benchmarks.readme` -->", "<!-- end of results -->"
@@ -26,18 +24,12 @@ PICTURES = {
 }
 
 
-def machine() -> str:
+def about() -> str:
     """One line on what this was measured on."""
-    info = Path("/proc/cpuinfo")
-    names = (
-        [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
-        if (info.exists())
-        else [platform.processor()]
-    )
+    facts = machine()
     return (
-        f"{os.cpu_count()} cores of {names[0]} ({torch.backends.cpu.get_cpu_capability()}), Python "
-        f"{platform.python_version()}, torch {torch.__version__.partition('+')[0]}, transformers "
-        f"{transformers.__version__}, numba {numba.__version__}"
+        f"{facts['cores']} cores of {facts['processor']} ({facts['capability']}), Python {facts['python']}, "
+        f"torch {facts['torch'].partition('+')[0]}, transformers {transformers.__version__}, numba {facts['numba']}"
     )
 
 
@@ -68,7 +60,7 @@ def table() -> str:
             f"{calibration['length']} tokens (seed {calibration['seed']}, even articles), once for all variants, in "
             f"{values['seconds']['calibrate']:.0f} s; evaluated from the exports, activation rounding included, "
             f"on {evaluation['samples']} × {evaluation['length']} (seed {evaluation['seed']}, odd articles). Machine: "
-            f"{machine()}."
+            f"{about()}."
         ),
     ]
     return "\n".join(lines)

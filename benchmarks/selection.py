@@ -20,8 +20,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -29,11 +27,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numba
 import numpy as np
 import torch
 from torch import Tensor
 
+from benchmarks.machine import machine
 from hwpq_pipeline.compression.bits import pack_bits, unpack_bits
 from hwpq_pipeline.compression.contribution import root_factors
 from hwpq_pipeline.compression.ewma import TOLERANCE, EwmaSelection, ewma_select
@@ -254,25 +252,6 @@ def rows_of(
         row["times_faster_than"] = {rival: right[rival] / seconds for rival in OURS.get(name, ()) if rival in right}
         rows.append(row)
     return rows
-
-
-def machine() -> dict[str, Any]:
-    """What the figures depend on."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
-    return {
-        "processor": model,
-        "cores": os.cpu_count(),
-        "load_before": os.getloadavg()[0],
-        "system": platform.platform(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "numpy": np.__version__,
-        "numba": numba.__version__,
-        "torch_threads": torch.get_num_threads(),
-        "numba_threads": numba.get_num_threads(),
-    }
 
 
 def table(report: dict[str, Any]) -> str:

@@ -1,0 +1,1 @@
+"""Ours beside llm-compressor (`python -m benchmarks.peers`)."""

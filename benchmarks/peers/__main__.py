@@ -1,0 +1,5 @@
+"""`python -m benchmarks.peers`: the contest."""
+
+from benchmarks.peers.contest import main
+
+main()

@@ -1,0 +1,275 @@
+"""The contest: same checkpoint, same calibration ids, same evaluation ids, one run, one machine, both sides in turn.
+
+    make bench-peers                          everything
+    make bench-peers SAMPLES=8 TASKS=2of4     a part: its rows replace their old ones in the result
+
+Every row is a process of its own (peak memory is that of the row), timed from model in memory to compressed model in
+memory; ours includes calibration. Each peer runs at its defaults and at the settings that make it better or faster,
+and the best of its rows counts. `benchmarks/results/peers.json` is written after every row.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM
+
+from benchmarks.judge import hidden_states, judge
+from benchmarks.machine import machine
+from hwpq_pipeline.calibration.samples import draw_samples, token_matrix
+
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "benchmarks" / "results"
+HERE = Path(__file__).parent
+TASKS = ("2of4", "50", "int4", "2of4-int4", "fp8", "seven")
+#: Largest first: the samples of a smaller run are the first ones of a larger.
+SAMPLES = (32, 8, 128)
+LENGTH, SEED, EVALUATION_SAMPLES = 512, 0, 16
+
+
+@dataclass(frozen=True)
+class Job:
+    """A row to make; the settings below `samples` are the peers'."""
+
+    task: str
+    method: str
+    side: str
+    dtype: str
+    samples: int
+    propagate_error: bool = True
+    observer: str = "memoryless-minmax"
+    actorder: str | None = "static"
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What tells this row from others of the same method."""
+        if self.side == "ours" or self.method == "nearest":
+            return {"observer": self.observer} if (self.side, self.task) == ("peer", "int4") else {}
+        rounds = self.method.endswith("gptq")
+        extra = {"observer": self.observer, "actorder": self.actorder} if rounds else {}
+        return {"propagate_error": self.propagate_error, **extra}
+
+
+def jobs_of(task: str, samples: int) -> list[Job]:
+    """The rows of a task, peer and ours in turn."""
+    if task == "seven":
+        return [Job(task, "hwpq", "ours", "float32", samples)] if samples == 32 else []
+    ours = [Job(task, method, "ours", "float32", samples) for method in _our_methods(task)]
+    peers = _peer_jobs(task, samples)
+    if samples != 32:  # the settings that won at 32 are enough
+        ours = [job for job in ours if job.method != "hwpq-mask"]
+    if task in ("2of4", "50") and samples == 8:
+        peers += [Job(task, "sparsegpt", "peer", "bfloat16", samples), Job(task, "wanda", "peer", "bfloat16", samples)]
+    turns = [job for pair in zip(peers, ours, strict=False) for job in pair]
+    return turns + peers[len(ours) :] + ours[len(peers) :]
+
+
+def _our_methods(task: str) -> tuple[str, ...]:
+    return {
+        "2of4": ("hwpq-fast", "hwpq-balanced", "hwpq-quality", "hwpq-mask"),
+        "50": ("hwpq-fast", "hwpq-balanced", "hwpq-quality", "hwpq-mask"),
+        "int4": ("hwpq", "nearest"),
+        "2of4-int4": ("hwpq-fast", "hwpq-balanced", "hwpq-quality"),
+        "fp8": ("nearest",),
+    }[task]
+
+
+def _peer_jobs(task: str, samples: int) -> list[Job]:
+    def peer(method: str, **settings: Any) -> Job:
+        return Job(task, method, "peer", "float32", samples, **settings)
+
+    if task in ("2of4", "50"):
+        return [
+            peer("sparsegpt"),
+            peer("wanda"),
+            peer("sparsegpt", propagate_error=False),
+            peer("wanda", propagate_error=False),
+        ]
+    if task == "int4":
+        return [
+            peer("gptq"),
+            peer("nearest"),
+            peer("gptq", observer="mse"),
+            peer("nearest", observer="memoryless-mse"),
+            peer("gptq", observer="mse", propagate_error=False),
+            peer("gptq", observer="mse", actorder="weight"),
+        ][: None if samples == 32 else 3]
+    if task == "2of4-int4":
+        return [peer("sparsegpt-gptq", observer="mse")]
+    return [peer("nearest")]
+
+
+def make_inputs(model_dir: Path, documents: Path, target: Path, samples: int) -> dict[str, float]:
+    """Token ids of both sides and the dense model's answer, in one file; the dense model's figures."""
+    frame = pd.read_parquet(documents)
+    calibration = draw_samples(frame, model_dir, split="calibration", samples=samples, length=LENGTH, seed=SEED)
+    evaluation = draw_samples(
+        frame, model_dir, split="evaluation", samples=EVALUATION_SAMPLES, length=LENGTH, seed=SEED
+    )
+    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).eval()
+    ids = torch.from_numpy(token_matrix(evaluation))
+    head = model.lm_head.weight.detach().clone()
+    hidden = hidden_states(model, ids)
+    save_file(
+        {
+            "calibration": torch.from_numpy(token_matrix(calibration)),
+            "evaluation": ids,
+            "dense_hidden": hidden,
+            "head": head,
+        },
+        target,
+    )
+    return judge(model, ids, hidden, head)
+
+
+def run(job: Job, model_dir: Path, inputs: Path, python: Path) -> dict[str, Any]:
+    """One row, in a process of its own."""
+    answer = inputs.with_name("answer.json")
+    answer.unlink(missing_ok=True)
+    text = json.dumps({**asdict(job), "model": str(model_dir), "inputs": str(inputs), "answer": str(answer)})
+    command = (
+        [str(python), str(HERE / "peer.py"), text]
+        if job.side == "peer"
+        else [sys.executable, "-m", "benchmarks.peers.ours", text]
+    )
+    log = inputs.with_name("log.txt")
+    with log.open("w") as sink:
+        code = subprocess.run(command, cwd=ROOT, stdout=sink, stderr=subprocess.STDOUT, check=False).returncode
+    row = {key: value for key, value in asdict(job).items() if key in ("task", "method", "side", "dtype", "samples")}
+    row["settings"] = job.settings
+    if code or not answer.exists():
+        return row | {"error": f"exit {code}: {log.read_text()[-600:]}"}
+    return row | json.loads(answer.read_text())
+
+
+def check(row: dict[str, Any], layers: dict[str, float]) -> str:
+    """Empty if the row compressed what the others did, else what is wrong.
+
+    Args:
+        row: with the share of zeros in each linear layer.
+        layers: those of another row of the same task, whose layers must be the same.
+    """
+    zeros = row.get("zeros", {})
+    if row["task"] in ("2of4", "50", "2of4-int4"):
+        spread = 0.012 if row["task"] == "50" else 0.0
+        low = [name for name, share in zeros.items() if share < 0.5 - spread]
+        mean = sum(zeros.values()) / len(zeros)
+        if low or (row["task"] == "50" and abs(mean - 0.5) > 0.002):
+            return f"{len(low)} layers are not half zeros, {mean:.4f} in the mean"
+    if layers and zeros and zeros.keys() != layers.keys():
+        return "other layers than the rows before it"
+    return f"{row['broken_fours']} fours hold more than two" if row.get("broken_fours") else ""
+
+
+def key(row: dict[str, Any]) -> str:
+    """What a row is found by."""
+    return json.dumps([row[name] for name in ("task", "method", "side", "dtype", "samples", "settings")])
+
+
+def table(report: dict[str, Any]) -> str:
+    """The rows as Markdown, ordered by task and perplexity."""
+    about, dense = report["machine"], report["dense_perplexity"]
+    lines = [
+        "# Peers: quality and time, side by side",
+        "",
+        f"{report['model']}, {EVALUATION_SAMPLES} × {LENGTH} evaluation tokens, dense perplexity {dense:.3f}.",
+        f"{about['processor']}, {about['cores']} cores, torch {about['torch']}; peers by {report['peers']}.",
+        "Seconds: model in memory to compressed model in memory, ours with calibration. One run a row.",
+    ]
+    for samples in sorted({row["samples"] for row in report["rows"]}):
+        lines += [
+            "",
+            f"## {samples} × {LENGTH} calibration tokens",
+            "",
+            "| task | side | method | settings | perplexity | × dense | KL (nats) | seconds | peak GiB |",
+            "|---|---|---|---|---:|---:|---:|---:|---:|",
+        ]
+        rows = [row for row in report["rows"] if row["samples"] == samples]
+        rows.sort(key=lambda row: (TASKS.index(row["task"]), row.get("perplexity", float("inf"))))
+        lines += [_line(row, dense) for row in rows]
+    return "\n".join(lines) + "\n"
+
+
+def _line(row: dict[str, Any], dense: float) -> str:
+    settings = ", ".join(f"{name} {value}" for name, value in row["settings"].items())
+    head = f"| {row['task']} | {row['side']} | {row['method']} | {row['dtype']}{', ' + settings if settings else ''} |"
+    if "error" in row:
+        return f"{head} {row['error'].splitlines()[-1][:120]} | | | | |"
+    quality = " | | |"
+    if "perplexity" in row:
+        quality = f" {row['perplexity']:.2f} | {row['perplexity'] / dense:.3f} | {row['kl_divergence']:.4f} |"
+    return f"{head}{quality} {row['seconds']:.0f} | {row['peak_rss_bytes'] / 2**30:.2f} |"
+
+
+def write(report: dict[str, Any], folder: Path) -> None:
+    """Both files, whole or not at all."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in (("json", json.dumps(report, indent=1) + "\n"), ("md", table(report))):
+        partial = folder / f"peers.{name}.partial"
+        partial.write_text(text)
+        partial.replace(folder / f"peers.{name}")
+
+
+def main() -> None:
+    """Run the rows that the command line asks for."""
+    parser = argparse.ArgumentParser(description="Ours beside llm-compressor's SparseGPT, Wanda, GPTQ and rounding.")
+    parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=TASKS)
+    parser.add_argument("--samples", nargs="+", type=int, default=list(SAMPLES))
+    parser.add_argument("--methods", nargs="+", help="only these")
+    parser.add_argument("--data", type=Path, default=ROOT / "data", help="where a run left model and documents")
+    parser.add_argument("--peers", type=Path, required=True, help="python of the peers' environment")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    model_dir, documents = options.data / "01_raw" / "model", options.data / "02_intermediate" / "documents.parquet"
+    if not documents.exists():
+        raise SystemExit(f"{documents}: not there. Run `kedro run --pipelines fetch` first.")
+    versions = "import llmcompressor as l, torch, transformers as t"
+    text = "print(f'llmcompressor {l.__version__}, torch {torch.__version__}, transformers {t.__version__}')"
+    peers = subprocess.run([options.peers, "-c", f"{versions}; {text}"], capture_output=True, text=True, check=True)
+    with tempfile.TemporaryDirectory() as folder:
+        inputs = Path(folder) / "inputs.safetensors"
+        dense = make_inputs(model_dir.resolve(), documents, inputs, max(options.samples))
+        old = json.loads((options.out / "peers.json").read_text()) if (options.out / "peers.json").exists() else {}
+        report = {
+            "machine": machine(),
+            "model": "SmolLM2-135M-Instruct",
+            "peers": peers.stdout.strip().splitlines()[-1],
+            "dense_perplexity": dense["perplexity"],
+            "rows": old.get("rows", []),
+        }
+        layers: dict[str, float] = {}
+        for job in (job for samples in options.samples for task in options.tasks for job in jobs_of(task, samples)):
+            if options.methods and job.method not in options.methods:
+                continue
+            print(f"{job.samples:4} {job.task:10} {job.side:5} {job.method:14} {job.settings} …", flush=True)
+            row = run(job, model_dir.resolve(), inputs, options.peers)
+            if wrong := row.get("error") or check(row, layers):
+                row = {name: row[name] for name in row if name not in ("perplexity", "kl_divergence", "seconds")}
+                row["error"] = wrong
+            layers = layers or row.get("zeros", {})
+            row.pop("zeros", None)
+            row.pop("broken_fours", None)
+            row["load_before"] = os.getloadavg()[0]
+            print(
+                f"     {row.get('perplexity', 0):.3f}, {row.get('seconds', 0):.1f} s {row.get('error', '')}", flush=True
+            )
+            report["rows"] = [other for other in report["rows"] if key(other) != key(row)] + [row]
+            write(report, options.out)
+    print(table(report))
+    if any("error" in row for row in report["rows"]):
+        raise SystemExit("a row failed: see the table")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,153 @@
+"""One run of ours: model in memory, the pipeline's own nodes, the judge. Runs in the project's environment.
+
+Called by the contest with one JSON argument (see `contest.Job`); the answer goes to the file that it names. The clock
+runs over calibration (which reads the checkpoint and writes statistics to disk), selection, recovery, rounding,
+writing the compressed model, reading it and putting it into the model in memory: more than the peers are asked for.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+from benchmarks.judge import broken_fours, judge, zeros_by_layer
+from hwpq_pipeline.calibration.statistics import collect_statistics
+from hwpq_pipeline.checkpoints.layers import layer_map
+from hwpq_pipeline.checkpoints.reader import Checkpoint
+from hwpq_pipeline.compression.grids import Quantized, dequantize
+from hwpq_pipeline.execution.groups import Groups
+from hwpq_pipeline.export.intermediate import Intermediate
+from hwpq_pipeline.parameters import Quantization, Recovery, Selection, Variant
+from hwpq_pipeline.pipelines.compress import nodes as compress
+from hwpq_pipeline.pipelines.select import nodes as select
+
+INT4 = {"grid": "int4", "group_size": 64}
+VARIANTS = Path(__file__).parents[2] / "conf" / "base" / "parameters_variants.yml"
+
+
+class NoStatistics:
+    """For what needs no data: every layer a group of its own, of which nothing is known."""
+
+    mode = "diagonal"
+
+    def group_of(self, layer: str) -> str:
+        """The layer itself."""
+        return layer
+
+    def gram(self, group: str) -> Tensor:
+        """There is none."""
+        raise LookupError(group)
+
+    def energy(self, group: str) -> Tensor:
+        """There is none."""
+        raise LookupError(group)
+
+
+def variant_of(task: str, method: str) -> Variant:
+    """The variant that answers a task: `hwpq-<preset>`, `hwpq-mask` (no recovery) or `nearest`."""
+    selection = recovery = quantization = None
+    if task.startswith("2of4"):
+        selection = Selection(structure="2of4")
+    elif task == "50":
+        selection = Selection(structure="unstructured", sparsity=0.5)
+    if selection is not None and method != "hwpq-mask":
+        recovery = Recovery(preset=method.removeprefix("hwpq-"))
+    if task == "fp8":
+        quantization = Quantization(grid="fp8_e4m3")
+    elif task.endswith("int4"):
+        quantization = Quantization(**INT4, method="nearest" if method == "nearest" else "coordinate_descent")
+    return Variant(description=task, selection=selection, recovery=recovery, quantization=quantization)
+
+
+def compress_one(name: str, variant: Variant, model_dir: Path, statistics: Path | None, scratch: Path) -> Path:
+    """The nodes of `select` and `compress`, one after the other; where the compressed model is."""
+    if statistics is None:
+        groups = Groups(Checkpoint(model_dir), layer_map(model_dir), NoStatistics())
+    else:
+        masks, _, _ = select.select_weights(select.score_contributions(model_dir, statistics), variant)
+        groups = compress.recover(compress.prune(model_dir, statistics, masks, variant), variant)
+    scratch.mkdir()
+    return compress.quantize(groups, name, variant, scratch)[0]
+
+
+def put(compressed: Path, model: nn.Module) -> None:
+    """The compressed weights into the model."""
+    source = Intermediate(compressed)
+    for layer in source.layers:
+        weight = model.get_submodule(layer).weight
+        if layer in source.quantized:
+            read = source.read_quantized(layer, tuple(weight.shape))
+            weight.data.copy_(dequantize(Quantized(read.codes, read.scale, str(source.grid), source.group_size)))
+        else:
+            weight.data.copy_(source.read_weight(layer, tuple(weight.shape)))
+
+
+def round_activations(model: nn.Module) -> None:
+    """FP8 as deployed: the inputs of the compressed layers rounded to E4M3, one scale a token."""
+
+    def rounded(_: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor]:
+        scale = arguments[0].abs().amax(-1, keepdim=True).clamp_min(1e-12) / 448
+        return ((arguments[0] / scale).to(torch.float8_e4m3fn).to(arguments[0].dtype) * scale,)
+
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and not name.endswith("lm_head"):
+            module.register_forward_pre_hook(rounded)
+
+
+def run(job: dict[str, Any], calibration: Tensor, model: nn.Module, scratch: Path) -> None:
+    """What is timed."""
+    model_dir = Path(job["model"])
+    statistics = None
+    if job["method"] != "nearest":
+        statistics = scratch / "statistics"
+        collect_statistics(model_dir, calibration[: job["samples"]], target=statistics, dtype=job["dtype"])
+    if job["task"] == "seven":
+        shipped = yaml.safe_load(VARIANTS.read_text())["variants"]
+        variants = {name: Variant(**values) for name, values in shipped.items()}
+    else:
+        variants = {"variant": variant_of(job["task"], job["method"])}
+    compressed = [
+        compress_one(name, variant, model_dir, statistics, scratch / name) for name, variant in variants.items()
+    ]
+    put(compressed[-1], model)
+
+
+def main() -> None:
+    """Compress under the clock, then judge."""
+    job = json.loads(sys.argv[1])
+    tensors = load_file(job["inputs"])
+    model = AutoModelForCausalLM.from_pretrained(job["model"], dtype=torch.float32)
+    with tempfile.TemporaryDirectory() as scratch:
+        seconds = _seconds(lambda: run(job, tensors["calibration"], model, Path(scratch)))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    found: dict[str, Any] = {"seconds": seconds, "peak_rss_bytes": peak}
+    if job["task"] != "seven":
+        if job["task"] == "fp8":
+            round_activations(model)
+        found |= judge(model, tensors["evaluation"], tensors["dense_hidden"], tensors["head"])
+        found["zeros"] = zeros_by_layer(model)
+    if job["task"] == "2of4":
+        found["broken_fours"] = broken_fours(model)
+    Path(job["answer"]).write_text(json.dumps(found))
+
+
+def _seconds(action: Callable[[], None]) -> float:
+    begun = time.perf_counter()
+    action()
+    return time.perf_counter() - begun
+
+
+if __name__ == "__main__":
+    main()

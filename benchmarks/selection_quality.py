@@ -1,0 +1,205 @@
+"""What selecting without a sort costs in quality: perplexity after EWMA and after an exact sort of every row.
+
+    make bench-selection-quality
+
+On the default model, with the statistics and tokens that `kedro run --pipelines calibrate,reference` left in `data/`:
+30, 50, 60 and 70 % dropped, before and after recovery; and at 50 % over α = β, in the domain of the square root and,
+at two α, on raw contributions. Writes `benchmarks/results/selection_quality.{json,md}` and
+`docs/images/selection_quality.png`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from benchmarks.judge import hidden_states, judge
+from benchmarks.machine import machine
+from hwpq_pipeline.calibration.samples import token_matrix
+from hwpq_pipeline.calibration.store import Statistics
+from hwpq_pipeline.checkpoints.layers import Layer, layer_map
+from hwpq_pipeline.checkpoints.reader import Checkpoint
+from hwpq_pipeline.compression.bits import unpack_bits
+from hwpq_pipeline.compression.contribution import contribution
+from hwpq_pipeline.compression.ewma import ewma_select
+from hwpq_pipeline.compression.recovery import recover
+from hwpq_pipeline.execution.groups import Groups
+
+ROOT = Path(__file__).parents[1]
+METRIC, STEPS = "hwpq_weighted", 5
+SPARSITIES = (0.3, 0.5, 0.6, 0.7)
+ALPHAS = tuple(1 / 2**power for power in range(3, 9))
+RAW_ALPHAS = (1 / 8, 1 / 64)
+Choose = Callable[[Tensor, Tensor], Tensor]
+
+
+def by_sort(sparsity: float) -> Choose:
+    """Keep-mask of the highest contributions in every row, by a full sort; ties are broken by position."""
+
+    def choose(weight: Tensor, energy: Tensor) -> Tensor:
+        order = contribution(METRIC, weight, energy).argsort(dim=1, stable=True)
+        dropped = order[:, : round(sparsity * weight.shape[1])]
+        return torch.ones_like(weight, dtype=torch.bool).scatter_(1, dropped, False)
+
+    return choose
+
+
+def by_ewma(sparsity: float, alpha: float = 1 / 64, domain: str = "sqrt") -> Choose:
+    """Keep-mask of the moving average, λ solved for the sparsity."""
+
+    def choose(weight: Tensor, energy: Tensor) -> Tensor:
+        chosen = ewma_select(weight, METRIC, energy, sparsity=sparsity, alpha=alpha, beta=alpha, domain=domain)
+        return unpack_bits(chosen.keep, weight.shape[1])
+
+    return choose
+
+
+def cases() -> Iterator[tuple[dict[str, Any], Choose]]:
+    """What is compared."""
+    for sparsity in SPARSITIES:
+        yield {"method": "sort", "sparsity": sparsity}, by_sort(sparsity)
+        yield {"method": "ewma", "sparsity": sparsity, "alpha": 1 / 64, "domain": "sqrt"}, by_ewma(sparsity)
+    for domain, alphas in (("sqrt", ALPHAS), ("raw", RAW_ALPHAS)):
+        for alpha in alphas:
+            if (domain, alpha) != ("sqrt", 1 / 64):
+                case = {"method": "ewma", "sparsity": 0.5, "alpha": alpha, "domain": domain}
+                yield case, by_ewma(0.5, alpha, domain)
+
+
+class Bench:
+    """The dense model, its answer, and the layers to prune."""
+
+    def __init__(self, data: Path) -> None:
+        directory = data / "01_raw" / "model"
+        self.ids = torch.from_numpy(token_matrix(pd.read_parquet(data / "02_intermediate" / "evaluation.parquet")))
+        self.groups = Groups(
+            Checkpoint(directory), layer_map(directory), Statistics(data / "03_primary" / "statistics")
+        )
+        self.model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+        self.head = self.model.lm_head.weight.detach().clone()
+        self.hidden = hidden_states(self.model, self.ids)
+        self.dense = self.judge()["perplexity"]
+
+    def judge(self) -> dict[str, float]:
+        """The figures of the model as it stands."""
+        return judge(self.model, self.ids, self.hidden, self.head)
+
+    def measure(self, choose: Choose, label: str) -> dict[str, float]:
+        """Prune every layer, judge; recover, judge."""
+        recovered = []
+        dropped = count = 0
+        for group in self.groups.run(label):
+            energy = group.statistics.energy(group.name)
+            mask = torch.cat([choose(group.weight[rows], energy) for _, rows in group.rows])
+            dropped, count = dropped + int((~mask).sum()), count + mask.numel()
+            self._put(group.rows, group.weight * mask)
+            kept = recover(group.original, mask, group.gram, steps=STEPS, where=group.name)
+            recovered.append((group.rows, kept.weight))
+        before = self.judge()
+        for rows, weight in recovered:
+            self._put(rows, weight)
+        after = self.judge()
+        return {
+            "reached": dropped / count,
+            "perplexity_pruned": before["perplexity"],
+            "kl_pruned": before["kl_divergence"],
+            "perplexity_recovered": after["perplexity"],
+            "kl_recovered": after["kl_divergence"],
+        }
+
+    def _put(self, stack: tuple[tuple[Layer, slice], ...], weight: Tensor) -> None:
+        for layer, rows in stack:
+            self.model.get_submodule(layer.name).weight.data.copy_(weight[rows])
+
+
+def table(report: dict[str, Any]) -> str:
+    """The rows as Markdown."""
+    lines = [
+        "# Selection without a sort: what it costs in quality",
+        "",
+        f"Dense perplexity {report['dense_perplexity']:.2f}; metric {METRIC}; recovery of {STEPS} steps.",
+        "",
+        "| dropped | method | α = β | domain | perplexity | after recovery | KL | KL after recovery |",
+        "|---:|---|---:|---|---:|---:|---:|---:|",
+    ]
+    for row in report["rows"]:
+        alpha = f"1/{round(1 / row['alpha'])}" if "alpha" in row else ""
+        lines.append(
+            f"| {row['reached']:.2%} | {row['method']} | {alpha} | {row.get('domain', '')} "
+            f"| {row['perplexity_pruned']:.2f} | {row['perplexity_recovered']:.2f} "
+            f"| {row['kl_pruned']:.4f} | {row['kl_recovered']:.4f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def chart(report: dict[str, Any], target: Path) -> None:
+    """Left: over sparsity; right: at 50 % over α, the sort as a level."""
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    rows = report["rows"]
+    styles = {"perplexity_pruned": ("--", "mask alone"), "perplexity_recovered": ("-", "after recovery")}
+    for method, colour in (("sort", "tab:gray"), ("ewma", "tab:blue")):
+        shown = [row for row in rows if row["method"] == method and row.get("alpha", 1 / 64) == 1 / 64]
+        shown = [row for row in shown if row.get("domain", "sqrt") == "sqrt"]
+        for name, (style, words) in styles.items():
+            left.plot(
+                [100 * row["sparsity"] for row in shown],
+                [row[name] for row in shown],
+                style + "o",
+                color=colour,
+                label=f"{method}, {words}",
+            )
+    half = [row for row in rows if row["sparsity"] == 0.5]
+    swept = sorted((row for row in half if row.get("domain") == "sqrt"), key=lambda row: row["alpha"])
+    level = next(row for row in half if row["method"] == "sort")
+    for name, (style, words) in styles.items():
+        right.plot(
+            [row["alpha"] for row in swept],
+            [row[name] for row in swept],
+            style + "o",
+            color="tab:blue",
+            label=f"ewma, {words}",
+        )
+        right.axhline(level[name], linestyle=style, color="tab:gray", label=f"sort, {words}")
+    left.set(xlabel="weights dropped (%)", ylabel="perplexity", yscale="log", title="α = β = 1/64, domain sqrt")
+    right.set(xlabel="α = β", ylabel="perplexity", title="50 % dropped, domain sqrt")
+    right.set_xscale("log", base=2)
+    for axes in (left, right):
+        axes.legend(fontsize="small")
+        axes.grid(alpha=0.3)
+    figure.savefig(target, dpi=120, metadata={"Software": None})
+
+
+def main() -> None:
+    """Measure, write after every case, draw."""
+    parser = argparse.ArgumentParser(description="Perplexity after EWMA and after an exact sort.")
+    parser.add_argument("--data", type=Path, default=ROOT / "data", help="where a run left model and statistics")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
+    parser.add_argument("--picture", type=Path, default=ROOT / "docs" / "images" / "selection_quality.png")
+    options = parser.parse_args()
+    bench = Bench(options.data)
+    report: dict[str, Any] = {"machine": machine(), "dense_perplexity": bench.dense, "rows": []}
+    options.out.mkdir(parents=True, exist_ok=True)
+    for case, choose in cases():
+        row = case | bench.measure(choose, json.dumps(case))
+        print(row, flush=True)
+        report["rows"].append(row)
+        for name, text in (("json", json.dumps(report, indent=1) + "\n"), ("md", table(report))):
+            partial = options.out / f"selection_quality.{name}.partial"
+            partial.write_text(text)
+            partial.replace(options.out / f"selection_quality.{name}")
+    chart(report, options.picture)
+    print(table(report))
+
+
+if __name__ == "__main__":
+    main()
