@@ -11,6 +11,7 @@ and the best of its rows counts. `benchmarks/results/peers.json` is written afte
 from __future__ import annotations
 
 import argparse
+import fcntl
 import json
 import os
 import subprocess
@@ -133,8 +134,8 @@ def make_inputs(model_dir: Path, documents: Path, target: Path, samples: int) ->
     return judge(model, ids, hidden, head)
 
 
-def run(job: Job, model_dir: Path, inputs: Path, python: Path) -> dict[str, Any]:
-    """One row, in a process of its own."""
+def run(job: Job, model_dir: Path, inputs: Path, python: Path, lock: Path) -> dict[str, Any]:
+    """One row, in a process of its own, with the lock held."""
     answer = inputs.with_name("answer.json")
     answer.unlink(missing_ok=True)
     text = json.dumps({**asdict(job), "model": str(model_dir), "inputs": str(inputs), "answer": str(answer)})
@@ -144,7 +145,8 @@ def run(job: Job, model_dir: Path, inputs: Path, python: Path) -> dict[str, Any]
         else [sys.executable, "-m", "benchmarks.peers.ours", text]
     )
     log = inputs.with_name("log.txt")
-    with log.open("w") as sink:
+    with log.open("w") as sink, lock.open("a") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
         code = subprocess.run(command, cwd=ROOT, stdout=sink, stderr=subprocess.STDOUT, check=False).returncode
     row = {key: value for key, value in asdict(job).items() if key in ("task", "method", "side", "dtype", "samples")}
     row["settings"] = job.settings
@@ -229,6 +231,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", help="only these")
     parser.add_argument("--data", type=Path, default=ROOT / "data", help="where a run left model and documents")
     parser.add_argument("--peers", type=Path, required=True, help="python of the peers' environment")
+    parser.add_argument("--lock", type=Path, help="file to lock while a row runs; other work may wait for it (flock)")
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
     model_dir, documents = options.data / "01_raw" / "model", options.data / "02_intermediate" / "documents.parquet"
@@ -253,7 +256,7 @@ def main() -> None:
             if options.methods and job.method not in options.methods:
                 continue
             print(f"{job.samples:4} {job.task:10} {job.side:5} {job.method:14} {job.settings} …", flush=True)
-            row = run(job, model_dir.resolve(), inputs, options.peers)
+            row = run(job, model_dir.resolve(), inputs, options.peers, options.lock or Path(folder) / "lock")
             if wrong := row.get("error") or check(row, layers):
                 row = {name: row[name] for name in row if name not in ("perplexity", "kl_divergence", "seconds")}
                 row["error"] = wrong
