@@ -67,7 +67,7 @@ def copy_project(target: Path) -> Path:
 
 
 def run_in(
-    project: Path, *command: str, env: Mapping[str, str] | None = None, timeout: float = 600
+    project: Path, *command: str, env: Mapping[str, str] | None = None, timeout: float = 1800
 ) -> subprocess.CompletedProcess[str]:
     """Run a command in a copy of the project, on the copy's code, logging to the copy's own `mlflow.db`.
 

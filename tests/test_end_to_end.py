@@ -152,7 +152,7 @@ def overlay_ci(project: Path) -> None:
 def dvc(project: Path, *arguments: str):
     folder = Path(sys.executable).parent
     path = f"{folder}:{__import__('os').environ['PATH']}"
-    return run_in(project, sys.executable, "-m", "dvc", *arguments, env={"PATH": path}, timeout=1200)
+    return run_in(project, sys.executable, "-m", "dvc", *arguments, env={"PATH": path}, timeout=2400)
 
 
 def git(project: Path, *arguments: str) -> None:
