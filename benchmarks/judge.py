@@ -2,8 +2,8 @@
 
 Runs in the peers' environment and in ours, so it needs torch alone, and shares nothing with
 `hwpq_pipeline.evaluation`: what the project says of itself is checked here by other code. Everything is float32, sums
-are float64. The dense model's logits are worked out again from its hidden states (18 MB for 16 × 512 tokens, where
-the logits would be 1.6 GB).
+over tokens are float64. The dense model's logits are worked out again from its hidden states (18 MB for 16 × 512
+tokens, where the logits would be 1.6 GB).
 """
 
 from __future__ import annotations
@@ -40,12 +40,16 @@ def judge(model: Any, ids: Tensor, dense_hidden: Tensor, head: Tensor) -> dict[s
     loss = divergence = 0.0
     parts = zip(hidden.flatten(0, 1).split(ROWS), dense_hidden.flatten(0, 1).split(ROWS), strict=True)
     for (state, dense), label in zip(parts, ids[:, 1:].flatten().split(ROWS), strict=True):
-        log_q = (state @ head.T).double().log_softmax(-1)
-        log_p = (dense @ head.T).double().log_softmax(-1)
-        loss -= float(log_q.gather(-1, label[:, None]).sum())
-        divergence += float((log_p.exp() * (log_p - log_q)).sum())
+        log_q, log_p = _log_softmax(state @ head.T), _log_softmax(dense @ head.T)
+        loss -= float(log_q.gather(-1, label[:, None]).double().sum())
+        divergence += float((log_p.exp() * (log_p - log_q)).sum(-1).double().sum())
     count = ids[:, 1:].numel()
     return {"perplexity": math.exp(loss / count), "kl_divergence": divergence / count}
+
+
+def _log_softmax(logits: Tensor) -> Tensor:
+    # torch's own log_softmax sums in float32 on the CPU and is off by 1e-5 over a large vocabulary.
+    return logits.sub_(logits.logsumexp(-1, keepdim=True))
 
 
 def zeros_by_layer(model: Any) -> dict[str, float]:

@@ -4,8 +4,8 @@
 
 On the default model, with the statistics and tokens that `kedro run --pipelines calibrate,reference` left in `data/`:
 30, 50, 60 and 70 % dropped, before and after recovery; and at 50 % over α = β, in the domain of the square root and,
-at two α, on raw contributions. Writes `benchmarks/results/selection_quality.{json,md}` and
-`docs/images/selection_quality.png`.
+at two α, on raw contributions; and what the paper's setting keeps. Writes
+`benchmarks/results/selection_quality.{json,md}` and `docs/images/selection_quality.png`.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from hwpq_pipeline.checkpoints.layers import Layer, layer_map
 from hwpq_pipeline.checkpoints.reader import Checkpoint
 from hwpq_pipeline.compression.bits import unpack_bits
 from hwpq_pipeline.compression.contribution import contribution
-from hwpq_pipeline.compression.ewma import ewma_select
+from hwpq_pipeline.compression.ewma import PAPER, ewma_select, upper_band
 from hwpq_pipeline.compression.recovery import recover
 from hwpq_pipeline.execution.groups import Groups
 
@@ -63,6 +63,11 @@ def by_ewma(sparsity: float, alpha: float = 1 / 64, domain: str = "sqrt") -> Cho
     return choose
 
 
+def by_paper(weight: Tensor, energy: Tensor) -> Tensor:
+    """Keep-mask of the published setting's upper band: α = β = 1/8, λ = 4, the paper's own metric, raw."""
+    return unpack_bits(upper_band(weight, "hwpq", energy).keep, weight.shape[1])
+
+
 def cases() -> Iterator[tuple[dict[str, Any], Choose]]:
     """What is compared."""
     for sparsity in SPARSITIES:
@@ -73,6 +78,7 @@ def cases() -> Iterator[tuple[dict[str, Any], Choose]]:
             if (domain, alpha) != ("sqrt", 1 / 64):
                 case = {"method": "ewma", "sparsity": 0.5, "alpha": alpha, "domain": domain}
                 yield case, by_ewma(0.5, alpha, domain)
+    yield {"method": "paper", "sparsity": None, "alpha": PAPER["alpha"], "domain": PAPER["domain"]}, by_paper
 
 
 class Bench:
