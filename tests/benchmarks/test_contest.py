@@ -1,0 +1,55 @@
+"""The contest's own rules: what a row is checked for, and that both sides are asked for the same thing."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from benchmarks.peers.contest import TASKS, check, jobs_of, key, table
+from benchmarks.peers.ours import variant_of
+
+
+def row(**changes: Any) -> dict[str, Any]:
+    """A row of 2:4 over two layers that are right."""
+    return {"task": "2of4", "zeros": {"a": 0.5, "b": 0.51}, "broken_fours": 0} | changes
+
+
+def test_a_right_row_passes() -> None:
+    assert check(row(), {}) == ""
+    assert check(row(), {"a": 0.5, "b": 0.5}) == ""
+
+
+@pytest.mark.parametrize(
+    ("changes", "layers", "words"),
+    [
+        ({"zeros": {"a": 0.5, "b": 0.1}}, {}, "1 layers are not half zeros"),
+        ({"broken_fours": 3}, {}, "3 fours"),
+        ({}, {"a": 0.5}, "other layers"),
+        ({"task": "50", "zeros": {"a": 0.5, "b": 0.52}}, {}, "not half zeros"),
+    ],
+)
+def test_a_wrong_row_is_named(changes: dict[str, Any], layers: dict[str, float], words: str) -> None:
+    assert words in check(row(**changes), layers)
+
+
+@pytest.mark.parametrize("task", [task for task in TASKS if task != "seven"])
+@pytest.mark.parametrize("samples", [8, 32, 128])
+def test_both_sides_play_and_no_row_twice(task: str, samples: int) -> None:
+    jobs = jobs_of(task, samples)
+    assert {job.side for job in jobs} == {"peer", "ours"}
+    assert len({key(vars(job) | {"settings": job.settings}) for job in jobs}) == len(jobs)
+    for job in jobs:
+        if job.side == "ours":
+            variant = variant_of(task, job.method)
+            assert (variant.selection is not None) == (task in ("2of4", "50", "2of4-int4"))
+            assert (variant.quantization is not None) == (task in ("int4", "2of4-int4", "fp8"))
+
+
+def test_a_failed_row_shows_its_reason_and_no_figure() -> None:
+    machine = {"processor": "p", "cores": 2, "torch": "t"}
+    failed = {"task": "int4", "side": "peer", "method": "gptq", "dtype": "float32", "samples": 8, "settings": {}}
+    report = {"machine": machine, "model": "m", "peers": "x", "dense_perplexity": 20.0}
+    text = table(report | {"rows": [failed | {"error": "exit 1: it broke"}]})
+    assert "it broke" in text
+    assert "| int4 | peer | gptq | float32 | exit 1" in text
