@@ -71,7 +71,7 @@ def test_parameters_are_frozen():
         (Quantization, {"grid": "fp8_e4m3", "group_size": 64}, "remove group_size"),
         (Quantization, {"grid": "int8", "method": "coordinate_descent"}, "rounds to nearest"),
         (Quantization, {"grid": "int4", "group_size": 64, "sweeps": 3}, "sweeps belongs to"),
-        (Recovery, {"preset": "quality", "steps": 9}, "steps belongs to preset fast"),
+        (Recovery, {"preset": "quality", "steps": 9}, "steps belongs to preset fixed_mask"),
         (Variant, {"description": "x", "recovery": {}}, "add selection or remove recovery"),
         (Model, {"kind": "hub", "name": "x"}, "needs repo"),
         (Model, {"kind": "directory", "name": "x", "path": "p", "repo": "r"}, "does not take repo"),

@@ -68,8 +68,8 @@ def jobs_of(task: str, samples: int) -> list[Job]:
         return [Job(task, "hwpq", "ours", "float32", samples)] if samples == 32 else []
     ours = [Job(task, method, "ours", "float32", samples) for method in _our_methods(task)]
     peers = _peer_jobs(task, samples)
-    if samples != 32:  # the settings that won at 32 are enough
-        ours = [job for job in ours if job.method != "hwpq-mask"]
+    if samples != 32:
+        ours = [job for job in ours if job.method != "hwpq-balanced"]
     if task in ("2of4", "50") and samples == 8:
         peers += [Job(task, "sparsegpt", "peer", "bfloat16", samples), Job(task, "wanda", "peer", "bfloat16", samples)]
     turns = [job for pair in zip(peers, ours, strict=False) for job in pair]
@@ -78,8 +78,8 @@ def jobs_of(task: str, samples: int) -> list[Job]:
 
 def _our_methods(task: str) -> tuple[str, ...]:
     return {
-        "2of4": ("hwpq-fast", "hwpq-balanced", "hwpq-quality", "hwpq-mask"),
-        "50": ("hwpq-fast", "hwpq-balanced", "hwpq-quality", "hwpq-mask"),
+        "2of4": ("hwpq-fast", "hwpq-balanced", "hwpq-quality", "hwpq-fixed_mask"),
+        "50": ("hwpq-fast", "hwpq-balanced", "hwpq-quality", "hwpq-fixed_mask"),
         "int4": ("hwpq", "nearest"),
         "2of4-int4": ("hwpq-fast", "hwpq-balanced", "hwpq-quality"),
         "fp8": ("nearest",),

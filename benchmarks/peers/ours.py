@@ -56,13 +56,13 @@ class NoStatistics:
 
 
 def variant_of(task: str, method: str) -> Variant:
-    """The variant that answers a task: `hwpq-<preset>`, `hwpq-mask` (no recovery) or `nearest`."""
+    """The variant that answers a task: `hwpq-<preset of recovery>`, `hwpq` or `nearest`."""
     selection = recovery = quantization = None
     if task.startswith("2of4"):
         selection = Selection(structure="2of4")
     elif task == "50":
         selection = Selection(structure="unstructured", sparsity=0.5)
-    if selection is not None and method != "hwpq-mask":
+    if selection is not None:
         recovery = Recovery(preset=method.removeprefix("hwpq-"))
     if task == "fp8":
         quantization = Quantization(grid="fp8_e4m3")

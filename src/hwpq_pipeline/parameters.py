@@ -134,19 +134,19 @@ class Selection(Parameters):
 class Recovery(Parameters):
     """Moving what pruning left towards the dense layer's outputs.
 
-    `fast` solves the masked least-squares problem on the selected mask by conjugate gradients. The others move the
-    mask too: `balanced` by coordinate descent, `quality` by ADMM and then descent. Each is better than the one before
-    it, at about three and six times the seconds of `fast` (docs/decisions.md).
+    `fixed_mask` solves the masked least-squares problem on the selected mask by conjugate gradients. The others move
+    the mask too: `fast` and `balanced` by a few and some more sweeps of coordinate descent, `quality` by ADMM and then
+    descent; each is better than the one before it and takes longer (docs/decisions.md).
     """
 
-    preset: Literal["fast", "balanced", "quality"] = "fast"
+    preset: Literal["fixed_mask", "fast", "balanced", "quality"] = "fixed_mask"
     steps: Annotated[int, Field(ge=1, le=1000)] = 5
     damping: Annotated[float, Field(ge=0)] = 0.01
 
     @model_validator(mode="after")
     def _no_contradiction(self) -> Self:
-        if self.preset != "fast" and "steps" in self.model_fields_set:
-            raise ValueError("steps belongs to preset fast; remove it")
+        if self.preset != "fixed_mask" and "steps" in self.model_fields_set:
+            raise ValueError("steps belongs to preset fixed_mask; remove it")
         return self
 
 

@@ -37,7 +37,7 @@ def run(places, scratch, **sections):
     return built, tensors, selected, compressed, seconds
 
 
-@pytest.mark.parametrize("preset", ["fast", "balanced", "quality"])
+@pytest.mark.parametrize("preset", ["fixed_mask", "fast", "balanced", "quality"])
 @pytest.mark.parametrize("structure", STRUCTURES)
 def test_recovery_betters_every_layer_and_keeps_the_structure(places, tmp_path, structure, preset):
     built, tensors, selected, table, seconds = run(
@@ -58,7 +58,7 @@ def test_recovery_betters_every_layer_and_keeps_the_structure(places, tmp_path, 
 
 def test_moving_the_mask_betters_the_model_as_a_whole(places, tmp_path):
     totals = []
-    for preset in ("fast", "balanced"):
+    for preset in ("fixed_mask", "balanced"):
         folder = tmp_path / preset
         folder.mkdir()
         *_, table, _ = run(places, folder, selection=STRUCTURES["2of4"], recovery={"preset": preset})

@@ -1,4 +1,4 @@
-"""Refinement: the mask moved together with the weights, for the quality preset.
+"""Refinement: the mask moved together with the weights, for every preset but `fixed_mask`.
 
 A mask chosen by scores ignores that the weights which stay can make up for those that go.  Refinement minimises
 

@@ -28,7 +28,8 @@ from hwpq_pipeline.parameters import Quantization, Recovery, Selection, Variant
 
 #: The presets that move the mask: where more rounds or sweeps gained little for their seconds (docs/decisions.md).
 REFINEMENTS: dict[str, dict[str, Any]] = {
-    "balanced": {"method": "descent", "rounds": 4, "sweeps": 4},
+    "fast": {"method": "descent", "rounds": 2, "sweeps": 1},
+    "balanced": {"method": "descent", "rounds": 2, "sweeps": 2},
     "quality": {"method": "admm", "rounds": 10, "sweeps": 3},
 }
 ERRORS = ("error_pruned", "error_recovered", "error_quantized")
