@@ -190,10 +190,35 @@ class Variant(Parameters):
 
 
 class Track(Parameters):
-    """MLflow (pipeline `track`). `MLFLOW_TRACKING_URI` in the environment wins over `tracking_uri`."""
+    """MLflow (pipeline `track`). `MLFLOW_TRACKING_URI` in the environment wins over `tracking_uri`.
+
+    `log_model` copies each export into its run as a model that `mlflow.transformers` loads: as many bytes again.
+    """
 
     experiment: str
     tracking_uri: str
+    log_model: bool = False
+
+
+class Report(Parameters):
+    """Prompts that every variant continues (pipeline `evaluate`), shown side by side (pipeline `report`)."""
+
+    prompts: tuple[Annotated[str, Field(min_length=1)], ...]
+    new_tokens: Annotated[int, Field(ge=1)] = 24
+
+
+class Gate(Parameters):
+    """Limits that one variant's figures must keep; None is no limit."""
+
+    maximum_perplexity_ratio: Annotated[float, Field(gt=0)] | None = None
+    minimum_top1_agreement: Annotated[float, Field(ge=0, le=1)] | None = None
+    maximum_bytes: Annotated[int, Field(gt=0)] | None = None
+
+
+class QualityGates(Parameters):
+    """`conf/*/quality_gates.yml`: limits by variant (pipeline `gate`)."""
+
+    variants: dict[str, Gate]
 
 
 def _require(parameters: Model | Corpus, needed: dict[str, tuple[str, ...]]) -> None:
