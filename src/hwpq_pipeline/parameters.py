@@ -190,21 +190,17 @@ class Variant(Parameters):
 
 
 class Track(Parameters):
-    """MLflow (pipeline `track`). `MLFLOW_TRACKING_URI` in the environment wins over `tracking_uri`.
-
-    `log_model` copies each export into its run as a model that `mlflow.transformers` loads: as many bytes again.
-    """
+    """MLflow (pipeline `track`). `MLFLOW_TRACKING_URI` in the environment wins over `tracking_uri`."""
 
     experiment: str
     tracking_uri: str
-    log_model: bool = False
 
 
 class Report(Parameters):
     """Prompts that every variant continues (pipeline `evaluate`), shown side by side (pipeline `report`)."""
 
     prompts: tuple[Annotated[str, Field(min_length=1)], ...]
-    new_tokens: Annotated[int, Field(ge=1)] = 24
+    new_tokens: Annotated[int, Field(ge=1)] = 16
 
 
 class Gate(Parameters):

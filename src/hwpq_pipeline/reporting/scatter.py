@@ -103,7 +103,7 @@ def _box(place: tuple[float, float], width: float) -> Box:
 
 
 def _free(box: Box, others: Sequence[Box]) -> bool:
-    inside = box[0] >= LEFT - 8 and box[2] <= WIDTH and box[1] >= 0 and box[3] <= HEIGHT - BOTTOM
+    inside = box[0] >= LEFT + 2 and box[2] <= WIDTH and box[1] >= 0 and box[3] <= HEIGHT - BOTTOM
     return inside and not any(
         box[0] < other[2] and other[0] < box[2] and box[1] < other[3] and other[1] < box[3] for other in others
     )

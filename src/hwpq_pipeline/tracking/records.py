@@ -46,7 +46,6 @@ class Record:
         texts: artifacts as text, by file name.
         tags: further tags.
         description: in Markdown, shown above the run.
-        checkpoint: a directory that transformers loads, to be logged as an MLflow model; None for none.
     """
 
     variant: str
@@ -59,7 +58,6 @@ class Record:
     texts: Mapping[str, str] = field(default_factory=dict)
     tags: Mapping[str, str] = field(default_factory=dict)
     description: str = ""
-    checkpoint: Path | None = None
 
     @property
     def key(self) -> str:

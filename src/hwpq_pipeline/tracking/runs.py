@@ -23,7 +23,6 @@ from typing import TYPE_CHECKING, Any
 from hwpq_pipeline.errors import HwpqError
 
 from .connection import artifact_location, connected, masked, reason
-from .models import log_checkpoint
 from .records import Record, flat
 from .view import experiment_tags
 
@@ -58,8 +57,6 @@ def log_once(record: Record, *, experiment: str, tracking_uri: str) -> tuple[str
         run, mine = _claim(client, experiment_id, record)
         run_id = str(run.info.run_id)
         if run.info.status == "FINISHED":
-            if record.checkpoint is not None:
-                log_checkpoint(client, run_id, record.checkpoint)
             return run_id, False
         _write(client, run, record, tracking_uri)
         first = _alive(client, experiment_id, record.key)[0]
@@ -174,8 +171,6 @@ def _log(client: MlflowClient, run: Run, record: Record) -> None:
         client.log_artifact(run_id, str(file))
     for path, text in record.texts.items():
         client.log_text(run_id, text, path)
-    if record.checkpoint is not None:
-        log_checkpoint(client, run_id, record.checkpoint)
 
 
 def _metrics(record: Record, time_ms: int) -> Iterable[Any]:

@@ -11,8 +11,7 @@ import json
 from typing import Any
 
 SHARE_KEY = "variants"
-#: Opens the shared view, the best quality first.
-QUERY = f"viewStateShareKey={SHARE_KEY}&orderByKey=metrics.%60perplexity%60&orderByAsc=true"
+QUERY = f"viewStateShareKey={SHARE_KEY}"
 COLUMNS = (
     "perplexity",
     "perplexity_ratio",
@@ -40,14 +39,13 @@ def _section(name: str) -> dict[str, Any]:
     return {"uuid": name, "name": name, "display": True, "isReordered": False, "deleted": False, "isGenerated": False}
 
 
-def _scatter(name: str, x: str) -> dict[str, Any]:
+def _scatter(x: str) -> dict[str, Any]:
     return {
         "type": "SCATTER",
-        "uuid": name,
+        "uuid": x,
         "metricSectionId": "Choosing a variant",
         "deleted": False,
         "isGenerated": False,
-        "displayName": name,
         "runsCountToCompare": 100,
         "xaxis": {"key": x, "type": "METRIC"},
         "yaxis": {"key": QUALITY, "type": "METRIC"},
@@ -62,7 +60,6 @@ def view_state() -> dict[str, Any]:
         "metricSectionId": "Choosing a variant",
         "deleted": False,
         "isGenerated": False,
-        "displayName": "Quality, size and time",
         "runsCountToCompare": 100,
         "selectedParams": [],
         "selectedMetrics": [QUALITY, "top1_agreement", SIZE, TIME],
@@ -71,8 +68,10 @@ def view_state() -> dict[str, Any]:
     return {
         "selectedColumns": [f"metrics.`{name}`" for name in COLUMNS],
         "columnOrder": [f"metrics.`{name}`" for name in COLUMNS],
+        "orderByKey": "metrics.`perplexity`",
+        "orderByAsc": True,
         "runsHiddenMode": "FIRST_20_RUNS",
-        "compareRunCharts": [parallel, _scatter("Quality against size", SIZE), _scatter("Quality against time", TIME)],
+        "compareRunCharts": [parallel, _scatter(SIZE), _scatter(TIME)],
         "compareRunSections": [_section("Choosing a variant")],
     }
 

@@ -6,13 +6,13 @@ from typing import Any
 
 import yaml
 
-from hwpq_pipeline.parameters import Calibration, Evaluation
+from hwpq_pipeline.parameters import Calibration, Evaluation, Variant
 from hwpq_pipeline.reporting.page import Reported, render
 from hwpq_pipeline.tracking.comparison import comparison_table
 
 
 def page(
-    entries: dict[str, dict[str, Any]],
+    entries: dict[str, Any],
     calibration: Calibration,
     evaluation: Evaluation,
     **tables: Any,
@@ -20,7 +20,7 @@ def page(
     """The report as HTML.
 
     Args:
-        entries: the variants' configuration.
+        entries: the variants' configuration; of Kedro, plain where no other node of the run takes it, else typed.
         calibration: what the figures depend on.
         evaluation: likewise.
         tables: `metrics:<variant>`, `layers:<variant>` and `continuations:<variant>`.
@@ -29,16 +29,17 @@ def page(
     for key, value in tables.items():
         kind, _, name = key.partition(":")
         parts[kind][name] = value
+    typed = {name: Variant.model_validate(entry) for name, entry in entries.items()}
     variants = [
         Reported(
             name=name,
-            description=entry["description"],
-            recipe=yaml.safe_dump({name: entry}, sort_keys=False, allow_unicode=True),
+            description=variant.description,
+            recipe=yaml.safe_dump({name: variant.model_dump(exclude_unset=True)}, sort_keys=False, allow_unicode=True),
             layers=parts["layers"][name],
             continuations=parts["continuations"][name],
             command=f"dvc repro evaluate@{name}",
         )
-        for name, entry in entries.items()
+        for name, variant in typed.items()
     ]
     conditions = {
         "calibrated on": f"{calibration.samples} × {calibration.length} tokens, seed {calibration.seed}",

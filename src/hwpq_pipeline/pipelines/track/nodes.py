@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,6 @@ def record(
     variant: Variant,
     calibration: Calibration,
     evaluation: Evaluation,
-    track: Track,
 ) -> Record:
     """All that is logged of one variant."""
     digests = {
@@ -59,6 +59,8 @@ def record(
         "export": sha256_directory(export),
     }
     command = f"dvc repro evaluate@{name}"
+    # Relative to the project, which Kedro makes the working directory: a run says the same wherever it was made.
+    place = os.path.relpath(export)
     return Record(
         variant=name,
         parameters={
@@ -72,11 +74,8 @@ def record(
         datasets=_datasets(model, corpus, digests, calibration, evaluation),
         files=(error_plot, sparsity_plot, export / "README.md"),
         texts={"metrics.json": json.dumps(metrics, indent=2), "layers.csv": layers.to_csv(index=False)},
-        tags={"command": command, "export": str(export)},
-        description=describe(
-            variant.description, metrics, export=str(export), digest=digests["export"], command=command
-        ),
-        checkpoint=export if track.log_model else None,
+        tags={"command": command, "export": place},
+        description=describe(variant.description, metrics, export=place, digest=digests["export"], command=command),
     )
 
 

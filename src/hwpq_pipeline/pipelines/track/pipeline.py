@@ -36,7 +36,6 @@ def create_pipeline(names: Iterable[str]) -> Pipeline:
                     "params:variant",
                     "params:calibration",
                     "params:evaluation",
-                    "params:track",
                 ],
                 "recorded",
                 name="record",
