@@ -60,13 +60,12 @@ class Shapes:
         """Σ in² over distinct inputs: four a block, as transformers of today have them.
 
         Attention's projections share their input, its output has its own, so do the two halves of the feed-forward
-        part. Shapes cannot tell two inputs of one width apart, so the narrow ones count three times.
+        part. Shapes cannot tell two inputs of one width apart: the widest of a block counts once, the narrowest thrice.
         """
-        widest: dict[int, int] = {}
+        widths: dict[int, set[int]] = {}
         for layer in self.layers:
-            widest[layer.block] = max(widest.get(layer.block, 0), layer.shape[1])
-        narrow = {layer.block: layer.shape[1] for layer in self.layers if layer.shape[1] < widest[layer.block]}
-        return sum(width**2 for width in widest.values()) + 3 * sum(width**2 for width in narrow.values())
+            widths.setdefault(layer.block, set()).add(layer.shape[1])
+        return sum(max(found) ** 2 + 3 * min(found) ** 2 for found in widths.values())
 
 
 @dataclass(frozen=True)

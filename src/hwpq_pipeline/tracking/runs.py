@@ -28,7 +28,7 @@ from .view import experiment_tags
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
-    from mlflow.entities import Run
+    from mlflow.entities import Experiment, Run
 
 KEY = "hwpq.key"
 FAILURE = "failure"
@@ -87,10 +87,22 @@ def experiment_of(client: MlflowClient, name: str, tracking_uri: str) -> str:
             remedy=f"Restore it with `mlflow experiments restore -x {found.experiment_id}`, or name another: "
             "track.experiment",
         )
-    for tag, value in experiment_tags(found.experiment_id).items():
-        if found.tags.get(tag) != value:
-            client.set_experiment_tag(found.experiment_id, tag, value)
+    _describe(client, found)
     return str(found.experiment_id)
+
+
+def _describe(client: MlflowClient, experiment: Experiment) -> None:
+    """Give the experiment the tags that it lacks; a database may refuse where another process is doing the same."""
+    from mlflow.exceptions import MlflowException
+
+    for tag, value in experiment_tags(experiment.experiment_id).items():
+        if experiment.tags.get(tag) == value:
+            continue
+        try:
+            client.set_experiment_tag(experiment.experiment_id, tag, value)
+        except MlflowException:
+            if client.get_experiment(experiment.experiment_id).tags.get(tag) != value:
+                raise
 
 
 def _claim(client: MlflowClient, experiment_id: str, record: Record) -> tuple[Run, bool]:
