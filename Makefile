@@ -24,8 +24,9 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # An absolute path: a relative one would follow the folder a command is started in.
 DATABASE := sqlite:///$(CURDIR)/mlflow.db
 UI_PORT  ?= 5000
+BASE     ?= main
 
-.PHONY: help install run repro ui test test-fast lint format bench-selection bench-selection-quality bench-peers lock clean
+.PHONY: help install run repro ci sweep ui test test-browser screenshots test-fast lint format bench-selection bench-selection-quality bench-peers lock clean
 
 help:  ## what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 26
@@ -45,10 +46,24 @@ $(STAMP): requirements.lock pyproject.toml
 run: $(STAMP)  ## all pipelines: model and text in, compressed variants and their comparison out
 	kedro run $(ARGS)
 	@echo
-	@echo "Reports: data/08_reporting/    Models: data/07_export/    MLflow UI: make ui, then http://127.0.0.1:$(UI_PORT)"
+	@echo "Report: data/09_comparison/index.html    Models: data/07_export/    MLflow UI: make ui, then http://127.0.0.1:$(UI_PORT)"
 
 repro: $(STAMP)  ## the same through DVC: only what has changed is computed again
 	dvc repro $(ARGS)
+
+ci: $(STAMP)  ## what CI does: repro, quality gates, figures against BASE (main) in data/09_comparison/summary.md
+	.ci/compare $(BASE)
+
+# The runs go to this database: an experiment of DVC's queue works in a folder that is thrown away.
+SWEEP    ?= ewma50-fp8
+SPARSITY ?= 0.4,0.5,0.6
+GRIDS    ?= {grid:fp8_e4m3},{grid:int8},{grid:int4,group_size:64,method:coordinate_descent}
+VARIANTS := conf/base/parameters_variants.yml
+
+sweep: $(STAMP)  ## one variant over sparsity × bits, as DVC experiments and MLflow runs (SWEEP, SPARSITY, GRIDS choose)
+	dvc exp run --queue -S '$(VARIANTS):variants.$(SWEEP).selection.sparsity=$(SPARSITY)' -S '$(VARIANTS):++variants.$(SWEEP).quantization=$(GRIDS)'
+	MLFLOW_TRACKING_URI="$${MLFLOW_TRACKING_URI:-$(DATABASE)}" dvc exp run --run-all
+	dvc exp show --only-changed
 
 ui: $(STAMP)  ## the MLflow UI on what was logged (MLFLOW_TRACKING_URI is honoured)
 	@uri="$${MLFLOW_TRACKING_URI:-$(DATABASE)}"; \
@@ -59,6 +74,14 @@ ui: $(STAMP)  ## the MLflow UI on what was logged (MLFLOW_TRACKING_URI is honour
 
 test: lint  ## linters, types, and the whole test suite with the end-to-end run on the real model
 	pytest $(ARGS)
+
+test-browser: $(STAMP)  ## the MLflow pages and the report in Chromium (needs a Chromium on the machine)
+	python -c 'import playwright' 2>/dev/null || python -m pip install --quiet --editable '.[browser]'
+	pytest -m browser $(ARGS)
+
+screenshots: $(STAMP)  ## docs/images/mlflow_*.png from the runs in mlflow.db (needs a Chromium and `make run`)
+	python -c 'import playwright' 2>/dev/null || python -m pip install --quiet --editable '.[browser]'
+	python -m tests.browser.screenshots --database $(DATABASE)
 
 test-fast: $(STAMP)  ## the tests that take seconds
 	pytest -m "not slow and not e2e" $(ARGS)

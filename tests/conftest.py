@@ -31,7 +31,10 @@ os.environ.pop("MLFLOW_TRACKING_URI", None)  # a user's server must not see the 
 
 ROOT = Path(__file__).resolve().parents[1]
 # What a run reads. `data/` stays behind: a test starts from nothing, or copies what it needs.
-PROJECT_FILES = ("conf", "src", "pyproject.toml", "dvc.yaml", ".dvcignore", ".gitignore", ".telemetry")
+PROJECT_FILES = (
+    "conf", "src", "pyproject.toml", "requirements.lock", "dvc.yaml", "Makefile", ".ci", ".dvcignore", ".gitignore",
+    ".telemetry",
+)  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -81,3 +84,19 @@ def run_in(
     return subprocess.run(
         command, cwd=project, env=environment, capture_output=True, text=True, timeout=timeout, check=False
     )
+
+
+@pytest.fixture(scope="session")
+def small_project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the project on a tiny model, run once, to read from (`tests/small.py`)."""
+    from tests.small import make_small_project
+
+    return make_small_project(tmp_path_factory.mktemp("small") / "project")
+
+
+@pytest.fixture
+def small(small_project: Path, tmp_path: Path) -> Path:
+    """Return a copy of it to change."""
+    from tests.small import copy_small_project
+
+    return copy_small_project(small_project, tmp_path / "project")

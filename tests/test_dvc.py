@@ -19,6 +19,10 @@ NO_DEPENDENCY = {
     "hwpq_pipeline", "hwpq_pipeline.errors", "hwpq_pipeline.parameters", "hwpq_pipeline.pipelines",
     "hwpq_pipeline.pipelines.variants", "hwpq_pipeline.execution.progress",
 }  # fmt: skip
+#: The default is all stages; a gate that fails would throw away the experiment that it judges (docs/decisions.md).
+NO_STAGE = {"__default__", "gate"}
+#: Stages over all variants, and the directories of the variants' files that they read.
+OVER_ALL = {"track": {"data/07_export", "data/08_reporting"}, "report": {"data/08_reporting"}}
 #: Catalog entries that are working space, not data.
 WORKING_SPACE = {"data/.cache", "data/.scratch"}
 
@@ -79,9 +83,9 @@ def test_every_pipeline_is_a_stage_and_every_stage_a_pipeline(project):
     registered, _, variants = project
     expected = set()
     for name, pipeline in registered.items():
-        if name == "__default__":
+        if name in NO_STAGE:
             continue
-        per_variant = name != "track" and any(node.namespace for node in pipeline.nodes)
+        per_variant = name not in OVER_ALL and any(node.namespace for node in pipeline.nodes)
         expected |= {f"{name}@{variant}" for variant in variants} if per_variant else {name}
     assert set(STAGES) == expected
 
@@ -102,9 +106,9 @@ def test_data_dependencies(project, stage):
         if "deps" in STAGES[stage]
         else set()
     )
-    if stage == "track":  # over all variants: DVC gets the directories that hold their files
+    if stage in OVER_ALL:  # DVC gets the directories that hold the variants' files
         folders = {path for path in listed if any(other.startswith(f"{path}/") for other in wanted)}
-        assert folders == {"data/07_export", "data/08_reporting"}
+        assert folders == OVER_ALL[stage]
         wanted = {path for path in wanted if not any(path.startswith(f"{folder}/") for folder in folders)}
         listed -= folders
     assert listed == wanted

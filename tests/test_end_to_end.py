@@ -77,6 +77,9 @@ def test_reports_are_whole(kedro_project, variant):
     folder = kedro_project / "data" / "08_reporting" / variant
     for name in ("error_by_layer.png", "sparsity_by_layer.png"):
         assert (folder / name).read_bytes().startswith(b"\x89PNG")
+    texts = json.loads((folder / "continuations.json").read_text())
+    assert [entry["prompt"] for entry in texts] == ["The capital of France is"]
+    assert texts[0]["continuation"] in (kedro_project / "data" / "09_comparison" / "index.html").read_text()
     assert (kedro_project / "data" / "09_comparison" / "pareto.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -179,7 +182,7 @@ def dvc_project(tmp_path_factory) -> Path:
     per_variant = {
         f"{stage}@{variant}" for stage in ("select", "compress", "export", "evaluate") for variant in VARIANTS
     }
-    assert ran(done) == {"fetch", "calibrate", "reference", "track"} | per_variant
+    assert ran(done) == {"fetch", "calibrate", "reference", "track", "report"} | per_variant
     git(project, "add", ".")
     git(project, "commit", "--quiet", "--message", "results")
     return project
@@ -214,7 +217,8 @@ def test_another_entry_recomputes_its_variant_alone(dvc_project):
     file.write_text(yaml.safe_dump(values, sort_keys=False))
     done = check(dvc(dvc_project, "repro"))
     # Every step of the variant except those whose inputs came out the same (its masks).
-    assert ran(done) == {f"{stage}@2of4-fp8" for stage in ("select", "compress", "export", "evaluate")} | {"track"}
+    per_variant = {f"{stage}@2of4-fp8" for stage in ("select", "compress", "export", "evaluate")}
+    assert ran(done) == per_variant | {"track", "report"}
     assert len(finished_runs(dvc_project)) == len(VARIANTS) + 1
 
     shown = json.loads(check(dvc(dvc_project, "metrics", "show", "--json")).stdout)

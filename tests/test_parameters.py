@@ -12,15 +12,25 @@ from hwpq_pipeline.parameters import (
     Calibration,
     Corpus,
     Evaluation,
+    Gate,
     Model,
+    QualityGates,
     Quantization,
     Recovery,
+    Report,
     Selection,
     Track,
     Variant,
 )
 
-SHARED = {"model": Model, "corpus": Corpus, "calibration": Calibration, "evaluation": Evaluation, "track": Track}
+SHARED = {
+    "model": Model,
+    "corpus": Corpus,
+    "calibration": Calibration,
+    "evaluation": Evaluation,
+    "track": Track,
+    "report": Report,
+}
 
 
 def read(root: Path, name: str) -> dict:
@@ -36,6 +46,12 @@ def test_shipped_configuration_is_valid(root, env):
         Variant.model_validate(values)
 
 
+@pytest.mark.parametrize("env", ["base", "ci"])
+def test_gates_are_valid_and_name_the_variants_that_there_are(root, env):
+    gates = QualityGates.model_validate(read(root, f"{env}/quality_gates.yml")["quality_gates"])
+    assert set(gates.variants) == set(read(root, f"{env}/parameters_variants.yml")["variants"])
+
+
 def test_base_names_every_shared_model_and_the_seven_variants(root):
     assert set(read(root, "base/parameters.yml")) == set(SHARED)
     assert list(read(root, "base/parameters_variants.yml")["variants"]) == [
@@ -48,6 +64,7 @@ def test_yaml_spells_out_the_codes_defaults(root):
     for name, fields in {"calibration": ("batch", "mode", "dtype"), "evaluation": ("batch", "dtype")}.items():
         for field in fields:
             assert read(root, "base/parameters.yml")[name][field] == SHARED[name].model_fields[field].default
+    assert read(root, "base/parameters.yml")["report"]["new_tokens"] == Report.model_fields["new_tokens"].default
     recovery = read(root, "base/parameters_variants.yml")["variants"]["ewma50-fp8"]["recovery"]
     assert recovery["steps"] == Recovery.model_fields["steps"].default
 
@@ -76,6 +93,8 @@ def test_parameters_are_frozen():
         (Model, {"kind": "hub", "name": "x"}, "needs repo"),
         (Model, {"kind": "directory", "name": "x", "path": "p", "repo": "r"}, "does not take repo"),
         (Corpus, {"kind": "local", "name": "x"}, "needs path"),
+        (Gate, {"maximum_perplexity": 3}, "Extra inputs are not permitted"),
+        (Gate, {"minimum_top1_agreement": 90}, "less than or equal to 1"),
         (Calibration, {"samples": 0, "length": 512, "seed": 0}, "greater than or equal to 1"),
     ],
 )

@@ -7,12 +7,13 @@ in one line and exit status 1; everything else keeps its traceback.
 from __future__ import annotations
 
 import re
-from typing import IO, Any
+from typing import Any
 
 import click
 from kedro.framework.cli.project import run as kedro_run
 from kedro.validation.exceptions import DataValidationError, ParameterValidationError
 
+from hwpq_pipeline.commands import PlainError, hwpq, located
 from hwpq_pipeline.errors import HwpqError
 
 
@@ -28,26 +29,22 @@ def run(context: click.Context, /, **options: Any) -> Any:
     try:
         return context.forward(kedro_run, **options)
     except Exception as error:
-        lines = explain(error)
+        lines = explain(error, options.get("env"))
         if not lines:
             raise
         raise PlainError(lines) from None
 
 
-class PlainError(click.ClickException):
-    """Printed as it is, exit status 1."""
-
-    def __init__(self, lines: list[str]) -> None:
-        super().__init__("\n".join(lines))
-
-    def show(self, file: IO[str] | None = None) -> None:
-        """One `error:` line a problem, on standard error."""
-        for line in self.message.splitlines():
-            click.secho(f"error: {line}", file=file, err=file is None, fg="red")
+cli.add_command(hwpq)
 
 
-def explain(error: BaseException) -> list[str]:
-    """Lines for a user, or none when the error is not the user's."""
+def explain(error: BaseException, env: str | None = None) -> list[str]:
+    """Lines for a user, or none when the error is not the user's.
+
+    Args:
+        error: that ended the run.
+        env: Kedro environment of the run.
+    """
     chain: list[BaseException] = []
     link: BaseException | None = error
     while link is not None and link not in chain:
@@ -56,8 +53,10 @@ def explain(error: BaseException) -> list[str]:
     for link in chain:
         if isinstance(link, HwpqError):
             return [str(link)]
+        if isinstance(link, ExceptionGroup) and all(isinstance(part, HwpqError) for part in link.exceptions):
+            return [str(part) for part in link.exceptions]
         if isinstance(link, ParameterValidationError):
-            return _parameter_lines(str(link))
+            return _parameter_lines(str(link), env)
         if isinstance(link, DataValidationError):
             return [" ".join(str(link).split())]
         if isinstance(link, ValueError) and (found := re.search(r"following namespaces: (.+)$", str(link))):
@@ -73,8 +72,8 @@ def _known_variants() -> list[str]:
     return variant_names()
 
 
-def _parameter_lines(message: str) -> list[str]:
-    """Pydantic's report, a line a mistake: `params:variants.fp8.quantization.grid: …`."""
+def _parameter_lines(message: str, env: str | None) -> list[str]:
+    """Pydantic's report, a line a mistake: `conf/base/parameters_variants.yml:9: variants.fp8.quantization.grid: …`."""
     lines: list[str] = []
     for part in re.split(r"\n- (?=Parameter ')", message)[1:]:
         name = re.match(r"Parameter '([^']+)'", part)
@@ -84,7 +83,6 @@ def _parameter_lines(message: str) -> list[str]:
         if not problems:
             lines.append(" ".join(part.split()))
         for field, text in problems:
-            lines.append(
-                f"conf parameters, {'.'.join(filter(None, (where, field)))}: {text.removeprefix('Value error, ')}"
-            )
+            path = ".".join(filter(None, (where.removeprefix("params:"), field)))
+            lines.append(located(tuple(path.split(".")), text, env))
     return list(dict.fromkeys(lines))

@@ -196,6 +196,27 @@ class Track(Parameters):
     tracking_uri: str
 
 
+class Report(Parameters):
+    """Prompts that every variant continues (pipeline `evaluate`), shown side by side (pipeline `report`)."""
+
+    prompts: tuple[Annotated[str, Field(min_length=1)], ...]
+    new_tokens: Annotated[int, Field(ge=1)] = 16
+
+
+class Gate(Parameters):
+    """Limits that one variant's figures must keep; None is no limit."""
+
+    maximum_perplexity_ratio: Annotated[float, Field(gt=0)] | None = None
+    minimum_top1_agreement: Annotated[float, Field(ge=0, le=1)] | None = None
+    maximum_bytes: Annotated[int, Field(gt=0)] | None = None
+
+
+class QualityGates(Parameters):
+    """`conf/*/quality_gates.yml`: limits by variant (pipeline `gate`)."""
+
+    variants: dict[str, Gate]
+
+
 def _require(parameters: Model | Corpus, needed: dict[str, tuple[str, ...]]) -> None:
     """Raise unless the fields that `kind` lives on are there, and none of another kind's."""
     fields = needed[parameters.kind]

@@ -1,10 +1,10 @@
-"""The pipelines that `kedro run --pipelines` knows; all of them together are the default."""
+"""The pipelines that `kedro run --pipelines` knows; all but `gate` together are the default."""
 
 from __future__ import annotations
 
 from kedro.pipeline import Pipeline
 
-from hwpq_pipeline.pipelines import calibrate, compress, evaluate, export, fetch, reference, select, track
+from hwpq_pipeline.pipelines import calibrate, compress, evaluate, export, fetch, gate, reference, report, select, track
 from hwpq_pipeline.project import variant_names
 
 
@@ -20,5 +20,11 @@ def register_pipelines() -> dict[str, Pipeline]:
         "export": export.create_pipeline(names),
         "evaluate": evaluate.create_pipeline(names),
         "track": track.create_pipeline(names),
+        "report": report.create_pipeline(names),
     }
-    return {**pipelines, "__default__": sum(pipelines.values(), Pipeline([]))}
+    return {
+        **pipelines,
+        "__default__": sum(pipelines.values(), Pipeline([])),
+        # Asked for by name: whoever tries variants out wants their figures, good or bad, and no failed run.
+        "gate": gate.create_pipeline(names),
+    }

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from hwpq_pipeline.tracking.comparison import comparison_table, making_seconds, show
+from hwpq_pipeline.tracking.comparison import comparison_table, show
+from hwpq_pipeline.tracking.records import making_seconds
 
 FIGURES = {
     "perplexity": 68.1, "perplexity_ratio": 3.3, "kl_divergence": 1.28, "top1_agreement": 0.48, "sparsity": 0.5,

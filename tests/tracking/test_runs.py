@@ -11,7 +11,10 @@ from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
 from hwpq_pipeline.errors import HwpqError
-from hwpq_pipeline.tracking.runs import KEY, Record, flat, git_tags, log_once, resolve_uri
+from hwpq_pipeline.tracking.connection import resolve_uri
+from hwpq_pipeline.tracking.failures import log_failure
+from hwpq_pipeline.tracking.records import Dataset, Record, flat
+from hwpq_pipeline.tracking.runs import FAILURE, KEY, git_tags, log_once
 
 EXPERIMENT = "hwpq-test"
 
@@ -40,8 +43,10 @@ def record(tmp_path) -> Record:
         metrics={"perplexity": 23.5, "top1_agreement": 0.9, "seconds": {"compress": 1.5}},
         digests={"model": "abc", "export": "def"},
         files=(plot,),
+        series={"error_quantized/q_proj": [(0, 0.25), (1, 0.5)]},
+        datasets=(Dataset("corpus: evaluation", "e" * 64, "evaluation", {"path": "p"}, {"samples": 4}),),
         texts={"layers.csv": "layer\nq\n"},
-        command="dvc repro evaluate@fp8",
+        tags={"command": "dvc repro evaluate@fp8"},
         description="text",
     )
 
@@ -63,7 +68,15 @@ def test_a_run_holds_everything(record, uri):
     assert run.info.status == "FINISHED"
     assert run.info.run_name == "fp8"
     assert run.data.params == {"variant.quantization.grid": "fp8_e4m3"}
-    assert run.data.metrics == {"perplexity": 23.5, "top1_agreement": 0.9, "seconds.compress": 1.5}
+    assert run.data.metrics == {
+        "perplexity": 23.5, "top1_agreement": 0.9, "seconds/compress": 1.5, "seconds_to_make": 1.5,
+        "error_quantized/q_proj": 0.5,
+    }  # fmt: skip
+    history = MlflowClient(uri).get_metric_history(run_id, "error_quantized/q_proj")
+    assert [(point.step, point.value) for point in history] == [(0, 0.25), (1, 0.5)]
+    (used,) = run.inputs.dataset_inputs
+    assert (used.dataset.name, used.dataset.digest) == ("corpus: evaluation", "e" * 32)
+    assert [tag.value for tag in used.tags] == ["evaluation"]
     assert run.data.tags["variant"] == "fp8"
     assert run.data.tags["command"] == "dvc repro evaluate@fp8"
     assert run.data.tags["sha256.model"] == "abc"
@@ -105,9 +118,50 @@ def test_a_run_that_breaks_off_is_failed_and_does_not_count(record, uri):
     broken = replace(record, files=(Path("/nowhere/plot.png"),))
     with pytest.raises((OSError, MlflowException)):
         log(broken, uri)
-    assert [run.info.status for run in runs(uri)] == ["FAILED"]
+    (failed,) = runs(uri)
+    assert failed.info.status == "FAILED"
+    assert "/nowhere/plot.png" in failed.data.tags[FAILURE]
     assert log(record, uri)[1]
     assert sorted(run.info.status for run in runs(uri)) == ["FAILED", "FINISHED"]
+
+
+def test_a_run_that_was_left_open_is_taken_up_and_no_other_made(record, uri, monkeypatch):
+    """What a server that went down half-way leaves behind."""
+    monkeypatch.setattr("hwpq_pipeline.tracking.runs.PATIENCE", 0.5)
+    client = MlflowClient(uri)
+    log(record, uri)
+    (run,) = runs(uri)
+    client.update_run(run.info.run_id, status="RUNNING")
+    assert log(record, uri) == (run.info.run_id, True)
+    (run,) = runs(uri)
+    assert run.info.status == "FINISHED"
+    assert len(client.get_metric_history(run.info.run_id, "error_quantized/q_proj")) == 2
+    assert len(run.inputs.dataset_inputs) == 1
+
+
+def test_many_layers_are_more_metrics_than_a_request_takes(record, uri):
+    points = [(step, float(step)) for step in range(2100)]
+    run_id, _ = log(replace(record, series={"error_pruned/q_proj": points}), uri)
+    history = MlflowClient(uri).get_metric_history(run_id, "error_pruned/q_proj")
+    assert sorted((point.step, point.value) for point in history) == points
+
+
+def test_a_variant_that_cannot_be_made_is_a_failed_run_once(record, uri):
+    for _ in range(2):
+        log_failure("fp8", "compress", ValueError("no\nsuch grid"), experiment=EXPERIMENT, tracking_uri=uri)
+    (failed,) = runs(uri)
+    assert (failed.info.run_name, failed.info.status) == ("fp8", "FAILED")
+    assert failed.data.tags[FAILURE] == "compress: no such grid"
+    assert log(record, uri)[1]
+    assert sorted(run.info.status for run in runs(uri)) == ["FAILED", "FINISHED"]
+
+
+def test_a_deleted_experiment_is_told_with_the_remedy(record, uri):
+    log(record, uri)
+    client = MlflowClient(uri)
+    client.delete_experiment(client.get_experiment_by_name(EXPERIMENT).experiment_id)
+    with pytest.raises(HwpqError, match="mlflow experiments restore"):
+        log(record, uri)
 
 
 def test_environment_wins_and_sqlite_is_absolute(monkeypatch, tmp_path):

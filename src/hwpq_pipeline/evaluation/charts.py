@@ -111,8 +111,8 @@ def pareto(table: pd.DataFrame, path: str | Path) -> Path:
     left, right = figure.subplots(1, 2)
     quality = table["perplexity_ratio"].to_numpy(float)
     names = [str(name) for name in table["variant"]]
-    _scatter(left, table["size_bytes"].to_numpy(float) / 2**20, quality, names, "size on disk, MiB")
-    _scatter(right, table["seconds"].to_numpy(float), quality, names, "seconds to make and evaluate")
+    _scatter(left, table["size_bytes"].to_numpy(float) / 1e6, quality, names, "size on disk, MB")
+    _scatter(right, table["seconds"].to_numpy(float), quality, names, "seconds to make, calibration included")
     left.set_title("Quality against size", fontsize=11)
     right.set_title("Quality against time", fontsize=11)
     return _save(figure, path)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 from kedro.pipeline import Node, Pipeline
 
@@ -37,3 +38,13 @@ def for_each_variant(nodes: Iterable[Node], names: Iterable[str]) -> Pipeline:
         ),
         Pipeline([]),
     )
+
+
+def keyed(names: Iterable[str], dataset: str) -> dict[str, str]:
+    """Inputs of a node over all variants: a dataset of each, told from the node's other arguments by a prefix."""
+    return {f"variant:{name}": f"variants.{name}.{dataset}" for name in names}
+
+
+def by_variant(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """What such a node was handed, by variant."""
+    return {key.removeprefix("variant:"): value for key, value in inputs.items()}

@@ -10,6 +10,9 @@ import rich
 from rich.console import Console
 from rich.table import Table
 
+from .connection import masked
+from .records import making_seconds
+
 FIGURES = (
     "perplexity",
     "perplexity_ratio",
@@ -41,13 +44,24 @@ def comparison_table(metrics: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:
     )
 
 
-def making_seconds(metrics: Mapping[str, Any]) -> float:
-    """Seconds from the dense model to the export."""
-    return float(sum(value for stage, value in metrics["seconds"].items() if stage != "evaluate"))
-
-
 def show(table: pd.DataFrame, *, experiment: str, tracking_uri: str, new_runs: int) -> None:
     """Print the table, and how to open the MLflow UI."""
+    show_table(table)
+    console().print(
+        f"{new_runs} new runs in MLflow experiment {experiment!r}. "
+        f"Compare them with `make ui`, or: mlflow ui --backend-store-uri {masked(tracking_uri)}",
+        soft_wrap=True,
+    )
+
+
+def console() -> Console:
+    """Where to print. A pipe counts as 80 columns, which would cut every head short."""
+    here = rich.get_console()
+    return here if here.is_terminal else Console(width=TABLE_WIDTH)
+
+
+def show_table(table: pd.DataFrame) -> None:
+    """Print the table."""
     view = Table(title="Compressed variants")
     heads = {
         "variant": "variant",
@@ -74,13 +88,4 @@ def show(table: pd.DataFrame, *, experiment: str, tracking_uri: str, new_runs: i
             f"{row['compression_ratio']:.2f}",
             f"{row['seconds']:.0f}",
         )
-    # A pipe counts as 80 columns, which would cut every head short.
-    console = rich.get_console()
-    if not console.is_terminal:
-        console = Console(width=TABLE_WIDTH)
-    console.print(view)
-    console.print(
-        f"{new_runs} new runs in MLflow experiment {experiment!r}. "
-        f"Compare them with `make ui`, or: mlflow ui --backend-store-uri {tracking_uri}",
-        soft_wrap=True,
-    )
+    console().print(view)

@@ -3,88 +3,39 @@
 A run is keyed by a digest of all that makes its figures: the variant's parameters, the exported weights, the
 evaluation tokens and the figures themselves, without the seconds, which differ every time. The digest is a
 tag; a variant whose key already has a FINISHED run is not logged again, so that `kedro run`, `dvc repro` and
-a second `dvc repro` may all log, and a wiped database is filled again. A run that breaks off while it is
-written ends as FAILED and does not count.
+a second `dvc repro` may all log, and a wiped database is filled again.
+
+Since a key fixes what is in a run, writing into a run of that key twice changes nothing. So a run that was left
+unfinished (the server went down half-way) is taken up where it lies. Of two processes that log the same variant at
+once, each that opened a run of its own looks who was first, and yields: it deletes its own, waits for the other's, and
+should that one not be finished in some seconds, takes it up too. A run that fails for another reason ends as FAILED,
+with the reason, and does not count.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import subprocess
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from pathlib import Path
+import time
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from hwpq_pipeline.errors import HwpqError
 
+from .connection import artifact_location, connected, masked, reason
+from .records import Record, flat
+from .view import experiment_tags
+
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+    from mlflow.entities import Experiment, Run
 
 KEY = "hwpq.key"
-TIMES = "seconds"
-
-
-@dataclass(frozen=True)
-class Record:
-    """What is logged of one variant.
-
-    Attributes:
-        variant: its name.
-        parameters: nested mapping of plain values; logged flat, `selection.metric`.
-        metrics: figures, and under `seconds` a mapping of seconds by stage.
-        digests: sha256 by name: `model`, `corpus`, `export`, `evaluation`; logged as tags.
-        files: artifacts on disk.
-        texts: artifacts as text, by file name.
-        command: that makes the variant again.
-        description: in Markdown, shown above the run.
-    """
-
-    variant: str
-    parameters: Mapping[str, Any]
-    metrics: Mapping[str, Any]
-    digests: Mapping[str, str]
-    files: tuple[Path, ...] = ()
-    texts: Mapping[str, str] = field(default_factory=dict)
-    command: str = ""
-    description: str = ""
-
-    @property
-    def key(self) -> str:
-        """Digest of the content, seconds left out."""
-        content = {
-            "variant": self.variant,
-            "parameters": flat(self.parameters),
-            "digests": dict(self.digests),
-            "metrics": {name: value for name, value in self.metrics.items() if name != TIMES},
-        }
-        return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
-
-
-def flat(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """`{"a": {"b": 1}}` as `{"a.b": 1}`."""
-    result: dict[str, Any] = {}
-    for name, value in nested.items():
-        if isinstance(value, Mapping):
-            result.update(flat(value, f"{prefix}{name}."))
-        else:
-            result[f"{prefix}{name}"] = value
-    return result
-
-
-def resolve_uri(configured: str) -> str:
-    """The tracking URI in force: `MLFLOW_TRACKING_URI`, else the configured one, its sqlite path absolute.
-
-    MLflow resolves a relative sqlite path against the working directory of whoever asks, so that the UI
-    started elsewhere would open an empty database.
-    """
-    uri = os.environ.get("MLFLOW_TRACKING_URI") or configured
-    path = uri.removeprefix("sqlite:///")
-    if path != uri and not path.startswith("/"):
-        uri = f"sqlite:///{Path(path).resolve()}"
-    return uri
+FAILURE = "failure"
+_OPEN = ("RUNNING", "SCHEDULED")
+METRICS_A_REQUEST = 1000
+#: Seconds that an open run is given: a living process writes one in less.
+PATIENCE = 10.0
 
 
 def log_once(record: Record, *, experiment: str, tracking_uri: str) -> tuple[str, bool]:
@@ -101,71 +52,166 @@ def log_once(record: Record, *, experiment: str, tracking_uri: str) -> tuple[str
     Raises:
         HwpqError: the server cannot be reached or refuses.
     """
-    from mlflow import MlflowClient
+    with connected(tracking_uri) as client:
+        experiment_id = experiment_of(client, experiment, tracking_uri)
+        run, mine = _claim(client, experiment_id, record)
+        run_id = str(run.info.run_id)
+        if run.info.status == "FINISHED":
+            return run_id, False
+        _write(client, run, record, tracking_uri)
+        first = _alive(client, experiment_id, record.key)[0]
+        if mine and first.info.run_id != run_id:  # another process was first, and its run holds the same
+            client.delete_run(run_id)
+            return str(first.info.run_id), False
+        return run_id, True
+
+
+def experiment_of(client: MlflowClient, name: str, tracking_uri: str) -> str:
+    """Id of the experiment; made with its description and columns when missing."""
     from mlflow.exceptions import MlflowException
 
-    try:
-        client = MlflowClient(tracking_uri=tracking_uri)
-        experiment_id = _experiment(client, experiment, tracking_uri)
-        if (found := _finished(client, experiment_id, record.key)) is not None:
-            return found, False
-        return _write(client, experiment_id, record), True
-    except MlflowException as error:
-        reason = " ".join(str(error).replace(tracking_uri, _masked(tracking_uri)).split())[:300]
-        raise HwpqError(
-            f"MLflow failed ({reason})",
-            where=_masked(tracking_uri),
-            remedy="The results are on disk; log them later with `kedro run --pipelines track`.",
-        ) from error
-
-
-def _experiment(client: MlflowClient, name: str, tracking_uri: str) -> str:
     found = client.get_experiment_by_name(name)
-    if found is not None:
-        return str(found.experiment_id)
-    # Beside a local database the artifacts belong beside it; a server has a place of its own.
-    database = tracking_uri.removeprefix("sqlite:///")
-    location = (Path(database).parent / "mlartifacts").as_uri() if database != tracking_uri else None
-    return str(client.create_experiment(name, artifact_location=location))
+    if found is None:
+        try:
+            location = artifact_location(tracking_uri)
+            experiment_id = client.create_experiment(name, artifact_location=location)
+            found = client.get_experiment(experiment_id)
+        except MlflowException:
+            found = client.get_experiment_by_name(name)  # another process was faster
+            if found is None:
+                raise
+    if found.lifecycle_stage == "deleted":
+        raise HwpqError(
+            f"MLflow experiment {name!r} is deleted",
+            where=masked(tracking_uri),
+            remedy=f"Restore it with `mlflow experiments restore -x {found.experiment_id}`, or name another: "
+            "track.experiment",
+        )
+    _describe(client, found)
+    return str(found.experiment_id)
 
 
-def _finished(client: MlflowClient, experiment_id: str, key: str) -> str | None:
-    runs = client.search_runs(
-        [experiment_id], f"tags.`{KEY}` = '{key}' and attributes.status = 'FINISHED'", max_results=1
-    )
-    return str(runs[0].info.run_id) if runs else None
+def _describe(client: MlflowClient, experiment: Experiment) -> None:
+    """Give the experiment the tags that it lacks; a database may refuse where another process is doing the same."""
+    from mlflow.exceptions import MlflowException
+
+    for tag, value in experiment_tags(experiment.experiment_id).items():
+        if experiment.tags.get(tag) == value:
+            continue
+        try:
+            client.set_experiment_tag(experiment.experiment_id, tag, value)
+        except MlflowException:
+            if client.get_experiment(experiment.experiment_id).tags.get(tag) != value:
+                raise
 
 
-def _write(client: MlflowClient, experiment_id: str, record: Record) -> str:
-    from mlflow.entities import Metric, Param, RunTag
+def _claim(client: MlflowClient, experiment_id: str, record: Record) -> tuple[Run, bool]:
+    """The run to write into, and whether this process opened it."""
+    alive = _alive(client, experiment_id, record.key)
+    if not alive:
+        tags = {KEY: record.key, "variant": record.variant}
+        mine = client.create_run(experiment_id, run_name=record.variant, tags=tags)
+        alive = _alive(client, experiment_id, record.key)
+        if alive[0].info.run_id == mine.info.run_id:
+            return mine, True
+        client.delete_run(mine.info.run_id)
+    finished = next((run for run in alive if run.info.status == "FINISHED"), None)
+    other = finished or _awaited(client, alive[0])
+    # What failed in the meantime counts for nothing: begin again.
+    return (other, False) if other.info.status != "FAILED" else _claim(client, experiment_id, record)
 
+
+def _awaited(client: MlflowClient, run: Run) -> Run:
+    """Another's run, once it is no longer open or has been open for too long."""
+    end = time.monotonic() + PATIENCE
+    while run.info.status in _OPEN and time.monotonic() < end:
+        time.sleep(0.2)
+        run = client.get_run(run.info.run_id)
+    return run
+
+
+def _alive(client: MlflowClient, experiment_id: str, key: str) -> list[Run]:
+    """Runs of this content that are finished or may be, in an order that all processes agree on."""
+    runs = client.search_runs([experiment_id], f"tags.`{KEY}` = '{key}'")
+    alive = [run for run in runs if run.info.status in ("FINISHED", *_OPEN)]
+    return sorted(alive, key=lambda run: (run.info.start_time, run.info.run_id))
+
+
+def _write(client: MlflowClient, run: Run, record: Record, tracking_uri: str) -> None:
+    run_id = str(run.info.run_id)
+    try:
+        _log(client, run, record)
+    except BaseException as error:
+        _fail(client, run_id, reason(error, tracking_uri))
+        raise
+    client.set_terminated(run_id, "FINISHED")
+
+
+def _fail(client: MlflowClient, run_id: str, why: str) -> None:
+    """Mark a run as FAILED with the reason; where the server is gone it stays open, to be taken up later."""
+    from mlflow.exceptions import MlflowException
+    from requests import RequestException
+
+    try:
+        client.set_tag(run_id, FAILURE, why)
+        client.set_tag(run_id, "mlflow.note.content", f"**Failed**: {why}")
+        client.set_terminated(run_id, "FAILED")
+    except (MlflowException, RequestException):
+        return  # the error that led here is the one to tell
+
+
+def _log(client: MlflowClient, run: Run, record: Record) -> None:
+    from mlflow.entities import Param, RunTag
+
+    run_id = str(run.info.run_id)
     tags = {
-        KEY: record.key,
-        "variant": record.variant,
-        "command": record.command,
         "mlflow.note.content": record.description,
+        **record.tags,
         **{f"sha256.{name}": value for name, value in record.digests.items()},
         **git_tags(),
     }
-    run = client.create_run(experiment_id, run_name=record.variant)
-    run_id: str = run.info.run_id
-    try:
-        figures = {name: value for name, value in flat(record.metrics).items() if _is_number(value)}
-        client.log_batch(
-            run_id,
-            metrics=[Metric(name, float(value), run.info.start_time, 0) for name, value in figures.items()],
-            params=[Param(name, str(value)) for name, value in flat(record.parameters).items() if value is not None],
-            tags=[RunTag(name, value) for name, value in tags.items()],
+    client.log_batch(
+        run_id,
+        params=[Param(name, str(value)) for name, value in flat(record.parameters).items() if value is not None],
+        tags=[RunTag(name, value) for name, value in tags.items()],
+    )
+    metrics = list(_metrics(record, run.info.start_time))
+    for start in range(0, len(metrics), METRICS_A_REQUEST):
+        client.log_batch(run_id, metrics=metrics[start : start + METRICS_A_REQUEST])
+    client.log_inputs(run_id, datasets=_inputs(record))
+    for file in record.files:
+        client.log_artifact(run_id, str(file))
+    for path, text in record.texts.items():
+        client.log_text(run_id, text, path)
+
+
+def _metrics(record: Record, time_ms: int) -> Iterable[Any]:
+    """All metrics, all of the run's own time: logged twice they are the same."""
+    from mlflow.entities import Metric
+
+    for name, value in record.figures.items():
+        yield Metric(name, value, time_ms, 0)
+    for name, points in record.series.items():
+        for step, value in points:
+            yield Metric(name, float(value), time_ms, step)
+
+
+def _inputs(record: Record) -> list[Any]:
+    from mlflow.entities import Dataset, DatasetInput, InputTag
+
+    return [
+        DatasetInput(
+            Dataset(
+                name=data.name,
+                digest=data.digest[:32],  # MLflow holds 36 characters
+                source_type="hwpq",
+                source=json.dumps(dict(data.source)),
+                profile=json.dumps(dict(data.profile)),
+            ),
+            [InputTag("mlflow.data.context", data.context)],
         )
-        for file in record.files:
-            client.log_artifact(run_id, str(file))
-        for file_name, text in record.texts.items():
-            client.log_text(run_id, text, file_name)
-    except BaseException:
-        client.set_terminated(run_id, "FAILED")
-        raise
-    client.set_terminated(run_id, "FINISHED")
-    return run_id
+        for data in record.datasets
+    ]
 
 
 def git_tags() -> dict[str, str]:
@@ -183,14 +229,3 @@ def git_tags() -> dict[str, str]:
     except FileNotFoundError:  # git is not installed
         return {}
     return {"mlflow.source.git.commit": commit, "git.dirty": str(bool(dirty)).lower()}
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _masked(uri: str) -> str:
-    """The URI without a password."""
-    scheme, separator, rest = uri.partition("://")
-    credentials, at, host = rest.rpartition("@")
-    return f"{scheme}{separator}***@{host}" if at and credentials else uri

@@ -9,10 +9,11 @@ import pandas as pd
 
 from hwpq_pipeline.calibration.samples import token_matrix
 from hwpq_pipeline.evaluation.charts import error_by_layer, sparsity_by_layer
+from hwpq_pipeline.evaluation.continuations import continue_prompts
 from hwpq_pipeline.evaluation.quality import evaluate_export, load_reference
 from hwpq_pipeline.evaluation.size import measure_size
 from hwpq_pipeline.execution.progress import progress_bar
-from hwpq_pipeline.parameters import Evaluation
+from hwpq_pipeline.parameters import Evaluation, Report
 
 
 def evaluate(
@@ -65,3 +66,8 @@ def plot(layers: pd.DataFrame, scratch: Path) -> tuple[Path, Path]:
     error_by_layer(layers, errors)
     sparsity_by_layer(layers, sparsity)
     return errors, sparsity
+
+
+def write(export: Path, report: Report, evaluation: Evaluation) -> list[dict[str, str]]:
+    """What the export makes of the prompts."""
+    return continue_prompts(export, report.prompts, new_tokens=report.new_tokens, dtype=evaluation.dtype)

@@ -1,4 +1,4 @@
-"""export, the dense model's answer → metrics and plots, for every variant."""
+"""export, the dense model's answer → metrics, plots and continued prompts, for every variant."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from kedro.pipeline import Pipeline, node
 
 from hwpq_pipeline.pipelines.variants import for_each_variant
 
-from .nodes import evaluate, plot, report
+from .nodes import evaluate, plot, report, write
 
 
 def create_pipeline(names: Iterable[str]) -> Pipeline:
@@ -36,6 +36,7 @@ def create_pipeline(names: Iterable[str]) -> Pipeline:
                 ["metrics", "layers"],
                 name="report",
             ),
+            node(write, ["export", "params:report", "params:evaluation"], "continuations", name="write"),
             node(plot, ["layers", "scratch"], ["error_plot", "sparsity_plot"], name="plot"),
         ],
         names,

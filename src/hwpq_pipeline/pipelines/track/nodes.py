@@ -1,9 +1,10 @@
-"""Nodes that log every variant to MLflow and put them side by side."""
+"""Nodes that put the variants side by side and log every one of them to MLflow."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +14,33 @@ from hwpq_pipeline.calibration.samples import token_matrix
 from hwpq_pipeline.checkpoints.digest import sha256_directory
 from hwpq_pipeline.evaluation.charts import pareto
 from hwpq_pipeline.parameters import Calibration, Evaluation, Track, Variant
+from hwpq_pipeline.pipelines.variants import by_variant
 from hwpq_pipeline.tracking.comparison import comparison_table, show
-from hwpq_pipeline.tracking.runs import Record, log_once, resolve_uri
+from hwpq_pipeline.tracking.connection import resolve_uri
+from hwpq_pipeline.tracking.description import describe, layer_series
+from hwpq_pipeline.tracking.records import Dataset, Record
+from hwpq_pipeline.tracking.runs import log_once
 
 
-def log_variant(
+def compare(scratch: Path, **metrics: dict[str, Any]) -> tuple[pd.DataFrame, Path]:
+    """The comparison table and the Pareto plot.
+
+    Args:
+        scratch: where the plot is built.
+        metrics: of each variant, keyed as `by_variant` reads them.
+    """
+    table = comparison_table(by_variant(metrics))
+    plot = scratch / "pareto.png"
+    pareto(table, plot)
+    return table, plot
+
+
+def record(
     name: str,
     model: Path,
     corpus: Path,
-    samples: pd.DataFrame,
+    calibration_samples: pd.DataFrame,
+    evaluation_samples: pd.DataFrame,
     export: Path,
     metrics: dict[str, Any],
     layers: pd.DataFrame,
@@ -30,63 +49,79 @@ def log_variant(
     variant: Variant,
     calibration: Calibration,
     evaluation: Evaluation,
-    track: Track,
-) -> bool:
-    """Log one variant unless its content is logged already; whether the run is new."""
-    record = Record(
+) -> Record:
+    """All that is logged of one variant."""
+    digests = {
+        "model": sha256_directory(model),
+        "corpus": sha256_directory(corpus),
+        "calibration": _digest(calibration_samples),
+        "evaluation": _digest(evaluation_samples),
+        "export": sha256_directory(export),
+    }
+    command = f"dvc repro evaluate@{name}"
+    # Relative to the project, which Kedro makes the working directory: a run says the same wherever it was made.
+    place = os.path.relpath(export)
+    return Record(
         variant=name,
         parameters={
-            "variant": variant.model_dump(),
+            **variant.model_dump(exclude={"description"}, exclude_none=True),
             "calibration": calibration.model_dump(),
             "evaluation": evaluation.model_dump(),
         },
         metrics=metrics,
-        digests={
-            "model": sha256_directory(model),
-            "corpus": sha256_directory(corpus),
-            "evaluation": hashlib.sha256(token_matrix(samples).tobytes()).hexdigest(),
-            "export": sha256_directory(export),
-        },
+        digests=digests,
+        series=layer_series(layers),
+        datasets=_datasets(model, corpus, digests, calibration, evaluation),
         files=(error_plot, sparsity_plot, export / "README.md"),
         texts={"metrics.json": json.dumps(metrics, indent=2), "layers.csv": layers.to_csv(index=False)},
-        command=f"dvc repro evaluate@{name}",
-        description=_description(variant, metrics),
+        tags={"command": command, "export": place},
+        description=describe(variant.description, metrics, export=place, digest=digests["export"], command=command),
     )
-    _, new = log_once(record, experiment=track.experiment, tracking_uri=resolve_uri(track.tracking_uri))
+
+
+def log(recorded: Record, track: Track) -> bool:
+    """Log one variant unless its content is logged already; whether the run is new."""
+    _, new = log_once(recorded, experiment=track.experiment, tracking_uri=resolve_uri(track.tracking_uri))
     return new
 
 
-def compare(scratch: Path, track: Track, **results: Any) -> tuple[pd.DataFrame, Path]:
-    """The comparison table (printed too) and the Pareto plot.
+def announce(comparison: pd.DataFrame, track: Track, **new_runs: bool) -> None:
+    """Print the comparison, and where to look at the runs.
 
     Args:
-        scratch: where the plot is built.
+        comparison: the table.
         track: names the experiment.
-        results: `metrics:<variant>`, its figures, and `new:<variant>`, whether its run is new.
+        new_runs: of each variant, whether its run is new, keyed likewise.
     """
-    by_kind: dict[str, dict[str, Any]] = {"metrics": {}, "new": {}}
-    for key, value in results.items():
-        kind, _, name = key.partition(":")
-        by_kind[kind][name] = value
-    table = comparison_table(by_kind["metrics"])
-    plot = scratch / "pareto.png"
-    pareto(table, plot)
     show(
-        table,
+        comparison,
         experiment=track.experiment,
         tracking_uri=resolve_uri(track.tracking_uri),
-        new_runs=sum(by_kind["new"].values()),
+        new_runs=sum(by_variant(new_runs).values()),
     )
-    return table, plot
 
 
-def _description(variant: Variant, metrics: dict[str, Any]) -> str:
-    """Headline figures in Markdown."""
-    return (
-        f"{variant.description}\n\n"
-        f"- perplexity **{metrics['perplexity']:.2f}** ({metrics['perplexity_ratio']:.3f} × dense)\n"
-        f"- KL divergence from dense **{metrics['kl_divergence']:.4f}** nats a token, "
-        f"top-1 agreement **{metrics['top1_agreement']:.1%}**\n"
-        f"- **{metrics['size_bytes'] / 1e6:.1f} MB** on disk ({metrics['compression_ratio']:.2f} × smaller), "
-        f"sparsity {metrics['sparsity']:.1%}\n"
-    )
+def _digest(samples: pd.DataFrame) -> str:
+    return hashlib.sha256(token_matrix(samples).tobytes()).hexdigest()
+
+
+def _datasets(
+    model: Path, corpus: Path, digests: dict[str, str], calibration: Calibration, evaluation: Evaluation
+) -> list[Dataset]:
+    """What the variant was made from and judged on."""
+    of_model = json.loads((model / "source.json").read_text(encoding="utf-8"))
+    of_corpus = json.loads((corpus / "source.json").read_text(encoding="utf-8"))
+    tokens = (("calibration", calibration), ("evaluation", evaluation))
+    return [
+        Dataset(str(of_model.get("name")), digests["model"], "model", of_model),
+        *(
+            Dataset(
+                f"{of_corpus.get('name')}: {part}",
+                digests[part],
+                part,
+                {**of_corpus, "sha256.corpus": digests["corpus"]},
+                {"samples": values.samples, "length": values.length, "seed": values.seed},
+            )
+            for part, values in tokens
+        ),
+    ]

@@ -1,4 +1,4 @@
-"""metrics and plots → MLflow, one run a variant; comparison table and Pareto plot over all of them."""
+"""metrics and plots → comparison table and Pareto plot; then MLflow, one run a variant."""
 
 from __future__ import annotations
 
@@ -6,22 +6,27 @@ from collections.abc import Iterable
 
 from kedro.pipeline import Pipeline, node
 
-from hwpq_pipeline.pipelines.variants import for_each_variant
+from hwpq_pipeline.pipelines.variants import for_each_variant, keyed
 
-from .nodes import compare, log_variant
+from .nodes import announce, compare, log, record
 
 
 def create_pipeline(names: Iterable[str]) -> Pipeline:
-    """Logging in each variant's namespace, then the comparison."""
+    """Logging in each variant's namespace, and the comparison.
+
+    A runner takes the nodes level by level: `compare` is of the first, `log` of the second, so that the comparison is
+    on disk before a server can fail.
+    """
     names = list(names)
     logging = for_each_variant(
         [
             node(
-                log_variant,
+                record,
                 [
                     "name",
                     "model",
                     "corpus",
+                    "calibration",
                     "evaluation",
                     "export",
                     "metrics",
@@ -31,11 +36,11 @@ def create_pipeline(names: Iterable[str]) -> Pipeline:
                     "params:variant",
                     "params:calibration",
                     "params:evaluation",
-                    "params:track",
                 ],
-                "new_run",
-                name="log",
+                "recorded",
+                name="record",
             ),
+            node(log, ["recorded", "params:track"], "new_run", name="log"),
         ],
         names,
     )
@@ -43,12 +48,17 @@ def create_pipeline(names: Iterable[str]) -> Pipeline:
         compare,
         {
             "scratch": "scratch",
-            "track": "params:track",
-            **{f"metrics:{name}": f"variants.{name}.metrics" for name in names},
-            **{f"new:{name}": f"variants.{name}.new_run" for name in names},
+            **keyed(names, "metrics"),
         },
         ["comparison", "pareto_plot"],
         name="compare",
         namespace="variants",
     )
-    return logging + Pipeline([comparing])
+    announcing = node(
+        announce,
+        {"comparison": "comparison", "track": "params:track", **keyed(names, "new_run")},
+        None,
+        name="announce",
+        namespace="variants",
+    )
+    return logging + Pipeline([comparing, announcing])

@@ -1,0 +1,182 @@
+"""`hwpq`, also `kedro hwpq`: what Kedro has no command for.
+
+`hwpq variants` lists them, each entry checked before anything runs; `hwpq compare` prints the table of what has been
+evaluated; `hwpq plan` says what a run would cost, before it does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+import click
+
+from hwpq_pipeline.errors import HwpqError
+from hwpq_pipeline.places import find_line
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from hwpq_pipeline.planning import Row
+
+ENVIRONMENT = click.option("--env", default=None, help="Kedro environment, as in `kedro run --env`.")
+
+
+class PlainError(click.ClickException):
+    """Printed as it is, exit status 1."""
+
+    def __init__(self, lines: Iterable[str]) -> None:
+        super().__init__("\n".join(lines))
+
+    def show(self, file: IO[str] | None = None) -> None:
+        """One `error:` line a problem, on standard error."""
+        for line in self.message.splitlines():
+            click.secho(f"error: {line}", file=file, err=file is None, fg="red")
+
+
+@click.group(name="hwpq")
+def hwpq() -> None:
+    """List and check variants, compare what was evaluated, plan a run."""
+
+
+@hwpq.command()
+@ENVIRONMENT
+def variants(env: str | None) -> None:
+    """List the variants of the configuration; every mistake in it is named with its line."""
+    from rich.table import Table
+
+    from hwpq_pipeline.tracking.comparison import console
+
+    table = Table(title="Variants")
+    for head in ("variant", "weights kept", "recovery", "grid", "description"):
+        table.add_column(head)
+    for name, entry in checked_variants(env).items():
+        selection, recovery, grid = entry["selection"] or {}, entry["recovery"] or {}, entry["quantization"] or {}
+        fraction = f", {selection['sparsity']:.0%} dropped" if selection.get("sparsity") else ""
+        group = f", groups of {grid['group_size']}" if grid.get("group_size") else ""
+        table.add_row(
+            name,
+            f"{selection['structure']} by {selection['metric']}{fraction}" if selection else "all",
+            recovery.get("preset", "none"),
+            f"{grid['grid']}{group}" if grid else "none",
+            entry["description"],
+        )
+    console().print(table)
+
+
+@hwpq.command()
+@ENVIRONMENT
+def compare(env: str | None) -> None:
+    """Print the table of the variants that have been evaluated."""
+    from hwpq_pipeline.project import open_catalog, variant_names
+    from hwpq_pipeline.tracking.comparison import comparison_table, console, show_table
+
+    with plainly():
+        catalog = open_catalog(env)
+        names = variant_names()
+        done = [name for name in names if catalog.exists(f"variants.{name}.metrics")]
+        if not done:
+            raise HwpqError("no variant has been evaluated", where="data/08_reporting", remedy="Start with `kedro run`")
+        show_table(comparison_table({name: catalog.load(f"variants.{name}.metrics") for name in done}))
+        if missing := [name for name in names if name not in done]:
+            console().print(f"Not evaluated yet: {', '.join(missing)}")
+
+
+@hwpq.command()
+@ENVIRONMENT
+def plan(env: str | None) -> None:
+    """Print what a run would cost: bytes on disk, memory, and about how many seconds here."""
+    from hwpq_pipeline import planning
+    from hwpq_pipeline.project import load_parameters, open_catalog
+    from hwpq_pipeline.tracking.comparison import console
+
+    entries = checked_variants(env)
+    with plainly():
+        catalog, parameters = open_catalog(env), load_parameters(env)
+        if not catalog.exists("model"):
+            raise HwpqError("no model to plan for", where="data/01_raw/model", remedy="`kedro run --pipelines fetch`")
+        shapes = planning.read_shapes(catalog.load("model"))
+    calibration, evaluation = (
+        parameters[part]["samples"] * parameters[part]["length"] for part in ("calibration", "evaluation")
+    )
+    rows = planning.plan_rows(
+        shapes, entries, calibration_tokens=calibration, evaluation_tokens=evaluation,
+        speed=planning.operations_a_second(),
+    )  # fmt: skip
+    console().print(_plan_table(rows))
+    console().print(
+        f"Memory: about {shapes.parameters * 4 / 1e9:.1f} GB for the model in float32, as much again for activations "
+        "and one layer's work. Seconds are estimated from a product timed here: minutes or hours, no more than that."
+    )
+
+
+def _plan_table(rows: Sequence[Row]) -> Table:
+    from rich.table import Table
+
+    table = Table(title="A run of all variants, estimated")
+    for head in ("", "MB to deploy", "MB on disk", "seconds"):
+        table.add_column(head, justify="right" if head else "left")
+    for row in rows:
+        export = f"{row.export_bytes / 1e6:.1f}" if row.export_bytes else ""
+        table.add_row(row.name, export, f"{row.disk_bytes / 1e6:.1f}", f"{row.seconds:.0f}")
+    table.add_section()
+    disk, seconds = sum(row.disk_bytes for row in rows), sum(row.seconds for row in rows)
+    table.add_row("in all", "", f"{disk / 1e6:.1f}", f"{seconds:.0f}")
+    return table
+
+
+def checked_variants(env: str | None) -> dict[str, dict[str, Any]]:
+    """The variants with their defaults filled in.
+
+    Raises:
+        PlainError: an entry is wrong; a line a mistake.
+    """
+    from pydantic import ValidationError
+
+    from hwpq_pipeline.parameters import Variant
+    from hwpq_pipeline.project import load_parameters, variant_names
+
+    with plainly():
+        entries = load_parameters(env).get("variants") or {}
+        names = variant_names(entries)
+    lines: list[str] = []
+    found = {}
+    for name in names:
+        try:
+            found[name] = Variant.model_validate(entries[name]).model_dump()
+        except ValidationError as error:
+            for problem in error.errors():
+                path = ("variants", name, *map(str, problem["loc"]))
+                lines.append(located(path, problem["msg"], env))
+    if lines:
+        raise PlainError(lines)
+    return found
+
+
+def located(path: tuple[str, ...], message: str, env: str | None) -> str:
+    """A mistake in the configuration in a line: where in the YAML, which parameter, what."""
+    place = find_line(path, [Path("conf", env or "local"), Path("conf", "base")]) or "conf"
+    return f"{place}: {'.'.join(path)}: {message.removeprefix('Value error, ')}"
+
+
+@contextmanager
+def plainly() -> Iterator[None]:
+    """An `HwpqError` ends the command in one line."""
+    try:
+        yield
+    except HwpqError as error:
+        raise PlainError([str(error)]) from None
+
+
+def main() -> None:
+    """The `hwpq` command; start it in the project's root."""
+    from hwpq_pipeline.project import bootstrap
+
+    try:
+        bootstrap()
+    except HwpqError as error:
+        click.secho(f"error: {error}", err=True, fg="red")
+        raise SystemExit(1) from None
+    hwpq()

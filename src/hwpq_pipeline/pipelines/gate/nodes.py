@@ -1,0 +1,30 @@
+"""The node that fails a run whose variants are not good enough."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from hwpq_pipeline.parameters import QualityGates
+from hwpq_pipeline.pipelines.variants import by_variant
+from hwpq_pipeline.tracking.gates import broken_gates, count_gates
+
+logger = logging.getLogger(__name__)
+
+
+def check(quality_gates: QualityGates, **metrics: dict[str, Any]) -> None:
+    """Hold every variant's figures against its limits.
+
+    Args:
+        quality_gates: the limits.
+        metrics: of each variant, keyed as `by_variant` reads them.
+
+    Raises:
+        ExceptionGroup: of HwpqError, one a limit that does not hold.
+    """
+    gates = {name: gate.model_dump() for name, gate in quality_gates.variants.items()}
+    if broken := broken_gates(gates, by_variant(metrics)):
+        raise ExceptionGroup("quality gates", broken)
+    logger.info("All %d quality gates of %d variants hold.", count_gates(gates), len(gates))
+    if free := [name for name in by_variant(metrics) if name not in gates]:
+        logger.warning("No quality gate for %s.", ", ".join(free))

@@ -1,0 +1,26 @@
+"""metrics, limits → nothing, or an error: all variants in one node, so that one run names all that fails."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from kedro.pipeline import Pipeline, node
+
+from hwpq_pipeline.pipelines.variants import keyed
+
+from .nodes import check
+
+
+def create_pipeline(names: Iterable[str]) -> Pipeline:
+    """The check of every variant."""
+    return Pipeline(
+        [
+            node(
+                check,
+                {"quality_gates": "params:quality_gates", **keyed(names, "metrics")},
+                None,
+                name="check_gates",
+                namespace="variants",
+            )
+        ]
+    )

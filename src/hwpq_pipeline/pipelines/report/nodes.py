@@ -1,0 +1,48 @@
+"""The node that writes the report."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import yaml
+
+from hwpq_pipeline.parameters import Calibration, Evaluation, Variant
+from hwpq_pipeline.reporting.page import Reported, render
+from hwpq_pipeline.tracking.comparison import comparison_table
+
+
+def page(
+    entries: dict[str, Any],
+    calibration: Calibration,
+    evaluation: Evaluation,
+    **tables: Any,
+) -> str:
+    """The report as HTML.
+
+    Args:
+        entries: the variants' configuration; of Kedro, plain where no other node of the run takes it, else typed.
+        calibration: what the figures depend on.
+        evaluation: likewise.
+        tables: `metrics:<variant>`, `layers:<variant>` and `continuations:<variant>`.
+    """
+    parts: dict[str, dict[str, Any]] = {"metrics": {}, "layers": {}, "continuations": {}}
+    for key, value in tables.items():
+        kind, _, name = key.partition(":")
+        parts[kind][name] = value
+    typed = {name: Variant.model_validate(entry) for name, entry in entries.items()}
+    variants = [
+        Reported(
+            name=name,
+            description=variant.description,
+            recipe=yaml.safe_dump({name: variant.model_dump(exclude_unset=True)}, sort_keys=False, allow_unicode=True),
+            layers=parts["layers"][name],
+            continuations=parts["continuations"][name],
+            command=f"dvc repro evaluate@{name}",
+        )
+        for name, variant in typed.items()
+    ]
+    conditions = {
+        "calibrated on": f"{calibration.samples} × {calibration.length} tokens, seed {calibration.seed}",
+        "evaluated on": f"{evaluation.samples} × {evaluation.length} tokens, seed {evaluation.seed}",
+    }
+    return render(comparison_table(parts["metrics"]), variants, conditions=conditions)

@@ -1,0 +1,164 @@
+"""What a run would cost, from the model's shapes alone: bytes, memory, seconds.
+
+With n weights in the compressible layers, m other parameters and T tokens:
+
+    export        n·bits/8, a scale of two bytes a row or group, 2·m
+    statistics    Σ in² · 4 bytes over distinct layer inputs
+    on disk       the export, masks of n/8 bytes, the neutral form of about n bytes
+    memory        4·(n + m) bytes for the model in float32, and about as much again
+    calibrate     2·T·(n + Σ in²) operations;   evaluate 2·T·(n + 2·head) for each variant
+    compress      2·out·in² operations a layer, for each step of recovery and sweep of descent
+
+Operations become seconds by a product timed on this machine, as if nothing else were done. An estimate tells minutes
+from hours; it is no measurement.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hwpq_pipeline.checkpoints.layers import Layer, LayerMap, map_model, meta_model
+
+_BITS = {None: 16, "fp8_e4m3": 8, "fp8_e5m2": 8, "int8": 8, "int4": 4}
+#: Passes over the quadratic, as steps of conjugate gradients: by preset, and for rounding by descent.
+_PRESET_STEPS = {"fast": 6, "balanced": 8, "quality": 30}
+_DESCENT_STEPS = 2
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """A model's shapes.
+
+    Attributes:
+        layers: the compressible ones.
+        others: parameters outside of them.
+        head: parameters of the product that gives the logits.
+    """
+
+    layers: tuple[Layer, ...]
+    others: int
+    head: int
+
+    @property
+    def weights(self) -> int:
+        """Weights of the compressible layers."""
+        return sum(layer.shape[0] * layer.shape[1] for layer in self.layers)
+
+    @property
+    def parameters(self) -> int:
+        """All parameters."""
+        return self.weights + self.others
+
+    @property
+    def inputs(self) -> int:
+        """Σ in² over distinct inputs: four a block, as transformers of today have them.
+
+        Attention's projections share their input, its output has its own, so do the two halves of the feed-forward
+        part. Shapes cannot tell two inputs of one width apart: the widest of a block counts once, the narrowest thrice.
+        """
+        widths: dict[int, set[int]] = {}
+        for layer in self.layers:
+            widths.setdefault(layer.block, set()).add(layer.shape[1])
+        return sum(max(found) ** 2 + 3 * min(found) ** 2 for found in widths.values())
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of the plan.
+
+    Attributes:
+        name: of the variant, or of the stages that all share.
+        export_bytes: of the model that users deploy; 0 for none.
+        disk_bytes: that all of it leaves on disk.
+        seconds: it takes, about.
+    """
+
+    name: str
+    export_bytes: int
+    disk_bytes: int
+    seconds: float
+
+
+def read_shapes(model: str | Path) -> Shapes:
+    """Shapes of a checkpoint; only its `config.json` is read.
+
+    Raises:
+        HwpqError: it is missing, or no causal LM.
+    """
+    built = meta_model(model)
+    found: LayerMap = map_model(built, where=str(model))
+    parameters: dict[str, Any] = {name: tensor.numel() for name, tensor in built.named_parameters()}
+    inside = {f"{layer.name}.weight" for layer in found}
+    head = built.get_output_embeddings()  # type: ignore[operator]
+    return Shapes(
+        layers=found.layers,
+        others=sum(count for name, count in parameters.items() if name not in inside),
+        head=head.weight.numel() if head is not None else 0,
+    )
+
+
+def plan_rows(
+    shapes: Shapes,
+    variants: Mapping[str, Mapping[str, Any]],
+    *,
+    calibration_tokens: int,
+    evaluation_tokens: int,
+    speed: float,
+) -> list[Row]:
+    """What is shared, then a row a variant.
+
+    Args:
+        shapes: of the dense model.
+        variants: parameters by name, defaults filled in.
+        calibration_tokens: tokens of calibration.
+        evaluation_tokens: tokens of evaluation.
+        speed: operations a second.
+    """
+    calibrate = 2.0 * calibration_tokens * (shapes.weights + shapes.inputs)
+    evaluate = 2.0 * evaluation_tokens * (shapes.weights + 2 * shapes.head)
+    rows = [
+        Row("fetch", 0, 2 * shapes.parameters, 0.0),
+        Row("calibrate, reference", 0, 4 * shapes.inputs, (calibrate + evaluate) / speed),
+    ]
+    for name, entry in variants.items():
+        export = export_bytes(shapes, entry)
+        masks = shapes.weights // 8 if entry.get("selection") else 0
+        neutral = shapes.weights * (1 if entry.get("quantization") else 2)
+        seconds = (making_operations(shapes, entry) + evaluate) / speed
+        rows.append(Row(name, export, export + masks + neutral, seconds))
+    return rows
+
+
+def export_bytes(shapes: Shapes, entry: Mapping[str, Any]) -> int:
+    """Bytes of a variant's safetensors files, headers left out."""
+    quantization = entry.get("quantization") or {}
+    grid, group = quantization.get("grid"), quantization.get("group_size")
+    scales = sum(layer.shape[0] * (layer.shape[1] // group if group else 1) for layer in shapes.layers) if grid else 0
+    return shapes.weights * _BITS[grid] // 8 + 2 * (scales + shapes.others)
+
+
+def making_operations(shapes: Shapes, entry: Mapping[str, Any]) -> float:
+    """Operations of selecting and compressing a variant, its errors measured."""
+    recovery, quantization = entry.get("recovery") or {}, entry.get("quantization") or {}
+    passes = (1 if entry.get("selection") else 0) + (1 if quantization else 0)
+    if recovery:
+        passes += recovery["steps"] if recovery["preset"] == "fixed_mask" else _PRESET_STEPS[recovery["preset"]]
+    if quantization.get("method") == "coordinate_descent":
+        passes += _DESCENT_STEPS * quantization["sweeps"]
+    return passes * sum(2.0 * layer.shape[0] * layer.shape[1] ** 2 for layer in shapes.layers)
+
+
+def operations_a_second(size: int = 1024) -> float:
+    """Speed of a float32 product here, timed in a tenth of a second."""
+    one = torch.ones(size, size)
+    torch.mm(one, one)
+    begun = time.perf_counter()
+    for _ in range(3):
+        torch.mm(one, one)
+    return 3 * 2 * size**3 / (time.perf_counter() - begun)

@@ -1,0 +1,86 @@
+"""The MLflow store in force, and its failures in one line.
+
+A store is a server, or a local sqlite file. A server that does not answer must not hold a run up for minutes, so the
+requests are repeated for some seconds only, unless the environment says otherwise. Two processes on one sqlite file
+would trip over each other's migrations and locks; they take turns by a lock file beside it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hwpq_pipeline.errors import HwpqError
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+_SQLITE = "sqlite:///"
+LATER = "The results are on disk; log them later with `kedro run --pipelines track`"
+
+
+def resolve_uri(configured: str) -> str:
+    """The tracking URI in force: `MLFLOW_TRACKING_URI`, else the configured one, its sqlite path absolute.
+
+    MLflow resolves a relative sqlite path against the working directory of whoever asks, so that the UI
+    started elsewhere would open an empty database.
+    """
+    uri = os.environ.get("MLFLOW_TRACKING_URI") or configured
+    path = uri.removeprefix(_SQLITE)
+    if path != uri and not path.startswith("/"):
+        uri = f"{_SQLITE}{Path(path).resolve()}"
+    return uri
+
+
+@contextmanager
+def connected(tracking_uri: str) -> Iterator[MlflowClient]:
+    """A client of the store.
+
+    Args:
+        tracking_uri: as `resolve_uri` gives it.
+
+    Raises:
+        HwpqError: the store cannot be reached or refuses.
+    """
+    from mlflow import MlflowClient
+    from mlflow.exceptions import MlflowException
+    from requests import RequestException
+    from sqlalchemy.exc import SQLAlchemyError
+
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
+    try:
+        with _turn(tracking_uri):
+            yield MlflowClient(tracking_uri=tracking_uri)
+    except (MlflowException, RequestException, SQLAlchemyError) as error:
+        raise HwpqError(
+            f"MLflow failed ({reason(error, tracking_uri)})", where=masked(tracking_uri), remedy=LATER
+        ) from error
+
+
+def _turn(tracking_uri: str) -> AbstractContextManager[object]:
+    from filelock import FileLock
+
+    path = tracking_uri.removeprefix(_SQLITE)
+    return FileLock(f"{path}.lock") if path != tracking_uri else nullcontext()
+
+
+def artifact_location(tracking_uri: str) -> str | None:
+    """Where the artifacts of a local store belong: beside it. None for a server, which has a place of its own."""
+    path = tracking_uri.removeprefix(_SQLITE)
+    return (Path(path).parent / "mlartifacts").as_uri() if path != tracking_uri else None
+
+
+def reason(error: BaseException, tracking_uri: str) -> str:
+    """An error in a line, without a password."""
+    text = f"{type(error).__name__}: {error}" if not str(error) else str(error)
+    return " ".join(text.replace(tracking_uri, masked(tracking_uri)).split())[:300]
+
+
+def masked(uri: str) -> str:
+    """The URI without a password."""
+    scheme, separator, rest = uri.partition("://")
+    credentials, at, host = rest.rpartition("@")
+    return f"{scheme}{separator}***@{host}" if at and credentials else uri

@@ -1,0 +1,100 @@
+"""What is known of a finished variant, as it goes into a run."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+TIMES = "seconds"
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Data that a run read, shown as its input.
+
+    Attributes:
+        name: for people.
+        digest: sha256 of the content; MLflow shows its beginning.
+        context: what it was for: `calibration`, `evaluation`, `model`.
+        source: where it came from, as plain values.
+        profile: its extent, as plain values.
+    """
+
+    name: str
+    digest: str
+    context: str
+    source: Mapping[str, Any] = field(default_factory=dict)
+    profile: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Record:
+    """What is logged of one variant.
+
+    Attributes:
+        variant: its name.
+        parameters: nested mapping of plain values; logged flat, `selection.metric`.
+        metrics: figures, and under `seconds` a mapping of seconds by stage.
+        digests: sha256 by name: `model`, `corpus`, `export`, `evaluation`; logged as tags.
+        series: figures with a value a step, (step, value) by name: layers of one kind, by block.
+        datasets: what it was made from and judged on.
+        files: artifacts on disk.
+        texts: artifacts as text, by file name.
+        tags: further tags.
+        description: in Markdown, shown above the run.
+    """
+
+    variant: str
+    parameters: Mapping[str, Any]
+    metrics: Mapping[str, Any]
+    digests: Mapping[str, str]
+    series: Mapping[str, Sequence[tuple[int, float]]] = field(default_factory=dict)
+    datasets: Sequence[Dataset] = ()
+    files: Sequence[Path] = ()
+    texts: Mapping[str, str] = field(default_factory=dict)
+    tags: Mapping[str, str] = field(default_factory=dict)
+    description: str = ""
+
+    @property
+    def key(self) -> str:
+        """Digest of the content, seconds left out."""
+        content = {
+            "variant": self.variant,
+            "parameters": flat(self.parameters),
+            "digests": dict(self.digests),
+            "metrics": {name: value for name, value in self.metrics.items() if name != TIMES},
+        }
+        return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
+
+    @property
+    def figures(self) -> dict[str, float]:
+        """All single numbers: `perplexity`, `seconds/compress`, and `seconds_to_make`, evaluation left out."""
+        single = {name: float(value) for name, value in self.metrics.items() if _is_number(value)}
+        stages = {stage: float(value) for stage, value in self.metrics.get(TIMES, {}).items()}
+        # MLflow makes a section of charts from what stands before the slash.
+        single |= {f"{TIMES}/{stage}": value for stage, value in stages.items()}
+        return single | ({"seconds_to_make": making_seconds(self.metrics)} if stages else {})
+
+
+def making_seconds(metrics: Mapping[str, Any]) -> float:
+    """Seconds from the dense model to the export: calibrate, select, compress, export."""
+    return float(sum(value for stage, value in metrics[TIMES].items() if stage != "evaluate"))
+
+
+def flat(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """`{"a": {"b": 1}}` as `{"a.b": 1}`."""
+    result: dict[str, Any] = {}
+    for name, value in nested.items():
+        if isinstance(value, Mapping):
+            result.update(flat(value, f"{prefix}{name}."))
+        else:
+            result[f"{prefix}{name}"] = value
+    return result
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

@@ -1,0 +1,144 @@
+"""The report: everything is in it, nothing is fetched, and what is drawn is where it belongs."""
+
+from __future__ import annotations
+
+import re
+from html.parser import HTMLParser
+from itertools import combinations, pairwise
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from hwpq_pipeline.reporting.heatmap import heatmap, place
+from hwpq_pipeline.reporting.page import Reported, render
+from hwpq_pipeline.reporting.scatter import LETTER, Point, place_labels, scatter, ticks
+
+NAMES = ("dense", "fp8", "2of4-fp8")
+
+
+def comparison() -> pd.DataFrame:
+    return pd.DataFrame(
+        {
+            "variant": NAMES,
+            "perplexity": [20.6, 21.0, 68.1],
+            "perplexity_ratio": [1.0, 1.02, 3.31],
+            "kl_divergence": [0.0, 0.03, 1.28],
+            "top1_agreement": [1.0, 0.909, 0.481],
+            "sparsity": [0.0, 0.0, 0.5],
+            "size_bytes": [269_060_552, 163_227_736, 163_227_736],
+            "compression_ratio": [1.0, 1.65, 1.65],
+            "seconds": [56.0, 63.0, 110.0],
+        }
+    )
+
+
+def layers(error: float) -> pd.DataFrame:
+    return pd.DataFrame(
+        {
+            "block": [0, 1],
+            "kind": ["q_proj", "q_proj"],
+            "error_pruned": [np.nan, np.nan],
+            "error_quantized": [error, 2 * error],
+            "reached_sparsity": [0.5, 0.25],
+        }
+    )
+
+
+def page(**changes) -> str:
+    variants = [
+        Reported(
+            name=name,
+            description=f"About {name}.",
+            recipe=f"{name}:\n  x: 1\n",
+            layers=layers(0.001),
+            continuations=[{"prompt": "Once <b>", "continuation": f"& {name} went"}],
+            command=f"dvc repro evaluate@{name}",
+        )
+        for name in NAMES
+    ]
+    return render(comparison(), variants, conditions={"evaluated on": "16 × 512 tokens"})
+
+
+class Reader(HTMLParser):
+    """Addresses that a browser would fetch, and the words."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fetched: list[str] = []
+        self.words: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.fetched += [f"{tag} {name}" for name, _ in attrs if name in ("src", "href", "srcset", "data")]
+        if tag in ("script", "link", "iframe"):
+            self.fetched.append(tag)
+
+    def handle_data(self, data: str) -> None:
+        self.words.append(data)
+
+
+def test_everything_is_in_the_page_and_nothing_is_fetched():
+    text = page()
+    reader = Reader()
+    reader.feed(text)
+    assert reader.fetched == []
+    assert "url(" not in text
+    words = "".join(reader.words)
+    for part in ("68.10", "3.310", "48.1%", "163.2", "16 × 512", "Once <b>", "& 2of4-fp8 went", "About fp8.",
+                 "dvc repro evaluate@fp8"):  # fmt: skip
+        assert part in words
+    assert "<b>" not in text  # what models write is text
+
+
+def test_the_same_input_gives_the_same_page():
+    assert page() == page()
+
+
+def test_a_point_is_where_its_figures_are_and_says_them():
+    svg = scatter([Point("a", 100, 1), Point("b", 200, 10), Point("c", 150, 10**0.5)], "MB")
+    (ax, ay), (bx, by), (cx, cy) = (map(float, found) for found in re.findall(r'cx="([\d.]+)" cy="([\d.]+)"', svg))
+    assert ax < cx < bx
+    assert ay > cy > by  # worse is higher
+    assert cx == pytest.approx((ax + bx) / 2, abs=0.1)
+    assert cy == pytest.approx((ay + by) / 2, abs=0.1)  # logarithmic: the geometric mean is half-way
+    assert "b: 10.000 × dense, 200.0 MB" in svg
+
+
+def test_one_variant_alone_is_drawn():
+    assert "<circle" in scatter([Point("a", 100, 1)], "MB")
+
+
+def test_labels_cover_neither_each_other_nor_points():
+    points = [Point(f"variant-{index}", index, 1.0) for index in range(6)]
+    places = [(120 + 14.0 * index, 150 + 3.0 * index) for index in range(6)]
+    boxes = [
+        (x, y - 9, x + LETTER * len(point.name), y + 2)
+        for point, (x, y) in zip(points, place_labels(points, places), strict=True)
+    ]
+    for one, other in combinations(boxes, 2):
+        assert one[2] <= other[0] or other[2] <= one[0] or one[3] <= other[1] or other[3] <= one[1]
+
+
+@pytest.mark.parametrize(("low", "high"), [(0, 1), (96.2, 281.7), (46, 144), (0.001, 0.0013)])
+def test_ticks_are_few_round_and_inside(low, high):
+    found = ticks(low, high)
+    assert 3 <= len(found) <= 8
+    assert all(low <= tick <= high * (1 + 1e-9) for tick in found)
+    assert len({round(b - a, 9) for a, b in pairwise(found)}) == 1
+
+
+def test_a_map_has_a_cell_a_layer_with_a_value():
+    svg = heatmap(layers(0.001), "error_quantized", low=0.001, high=0.002, logarithmic=True)
+    assert svg.count("<rect") == 2
+    assert "q_proj, block 1: 0.002" in svg
+    first, last = re.findall(r'fill="(#\w+)"', svg)
+    assert first != last
+    assert heatmap(layers(0.001), "error_pruned", low=0.001, high=0.002, logarithmic=True) == ""
+
+
+def test_places_on_the_scale():
+    assert place(0.1, 0.01, 1.0, logarithmic=True) == pytest.approx(0.5)
+    assert place(0.0, 0.01, 1.0, logarithmic=True) == 0
+    assert place(0.25, 0.0, 1.0, logarithmic=False) == 0.25
+    assert place(2.0, 0.0, 1.0, logarithmic=False) == 1
+    assert place(1.0, 1.0, 1.0, logarithmic=False) == 0

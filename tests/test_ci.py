@@ -1,0 +1,199 @@
+"""Quality gates, `make ci`, a DVC remote and experiments, with the real tools on a tiny model."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+from mlflow import MlflowClient
+
+from tests.conftest import run_in
+from tests.small import EWMA, GATES, VARIANTS, configure, dvc, error_lines, git, kedro, ok, ran
+
+pytestmark = pytest.mark.slow
+
+FILE = "conf/base/parameters_variants.yml"
+PER_VARIANT = {"select", "compress", "export", "evaluate"}
+
+
+def tighten(project: Path, *, room: str = "base") -> None:
+    gates = {**GATES, EWMA: {"minimum_top1_agreement": 1.0, "maximum_bytes": 1}}
+    configure(project, "quality_gates", room=room, quality_gates={"variants": gates})
+
+
+def with_sparsity(value: float) -> dict:
+    entry = VARIANTS[EWMA]
+    return {**VARIANTS, EWMA: {**entry, "selection": {**entry["selection"], "sparsity": value}}}
+
+
+def runs(project: Path) -> list:
+    client = MlflowClient(f"sqlite:///{project}/mlflow.db")
+    return client.search_runs([client.get_experiment_by_name("hwpq").experiment_id])
+
+
+def metrics_of(project: Path, variant: str = EWMA) -> dict:
+    return json.loads((project / "data" / "08_reporting" / variant / "metrics.json").read_text())
+
+
+# --- gates -------------------------------------------------------------------------------------------
+
+
+def test_gates_that_hold_pass(small_project):
+    done = ok(kedro(small_project, "--pipelines", "gate"))
+    assert "4 quality gates of 2 variants hold" in " ".join((done.stdout + done.stderr).split())
+
+
+def test_gates_that_do_not_are_a_line_each_and_change_nothing(small):
+    tighten(small, room="local")
+    before = git(small, "status", "--porcelain")
+    done = kedro(small, "--pipelines", "gate")
+    assert done.returncode == 1
+    assert "Traceback" not in done.stdout + done.stderr
+    lines = error_lines(done)
+    assert len(lines) == 2
+    assert all(EWMA in line for line in lines)
+    assert "top1_agreement" in lines[0]
+    assert "size_bytes" in lines[1]
+    assert git(small, "status", "--porcelain") == before
+
+
+def test_a_misspelt_gate_is_named(small):
+    configure(small, "quality_gates", room="local", quality_gates={"variants": {"dense": {"maximum_perplexity": 2}}})
+    done = kedro(small, "--pipelines", "gate")
+    assert done.returncode == 1
+    (line,) = error_lines(done)
+    assert "quality_gates" in line
+    assert "maximum_perplexity" in line
+
+
+# --- make ci -----------------------------------------------------------------------------------------
+
+
+def test_ci_reruns_one_variant_compares_with_main_and_fails_on_a_gate(small):
+    before = metrics_of(small)
+    configure(small, "parameters_variants", variants=with_sparsity(0.7))
+    done = ok(run_in(small, "make", "ci"))
+    assert ran(done) == {f"{stage}@{EWMA}" for stage in PER_VARIANT} | {"track", "report"}
+    assert len(runs(small)) == len(VARIANTS) + 1
+    summary = (small / "data" / "09_comparison" / "summary.md").read_text()
+    assert "All quality gates hold" in summary
+    (row,) = [line for line in summary.splitlines() if f"{EWMA}/metrics.json" in line and "| perplexity " in line]
+    old, new, _ = (float(cell) for cell in row.strip("| ").split("|")[2:])
+    assert old == pytest.approx(before["perplexity"], abs=1e-4)
+    assert new == pytest.approx(metrics_of(small)["perplexity"], abs=1e-4)
+    assert "dense/metrics.json" not in summary
+    assert "](pareto.png)" in summary
+
+    tighten(small)
+    failed = run_in(small, "make", "ci")
+    assert failed.returncode != 0
+    assert ran(failed) == {"track"}
+    assert len(runs(small)) == len(VARIANTS) + 1
+    summary = (small / "data" / "09_comparison" / "summary.md").read_text()
+    assert "Quality gates failed" in summary
+    assert summary.count("- quality gate, ") == 2
+
+
+def test_ci_against_no_revision_says_so(small_project):
+    done = run_in(small_project, "make", "ci", "BASE=nowhere")
+    assert done.returncode != 0
+    (line,) = error_lines(done)
+    assert "nowhere" in line
+
+
+def test_the_picture_is_published_beside_the_code(small, tmp_path):
+    origin, page = tmp_path / "origin.git", tmp_path / "page.md"
+    subprocess.run(["git", "init", "--quiet", "--bare", str(origin)], check=True)
+    git(small, "remote", "add", "origin", str(origin))
+    comparison = small / "data" / "09_comparison"
+    (comparison / "summary.md").write_text("figures\n![picture](pareto.png)\n")
+    for _ in range(2):  # the second finds the branch
+        ok(run_in(small, ".ci/publish", "https://example.org/o/n", str(page)))
+        commit_id = git(small, "ls-remote", "origin", "refs/heads/ci-pictures").split()[0]
+        assert page.read_text().endswith(f"](https://example.org/o/n/raw/{commit_id}/pareto.png)\n")
+        shown = subprocess.run(
+            ["git", "-C", origin, "show", f"{commit_id}:pareto.png"], capture_output=True, check=True
+        )
+        assert shown.stdout == (comparison / "pareto.png").read_bytes()
+    assert git(small, "log", "--format=%s", "main") == "results"
+
+    git(small, "remote", "set-url", "--push", "origin", str(tmp_path / "not-mine.git"))
+    page.unlink()
+    ok(run_in(small, ".ci/publish", "https://example.org/o/n", str(page)))
+    assert page.read_text() == "figures\n"
+
+
+def test_workflow_runs_what_there_is(root):
+    """Every local command of the workflow exists; its YAML loads with the keys that GitHub reads."""
+    workflow = yaml.safe_load((root / ".github" / "workflows" / "ci.yml").read_text())
+    assert set(workflow["jobs"]) == {"tests", "variants"}
+    steps = [step for job in workflow["jobs"].values() for step in job["steps"]]
+    commands = "\n".join(step["run"] for step in steps if "run" in step)
+    makefile = (root / "Makefile").read_text()
+    for target in ("install", "ci"):
+        assert f"make {target}" in commands
+        assert f"\n{target}: " in makefile
+    for script in ("run", "publish"):
+        assert f".ci/{script}" in commands
+        assert (root / ".ci" / script).stat().st_mode & 0o111
+
+
+# --- DVC ---------------------------------------------------------------------------------------------
+
+
+def stale(project: Path) -> set[str]:
+    """Stages that `dvc status` finds changed; `track` always is (dvc.yaml)."""
+    return set(json.loads(ok(dvc(project, "status", "--json")).stdout)) - {"track"}
+
+
+def test_a_wiped_copy_is_pulled_whole(small, tmp_path):
+    ok(dvc(small, "remote", "add", "--default", "store", str(tmp_path / "store")))
+    ok(dvc(small, "push"))
+    weights = small / "data" / "07_export" / EWMA / "model.safetensors"
+    whole = weights.read_bytes()
+    for folder in small.glob("data/0*"):
+        shutil.rmtree(folder)
+    shutil.rmtree(small / ".dvc" / "cache")
+    assert stale(small) >= {"fetch", f"export@{EWMA}"}
+    git(small, "checkout", "--", "data")  # figures are git's
+    ok(dvc(small, "pull"))
+    assert stale(small) == set()
+    assert weights.read_bytes() == whole
+    assert ran(ok(dvc(small, "repro"))) == {"track"}
+
+
+def test_an_experiment_changes_one_variant_and_shows(small):
+    # A name that begins with a digit is no key of Hydra's, but a mapping's key may be anything.
+    ok(dvc(small, "exp", "run", "--name", "other-metric",
+           "-S", f"{FILE}:variants={{2of4-fp8:{{selection:{{metric:wanda}}}}}}"))  # fmt: skip
+    assert yaml.safe_load((small / FILE).read_text())["variants"]["2of4-fp8"]["selection"]["metric"] == "wanda"
+    assert sorted(run.info.run_name for run in runs(small)) == sorted([*VARIANTS, "2of4-fp8"])
+    shown = json.loads(ok(dvc(small, "exp", "show", "--json")).stdout)
+    experiment = next(row for row in flatten(shown) if row.get("name") == "other-metric" and "data" in row)
+    figures = experiment["data"]["metrics"]["data/08_reporting/2of4-fp8/metrics.json"]["data"]
+    assert figures["perplexity"] == pytest.approx(metrics_of(small, "2of4-fp8")["perplexity"])
+
+
+def flatten(value: object) -> list[dict]:
+    """All mappings inside nested lists and mappings."""
+    if isinstance(value, dict):
+        return [value, *(found for part in value.values() for found in flatten(part))]
+    return [found for part in value for found in flatten(part)] if isinstance(value, list) else []
+
+
+def test_a_sweep_arrives_in_mlflow(small):
+    grids = "{grid:fp8_e4m3},{grid:int4,group_size:32}"
+    ok(run_in(small, "make", "sweep", f"SWEEP={EWMA}", "SPARSITY=0.4,0.6", f"GRIDS={grids}", timeout=1200))
+    swept = {
+        (run.data.params["selection.sparsity"], run.data.params["quantization.grid"])
+        for run in runs(small)
+        if run.info.run_name == EWMA
+    }
+    assert swept == {("0.5", "fp8_e4m3")} | {
+        (sparsity, grid) for sparsity in ("0.4", "0.6") for grid in ("fp8_e4m3", "int4")
+    }
+    assert len(runs(small)) == len(VARIANTS) + 4

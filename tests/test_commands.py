@@ -1,0 +1,96 @@
+"""`hwpq variants`, `hwpq compare`, `hwpq plan`, as users type them."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from hwpq_pipeline.places import find_line
+from tests.conftest import run_in
+from tests.small import EWMA, VARIANTS, error_lines, kedro, ok
+
+
+def hwpq(project: Path, *arguments: str):
+    return run_in(project, sys.executable, "-m", "kedro", "hwpq", *arguments)
+
+
+@pytest.mark.slow
+def test_variants_are_listed(small_project):
+    shown = ok(hwpq(small_project, "variants")).stdout
+    for name in VARIANTS:
+        assert name in shown
+    assert "50% dropped" in shown
+
+
+@pytest.mark.slow
+def test_every_mistake_is_named_with_its_line(small):
+    file = small / "conf" / "base" / "parameters_variants.yml"
+    entries = {**VARIANTS, "a": {"description": "d", "quantization": {"grid": "int5"}}, "b": {"descriptoin": "d"}}
+    file.write_text(yaml.safe_dump({"variants": entries}, sort_keys=False))
+    lines = file.read_text().splitlines()
+    done = hwpq(small, "variants")
+    assert done.returncode == 1
+    told = error_lines(done)
+    grid = 1 + next(index for index, line in enumerate(lines) if "int5" in line)
+    typo = 1 + next(index for index, line in enumerate(lines) if "descriptoin" in line)
+    assert any(f"conf/base/parameters_variants.yml:{grid}: variants.a.quantization.grid" in line for line in told)
+    assert any(f"conf/base/parameters_variants.yml:{typo}: variants.b.descriptoin" in line for line in told)
+    # `kedro run` points at the same line, before it has run anything.
+    run = kedro(small, "--pipelines", "select")
+    assert run.returncode == 1
+    assert any(
+        f"conf/base/parameters_variants.yml:{grid}: variants.a.quantization.grid" in line for line in error_lines(run)
+    )
+
+
+@pytest.mark.slow
+def test_compare_shows_what_was_evaluated(small):
+    (small / "data" / "08_reporting" / "dense" / "metrics.json").unlink()
+    shown = ok(hwpq(small, "compare")).stdout
+    figures = json.loads((small / "data" / "08_reporting" / EWMA / "metrics.json").read_text())
+    assert f"{figures['perplexity']:.2f}" in shown
+    assert "Not evaluated yet: dense" in shown
+    for file in (small / "data" / "08_reporting").glob("*/metrics.json"):
+        file.unlink()
+    done = hwpq(small, "compare")
+    assert done.returncode == 1
+    assert "kedro run" in error_lines(done)[0]
+
+
+@pytest.mark.slow
+def test_plan_knows_the_bytes_before_they_are_there(small_project):
+    from hwpq_pipeline.checkpoints.reader import Checkpoint
+    from hwpq_pipeline.parameters import Variant
+    from hwpq_pipeline.planning import export_bytes, read_shapes
+
+    shown = ok(hwpq(small_project, "plan")).stdout
+    shapes = read_shapes(small_project / "data" / "01_raw" / "model")
+    statistics = small_project / "data" / "03_primary" / "statistics"
+    measured = sum(file.stat().st_size for file in statistics.glob("*.safetensors"))
+    assert 4 * shapes.inputs == pytest.approx(measured, rel=0.1)
+    for name, entry in VARIANTS.items():
+        assert name in shown
+        exported = Checkpoint(small_project / "data" / "07_export" / name)
+        tensors = sum(exported.tensor(tensor).nbytes for tensor in exported.names)
+        stored = exported.tensor("model.embed_tokens.weight").element_size()
+        planned = export_bytes(shapes, Variant.model_validate(entry).model_dump())
+        planned += (stored - 2) * (shapes.others + (0 if name != "dense" else shapes.weights))
+        assert planned == pytest.approx(tensors, rel=0.05)
+
+
+def test_lines_are_those_of_the_configuration_that_wins(tmp_path):
+    base, local = tmp_path / "base", tmp_path / "local"
+    for folder in (base, local):
+        folder.mkdir()
+    (base / "parameters.yml").write_text("model:\n  name: x\n\ntrack:\n  experiment: e\n")
+    (local / "parameters_more.yml").write_text("# first\ntrack:\n  a: 1\n  b:\n    c: 2\n")
+    assert find_line(("model", "name"), [local, base]) == f"{base}/parameters.yml:2"
+    assert find_line(("track", "b", "c"), [local, base]) == f"{local}/parameters_more.yml:5"
+    assert find_line(("track", "b", "missing"), [local, base]) == f"{local}/parameters_more.yml:4"
+    assert find_line(("nothing",), [local, base]) is None
+    (local / "parameters.yml").write_text("a: [")
+    assert find_line(("model",), [local, base]) is None

@@ -1,0 +1,49 @@
+"""Limits on figures: what breaks, by how much, and what cannot slip through."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from hwpq_pipeline.tracking.gates import LIMITS, broken_gates, count_gates
+
+FIGURES = {"perplexity_ratio": 3.3, "top1_agreement": 0.48, "size_bytes": 163_227_736}
+
+
+def test_limits_that_are_met_exactly_hold():
+    limits = {"maximum_perplexity_ratio": 3.3, "minimum_top1_agreement": 0.48, "maximum_bytes": 163_227_736}
+    assert broken_gates({"a": limits}, {"a": FIGURES}) == []
+    assert count_gates({"a": limits, "b": {"maximum_bytes": None}}) == 3
+
+
+@pytest.mark.parametrize(
+    ("limit", "bound", "message"),
+    [
+        ("maximum_perplexity_ratio", 3.29, "a: perplexity_ratio is 3.3, above maximum_perplexity_ratio 3.29."),
+        ("minimum_top1_agreement", 0.481, "a: top1_agreement is 0.48, below minimum_top1_agreement 0.481."),
+        ("maximum_bytes", 163_227_735, "a: size_bytes is 163,227,736, above maximum_bytes 163,227,735."),
+    ],
+)
+def test_each_limit_that_is_missed_is_an_error_of_its_own(limit, bound, message):
+    loose = {"maximum_perplexity_ratio": 99.0, "minimum_top1_agreement": 0.0, "maximum_bytes": 10**12}
+    (error,) = broken_gates({"a": {**loose, limit: bound}}, {"a": FIGURES})
+    assert message in str(error)
+    assert "quality_gates.yml" in str(error)
+
+
+def test_all_that_fails_is_named():
+    tight = {"maximum_perplexity_ratio": 1.0, "minimum_top1_agreement": 1.0, "maximum_bytes": 1}
+    errors = broken_gates({"a": tight, "b": tight}, {"a": FIGURES, "b": FIGURES})
+    assert len(errors) == 2 * len(LIMITS)
+
+
+@pytest.mark.parametrize("limit", [limit for limit, _, _ in LIMITS])
+def test_a_figure_that_is_not_a_number_keeps_no_limit(limit):
+    lost = dict.fromkeys(FIGURES, math.nan)
+    assert len(broken_gates({"a": {limit: 1.0}}, {"a": lost})) == 1
+
+
+def test_a_gate_on_no_variant_is_a_mistake():
+    (error,) = broken_gates({"2of4-pf8": {"maximum_bytes": 1}}, {"2of4-fp8": FIGURES})
+    assert str(error) == "quality_gates.yml: variants.2of4-pf8: no such variant. Use one of 2of4-fp8"
