@@ -64,6 +64,8 @@ sweep: $(STAMP)  ## one variant over sparsity × bits, as DVC experiments and ML
 	dvc exp run --queue -S '$(VARIANTS):variants.$(SWEEP).selection.sparsity=$(SPARSITY)' -S '$(VARIANTS):++variants.$(SWEEP).quantization=$(GRIDS)'
 	MLFLOW_TRACKING_URI="$${MLFLOW_TRACKING_URI:-$(DATABASE)}" dvc exp run --run-all
 	dvc exp show --only-changed
+	@if dvc queue status | grep -w Failed; then \
+	  echo "error: these failed. Read why: dvc queue logs NAME; forget them: dvc queue remove --failed" >&2; exit 1; fi
 
 ui: $(STAMP)  ## the MLflow UI on what was logged (MLFLOW_TRACKING_URI is honoured)
 	@uri="$${MLFLOW_TRACKING_URI:-$(DATABASE)}"; \

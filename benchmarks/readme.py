@@ -1,7 +1,10 @@
-"""The README's results table, made from what a run left on disk: `python -m benchmarks.readme`.
+"""The README's tables, made from what commands left on disk: `python -m benchmarks.readme`.
 
-Reads `data/08_reporting/*/metrics.json` (written by `kedro run` or `dvc repro`) in the order of the variants,
-replaces the text between the two markers in `README.md`, and copies the pictures to `docs/images/`.
+    results     data/08_reporting/*/metrics.json (`make run` or `make repro`), in the order of the variants
+    selection   benchmarks/results/selection.json (`make bench-selection`)
+    peers       benchmarks/results/peers.json (`make bench-peers`)
+
+Each replaces what is between its two markers in `README.md`; the pictures are copied to `docs/images/`.
 """
 
 from __future__ import annotations
@@ -9,14 +12,17 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import transformers
 import yaml
 
 from benchmarks.machine import machine
+from benchmarks.peers.contest import TASKS
 
 ROOT = Path(__file__).resolve().parents[1]
-BEGIN, END = "<!-- results: made by `python -m benchmarks.readme` -->", "<!-- end of results -->"
+RESULTS = ROOT / "benchmarks" / "results"
+BEGIN, END = "<!-- {}: made by `python -m benchmarks.readme` -->", "<!-- end of {} -->"
 PICTURES = {
     "data/09_comparison/pareto.png": "pareto.png",
     "data/08_reporting/2of4-fp8/error_by_layer.png": "error_by_layer.png",
@@ -33,8 +39,8 @@ def about() -> str:
     )
 
 
-def table() -> str:
-    """The results in Markdown."""
+def results() -> str:
+    """The variants."""
     parameters = yaml.safe_load((ROOT / "conf/base/parameters.yml").read_text())
     variants = yaml.safe_load((ROOT / "conf/base/parameters_variants.yml").read_text())["variants"]
     lines = [
@@ -66,12 +72,54 @@ def table() -> str:
     return "\n".join(lines)
 
 
+def selection() -> str:
+    """The one-pass selections on each shape, beside the copy and their rivals."""
+    report = json.loads((RESULTS / "selection.json").read_text())
+    lines = [
+        "| shape | EWMA, × copy | × faster than sort | × faster than Wanda's mask | 2:4, × copy | × faster than topk |",
+        "|---|---|---|---|---|---|",
+    ]
+    rows = {(row["shape"], row["method"]): row for row in report["rows"] if row["dtype"] == "bfloat16"}
+    for shape in dict.fromkeys(row["shape"] for row in report["rows"]):
+        ewma, fours = rows[shape, "ewma"], rows[shape, "two_of_four"]
+        lines.append(
+            f"| {shape} | {ewma['ratio_to_copy']:.2f} | {ewma['times_faster_than']['sort']:.0f} "
+            f"| {ewma['times_faster_than']['wanda']:.0f} | {fours['ratio_to_copy']:.2f} "
+            f"| {fours['times_faster_than']['topk_groups']:.0f} |"
+        )
+    return "\n".join(lines)
+
+
+def peers() -> str:
+    """For each task the best row of every method, by perplexity."""
+    report = json.loads((RESULTS / "peers.json").read_text())
+    best: dict[tuple[int, str, str, str], dict[str, Any]] = {}
+    for row in report["rows"]:
+        name = (row["samples"], row["task"], row["side"], row["method"])
+        if "perplexity" in row and row["perplexity"] < best.get(name, {"perplexity": float("inf")})["perplexity"]:
+            best[name] = row
+    lines = [
+        "| samples | task | side | method | perplexity | × dense | KL (nats) | seconds |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    ordered = sorted(best.values(), key=lambda row: (row["samples"], TASKS.index(row["task"]), row["perplexity"]))
+    lines += [
+        f"| {row['samples']} | {row['task']} | {row['side']} | {row['method']} | {row['perplexity']:.2f} "
+        f"| {row['perplexity'] / report['dense_perplexity']:.3f} | {row['kl_divergence']:.4f} | {row['seconds']:.0f} |"
+        for row in ordered
+    ]
+    return "\n".join(lines)
+
+
 def main() -> None:
-    """Rewrite the table and the pictures."""
+    """Rewrite the tables and the pictures."""
     readme = ROOT / "README.md"
-    before, rest = readme.read_text().split(BEGIN)
-    after = rest.split(END)[1]
-    readme.write_text(f"{before}{BEGIN}\n\n{table()}\n\n{END}{after}")
+    text = readme.read_text()
+    for made in (results, selection, peers):
+        begin, end = BEGIN.format(made.__name__), END.format(made.__name__)
+        before, rest = text.split(begin)
+        text = f"{before}{begin}\n\n{made()}\n\n{end}{rest.split(end)[1]}"
+    readme.write_text(text)
     (ROOT / "docs/images").mkdir(exist_ok=True)
     for source, name in PICTURES.items():
         shutil.copyfile(ROOT / source, ROOT / "docs/images" / name)

@@ -66,6 +66,7 @@ def copy_project(target: Path) -> Path:
             shutil.copy2(source, target / name)
     shutil.rmtree(target / "conf" / "local", ignore_errors=True)
     (target / "conf" / "local").mkdir(parents=True, exist_ok=True)
+    (target / "conf" / "local" / ".gitkeep").touch()  # git keeps no empty folder, and DVC's experiments are checkouts
     return target
 
 

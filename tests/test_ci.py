@@ -187,13 +187,11 @@ def flatten(value: object) -> list[dict]:
 
 def test_a_sweep_arrives_in_mlflow(small):
     grids = "{grid:fp8_e4m3},{grid:int4,group_size:32}"
-    ok(run_in(small, "make", "sweep", f"SWEEP={EWMA}", "SPARSITY=0.4,0.6", f"GRIDS={grids}", timeout=1200))
+    ok(run_in(small, "make", "sweep", f"SWEEP={EWMA}", "SPARSITY=0.4", f"GRIDS={grids}", timeout=1200))
     swept = {
         (run.data.params["selection.sparsity"], run.data.params["quantization.grid"])
         for run in runs(small)
         if run.info.run_name == EWMA
     }
-    assert swept == {("0.5", "fp8_e4m3")} | {
-        (sparsity, grid) for sparsity in ("0.4", "0.6") for grid in ("fp8_e4m3", "int4")
-    }
-    assert len(runs(small)) == len(VARIANTS) + 4
+    assert swept == {("0.5", "fp8_e4m3"), ("0.4", "fp8_e4m3"), ("0.4", "int4")}
+    assert len(runs(small)) == len(VARIANTS) + 2
