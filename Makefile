@@ -77,12 +77,14 @@ ui: $(STAMP)  ## the MLflow UI on what was logged (MLFLOW_TRACKING_URI is honour
 test: lint  ## linters, types, and the whole test suite with the end-to-end run on the real model
 	pytest $(ARGS)
 
-test-browser: $(STAMP)  ## the MLflow pages and the report in Chromium (needs a Chromium on the machine)
-	python -c 'import playwright' 2>/dev/null || python -m pip install --quiet --editable '.[browser]'
+$(VENV)/.browser: $(STAMP)
+	python -m pip install --quiet --editable '.[browser]'
+	@touch $@
+
+test-browser: $(VENV)/.browser  ## the MLflow pages and the report in Chromium (needs a Chromium on the machine)
 	pytest -m browser $(ARGS)
 
-screenshots: $(STAMP)  ## docs/images/mlflow_*.png from the runs in mlflow.db (needs a Chromium and `make run`)
-	python -c 'import playwright' 2>/dev/null || python -m pip install --quiet --editable '.[browser]'
+screenshots: $(VENV)/.browser  ## docs/images/mlflow_*.png from the runs in mlflow.db (needs a Chromium and `make run`)
 	python -m tests.browser.screenshots --database $(DATABASE)
 
 test-fast: $(STAMP)  ## the tests that take seconds

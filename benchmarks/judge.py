@@ -9,6 +9,7 @@ tokens, where the logits would be 1.6 GB).
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -52,19 +53,18 @@ def _log_softmax(logits: Tensor) -> Tensor:
     return logits.sub_(logits.logsumexp(-1, keepdim=True))
 
 
+def linears(model: Any) -> Iterator[tuple[str, torch.nn.Linear]]:
+    """Names and modules of the linear layers but the head: those that both sides compress."""
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear) and not name.endswith("lm_head"):
+            yield name, module
+
+
 def zeros_by_layer(model: Any) -> dict[str, float]:
     """Share of zeros in each linear layer but the head."""
-    return {
-        name: float((module.weight == 0).float().mean())
-        for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear) and not name.endswith("lm_head")
-    }
+    return {name: float((layer.weight == 0).float().mean()) for name, layer in linears(model)}
 
 
 def broken_fours(model: Any) -> int:
     """How many aligned fours of the linear layers' columns (the head's apart) hold more than two non-zeros."""
-    return sum(
-        int(((module.weight != 0).unflatten(1, (-1, 4)).sum(-1) > 2).sum())
-        for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear) and not name.endswith("lm_head")
-    )
+    return sum(int(((layer.weight != 0).unflatten(1, (-1, 4)).sum(-1) > 2).sum()) for _, layer in linears(model))

@@ -18,10 +18,10 @@ import transformers
 import yaml
 
 from benchmarks.machine import machine
+from benchmarks.output import RESULTS
 from benchmarks.peers.contest import TASKS
 
 ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "benchmarks" / "results"
 BEGIN, END = "<!-- {}: made by `python -m benchmarks.readme` -->", "<!-- end of {} -->"
 PICTURES = {
     "data/09_comparison/pareto.png": "pareto.png",

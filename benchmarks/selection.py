@@ -19,7 +19,6 @@ budget of seconds allows, at least one. A method whose mask is wrong on the rows
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable
@@ -32,6 +31,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.machine import machine
+from benchmarks.output import RESULTS, write_results
 from hwpq_pipeline.compression.bits import pack_bits, unpack_bits
 from hwpq_pipeline.compression.contribution import root_factors
 from hwpq_pipeline.compression.ewma import TOLERANCE, EwmaSelection, ewma_select
@@ -40,7 +40,6 @@ from hwpq_pipeline.kernels import ewma_select as kernels
 from hwpq_pipeline.kernels.ewma_select import reference as ewma_reference
 from hwpq_pipeline.kernels.two_of_four import reference as two_of_four_reference
 
-RESULTS = Path(__file__).parent / "results"
 #: Shapes of LLaMA-2's linears (7B, 13B, 70B), and of the default model's, which fit the caches.
 LARGE = ("4096x4096", "11008x4096", "4096x11008", "5120x13824", "8192x28672")
 SMALL = ("576x576", "1536x576", "576x1536")
@@ -295,18 +294,13 @@ def main() -> None:
     sets = {"large": LARGE, "small": SMALL, "all": (*SMALL, *LARGE)}
     shapes = [shape for name in options.shapes for shape in sets.get(name, (name,))]
     report: dict[str, Any] = {"machine": machine(), "rows": []}
-    options.out.mkdir(parents=True, exist_ok=True)
     for shape in shapes:
         for dtype in (getattr(torch, name) for name in options.dtypes):
             print(f"{shape} {dtype} …", flush=True)
             case = make(shape, dtype)
             found = measure(case, options.repeats, options.budget)
             report["rows"] += rows_of(shape, dtype, found, case.weight.nbytes)
-            # After every shape, so that a run that is cut short has left what it had.
-            for name, text in (("json", json.dumps(report, indent=1) + "\n"), ("md", table(report))):
-                partial = options.out / f"selection.{name}.partial"
-                partial.write_text(text)
-                partial.replace(options.out / f"selection.{name}")
+            write_results(options.out, "selection", report, table(report))
     print(table(report))
     if any("error" in row for row in report["rows"]):
         raise SystemExit("a method's result is wrong: see the table")

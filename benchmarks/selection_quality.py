@@ -24,6 +24,7 @@ from transformers import AutoModelForCausalLM
 
 from benchmarks.judge import hidden_states, judge
 from benchmarks.machine import machine
+from benchmarks.output import RESULTS, write_results
 from hwpq_pipeline.calibration.samples import token_matrix
 from hwpq_pipeline.calibration.store import Statistics
 from hwpq_pipeline.checkpoints.layers import Layer, layer_map
@@ -189,20 +190,16 @@ def main() -> None:
     """Measure, write after every case, draw."""
     parser = argparse.ArgumentParser(description="Perplexity after EWMA and after an exact sort.")
     parser.add_argument("--data", type=Path, default=ROOT / "data", help="where a run left model and statistics")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
+    parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--picture", type=Path, default=ROOT / "docs" / "images" / "selection_quality.png")
     options = parser.parse_args()
     bench = Bench(options.data)
     report: dict[str, Any] = {"machine": machine(), "dense_perplexity": bench.dense, "rows": []}
-    options.out.mkdir(parents=True, exist_ok=True)
     for case, choose in cases():
         row = case | bench.measure(choose, json.dumps(case))
         print(row, flush=True)
         report["rows"].append(row)
-        for name, text in (("json", json.dumps(report, indent=1) + "\n"), ("md", table(report))):
-            partial = options.out / f"selection_quality.{name}.partial"
-            partial.write_text(text)
-            partial.replace(options.out / f"selection_quality.{name}")
+        write_results(options.out, "selection_quality", report, table(report))
     chart(report, options.picture)
     print(table(report))
 

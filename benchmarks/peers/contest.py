@@ -28,10 +28,10 @@ from transformers import AutoModelForCausalLM
 
 from benchmarks.judge import hidden_states, judge
 from benchmarks.machine import machine
+from benchmarks.output import RESULTS, write_results
 from hwpq_pipeline.calibration.samples import draw_samples, token_matrix
 
 ROOT = Path(__file__).parents[2]
-RESULTS = ROOT / "benchmarks" / "results"
 HERE = Path(__file__).parent
 TASKS = ("2of4", "50", "int4", "2of4-int4", "fp8", "seven")
 #: Largest first: the samples of a smaller run are the first ones of a larger.
@@ -160,7 +160,7 @@ def check(row: dict[str, Any], layers: dict[str, float]) -> str:
 
     Args:
         row: with the share of zeros in each linear layer.
-        layers: those of another row of the same task, whose layers must be the same.
+        layers: those of a row before it, which must be the same.
     """
     zeros = row.get("zeros", {})
     if row["task"] in ("2of4", "50", "2of4-int4"):
@@ -214,15 +214,6 @@ def _line(row: dict[str, Any], dense: float) -> str:
     return f"{head}{quality} {row['seconds']:.0f} | {row['peak_rss_bytes'] / 2**30:.2f} |"
 
 
-def write(report: dict[str, Any], folder: Path) -> None:
-    """Both files, whole or not at all."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, text in (("json", json.dumps(report, indent=1) + "\n"), ("md", table(report))):
-        partial = folder / f"peers.{name}.partial"
-        partial.write_text(text)
-        partial.replace(folder / f"peers.{name}")
-
-
 def main() -> None:
     """Run the rows that the command line asks for."""
     parser = argparse.ArgumentParser(description="Ours beside llm-compressor's SparseGPT, Wanda, GPTQ and rounding.")
@@ -246,7 +237,7 @@ def main() -> None:
         old = json.loads((options.out / "peers.json").read_text()) if (options.out / "peers.json").exists() else {}
         report = {
             "machine": machine(),
-            "model": "SmolLM2-135M-Instruct",
+            "model": json.loads((model_dir / "source.json").read_text())["name"],
             "peers": peers.stdout.strip().splitlines()[-1],
             "dense_perplexity": dense["perplexity"],
             "rows": old.get("rows", []),
@@ -268,7 +259,7 @@ def main() -> None:
                 f"     {row.get('perplexity', 0):.3f}, {row.get('seconds', 0):.1f} s {row.get('error', '')}", flush=True
             )
             report["rows"] = [other for other in report["rows"] if key(other) != key(row)] + [row]
-            write(report, options.out)
+            write_results(options.out, "peers", report, table(report))
     print(table(report))
     if any("error" in row for row in report["rows"]):
         raise SystemExit("a row failed: see the table")

@@ -12,7 +12,6 @@ import resource
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from benchmarks.judge import broken_fours, judge, zeros_by_layer
+from benchmarks.judge import broken_fours, judge, linears, zeros_by_layer
 from hwpq_pipeline.calibration.statistics import collect_statistics
 from hwpq_pipeline.checkpoints.layers import layer_map
 from hwpq_pipeline.checkpoints.reader import Checkpoint
@@ -101,9 +100,8 @@ def round_activations(model: nn.Module) -> None:
         scale = arguments[0].abs().amax(-1, keepdim=True).clamp_min(1e-12) / 448
         return ((arguments[0] / scale).to(torch.float8_e4m3fn).to(arguments[0].dtype) * scale,)
 
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) and not name.endswith("lm_head"):
-            module.register_forward_pre_hook(rounded)
+    for _, layer in linears(model):
+        layer.register_forward_pre_hook(rounded)
 
 
 def run(job: dict[str, Any], calibration: Tensor, model: nn.Module, scratch: Path) -> None:
@@ -130,7 +128,9 @@ def main() -> None:
     tensors = load_file(job["inputs"])
     model = AutoModelForCausalLM.from_pretrained(job["model"], dtype=torch.float32)
     with tempfile.TemporaryDirectory() as scratch:
-        seconds = _seconds(lambda: run(job, tensors["calibration"], model, Path(scratch)))
+        begun = time.perf_counter()
+        run(job, tensors["calibration"], model, Path(scratch))
+        seconds = time.perf_counter() - begun
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     found: dict[str, Any] = {"seconds": seconds, "peak_rss_bytes": peak}
     if job["task"] != "seven":
@@ -141,12 +141,6 @@ def main() -> None:
     if job["task"] == "2of4":
         found["broken_fours"] = broken_fours(model)
     Path(job["answer"]).write_text(json.dumps(found))
-
-
-def _seconds(action: Callable[[], None]) -> float:
-    begun = time.perf_counter()
-    action()
-    return time.perf_counter() - begun
 
 
 if __name__ == "__main__":

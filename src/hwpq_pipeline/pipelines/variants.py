@@ -42,9 +42,10 @@ def for_each_variant(nodes: Iterable[Node], names: Iterable[str]) -> Pipeline:
 
 def keyed(names: Iterable[str], dataset: str) -> dict[str, str]:
     """Inputs of a node over all variants: a dataset of each, told from the node's other arguments by a prefix."""
-    return {f"variant:{name}": f"variants.{name}.{dataset}" for name in names}
+    return {f"{dataset}:{name}": f"variants.{name}.{dataset}" for name in names}
 
 
-def by_variant(inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """What such a node was handed, by variant."""
-    return {key.removeprefix("variant:"): value for key, value in inputs.items()}
+def by_variant(inputs: Mapping[str, Any], dataset: str) -> dict[str, Any]:
+    """What such a node was handed of that dataset, by variant."""
+    prefix = f"{dataset}:"
+    return {key.removeprefix(prefix): value for key, value in inputs.items() if key.startswith(prefix)}

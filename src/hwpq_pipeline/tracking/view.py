@@ -10,18 +10,11 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from .comparison import FIGURES
+
 SHARE_KEY = "variants"
 QUERY = f"viewStateShareKey={SHARE_KEY}"
-COLUMNS = (
-    "perplexity",
-    "perplexity_ratio",
-    "kl_divergence",
-    "top1_agreement",
-    "sparsity",
-    "size_bytes",
-    "compression_ratio",
-    "seconds_to_make",
-)
+COLUMNS = (*FIGURES, "seconds_to_make")
 QUALITY, SIZE, TIME = "perplexity_ratio", "size_bytes", "seconds_to_make"
 
 NOTE = """\

@@ -23,8 +23,9 @@ def check(quality_gates: QualityGates, **metrics: dict[str, Any]) -> None:
         ExceptionGroup: of HwpqError, one a limit that does not hold.
     """
     gates = {name: gate.model_dump() for name, gate in quality_gates.variants.items()}
-    if broken := broken_gates(gates, by_variant(metrics)):
+    figures = by_variant(metrics, "metrics")
+    if broken := broken_gates(gates, figures):
         raise ExceptionGroup("quality gates", broken)
     logger.info("All %d quality gates of %d variants hold.", count_gates(gates), len(gates))
-    if free := [name for name in by_variant(metrics) if name not in gates]:
+    if free := [name for name in figures if name not in gates]:
         logger.warning("No quality gate for %s.", ", ".join(free))

@@ -7,6 +7,7 @@ from typing import Any
 import yaml
 
 from hwpq_pipeline.parameters import Calibration, Evaluation, Variant
+from hwpq_pipeline.pipelines.variants import by_variant
 from hwpq_pipeline.reporting.page import Reported, render
 from hwpq_pipeline.tracking.comparison import comparison_table
 
@@ -23,20 +24,17 @@ def page(
         entries: the variants' configuration; of Kedro, plain where no other node of the run takes it, else typed.
         calibration: what the figures depend on.
         evaluation: likewise.
-        tables: `metrics:<variant>`, `layers:<variant>` and `continuations:<variant>`.
+        tables: metrics, layers and continuations of each variant, keyed as `by_variant` reads them.
     """
-    parts: dict[str, dict[str, Any]] = {"metrics": {}, "layers": {}, "continuations": {}}
-    for key, value in tables.items():
-        kind, _, name = key.partition(":")
-        parts[kind][name] = value
+    layers, continuations = by_variant(tables, "layers"), by_variant(tables, "continuations")
     typed = {name: Variant.model_validate(entry) for name, entry in entries.items()}
     variants = [
         Reported(
             name=name,
             description=variant.description,
             recipe=yaml.safe_dump({name: variant.model_dump(exclude_unset=True)}, sort_keys=False, allow_unicode=True),
-            layers=parts["layers"][name],
-            continuations=parts["continuations"][name],
+            layers=layers[name],
+            continuations=continuations[name],
             command=f"dvc repro evaluate@{name}",
         )
         for name, variant in typed.items()
@@ -45,4 +43,4 @@ def page(
         "calibrated on": f"{calibration.samples} × {calibration.length} tokens, seed {calibration.seed}",
         "evaluated on": f"{evaluation.samples} × {evaluation.length} tokens, seed {evaluation.seed}",
     }
-    return render(comparison_table(parts["metrics"]), variants, conditions=conditions)
+    return render(comparison_table(by_variant(tables, "metrics")), variants, conditions=conditions)

@@ -6,6 +6,8 @@ from collections.abc import Iterable
 
 from kedro.pipeline import Pipeline, node
 
+from hwpq_pipeline.pipelines.variants import keyed
+
 from .nodes import page
 
 
@@ -20,11 +22,9 @@ def create_pipeline(names: Iterable[str]) -> Pipeline:
                     "entries": "params:variants",
                     "calibration": "params:calibration",
                     "evaluation": "params:evaluation",
-                    **{
-                        f"{kind}:{name}": f"variants.{name}.{kind}"
-                        for kind in ("metrics", "layers", "continuations")
-                        for name in names
-                    },
+                    **keyed(names, "metrics"),
+                    **keyed(names, "layers"),
+                    **keyed(names, "continuations"),
                 },
                 "report",
                 name="write_report",

@@ -29,7 +29,7 @@ def compare(scratch: Path, **metrics: dict[str, Any]) -> tuple[pd.DataFrame, Pat
         scratch: where the plot is built.
         metrics: of each variant, keyed as `by_variant` reads them.
     """
-    table = comparison_table(by_variant(metrics))
+    table = comparison_table(by_variant(metrics, "metrics"))
     plot = scratch / "pareto.png"
     pareto(table, plot)
     return table, plot
@@ -97,7 +97,7 @@ def announce(comparison: pd.DataFrame, track: Track, **new_runs: bool) -> None:
         comparison,
         experiment=track.experiment,
         tracking_uri=resolve_uri(track.tracking_uri),
-        new_runs=sum(by_variant(new_runs).values()),
+        new_runs=sum(by_variant(new_runs, "new_run").values()),
     )
 
 
