@@ -10,6 +10,7 @@ from pydantic import ValidationError
 
 from hwpq_pipeline.parameters import (
     Calibration,
+    Compute,
     Corpus,
     Evaluation,
     Gate,
@@ -27,6 +28,7 @@ SHARED = {
     "model": Model,
     "corpus": Corpus,
     "calibration": Calibration,
+    "compute": Compute,
     "evaluation": Evaluation,
     "track": Track,
     "report": Report,

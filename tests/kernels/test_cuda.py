@@ -377,6 +377,7 @@ def test_every_kernel_compiles_for_real_gpus(root: Path) -> None:
         capture_output=True,
         text=True,
         timeout=600,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     built = json.loads(done.stdout)

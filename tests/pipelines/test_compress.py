@@ -8,11 +8,12 @@ import torch
 from hwpq_pipeline.calibration.statistics import collect_statistics
 from hwpq_pipeline.checkpoints.reader import read_json, read_tensors
 from hwpq_pipeline.errors import HwpqError
-from hwpq_pipeline.parameters import Variant
+from hwpq_pipeline.parameters import Compute, Variant
 from hwpq_pipeline.pipelines.compress.nodes import prune, quantize, recover
 from hwpq_pipeline.pipelines.select.nodes import score_contributions, select_weights
 from tests.tiny import tiny_checkpoint, tiny_tokens
 
+CPU = Compute(device="cpu")
 STRUCTURES = {"2of4": {"structure": "2of4"}, "unstructured": {"structure": "unstructured", "sparsity": 0.5}}
 
 
@@ -28,8 +29,8 @@ def places(tmp_path_factory):
 def run(places, scratch, **sections):
     variant = Variant.model_validate({"description": "d", **sections})
     model, statistics = places / "model", places / "statistics"
-    masks, selected, _ = select_weights(score_contributions(model, statistics), variant)
-    groups = recover(prune(model, statistics, masks, variant), variant)
+    masks, selected, _ = select_weights(score_contributions(model, statistics, CPU), variant)
+    groups = recover(prune(model, statistics, masks, variant, CPU), variant)
     built, compressed, seconds = quantize(groups, "v", variant, scratch)
     tensors = {}
     for file in built.glob("*.safetensors"):

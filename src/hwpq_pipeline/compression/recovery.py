@@ -16,8 +16,8 @@ the late ones fit the calibration sample (ALPS, Meng et al. 2024, arXiv 2406.078
 
 Layout and cost.  With ``s = diag(A)^½`` the iteration runs in the variables ``V = W·s`` on ``Â = A/(s sᵀ)``, whose
 diagonal is one: the preconditioner vanishes and a step needs no division.  Only the change ``W − W₀∘M`` is carried, so
-what never changes stays exact to the bit.  Rows are taken in tiles that keep a step's operands in the last-level
-cache (of a CPU).  The product of the step direction with ``Â`` also moves the output gradient ``(W − W₀)A``, from which the error
+what never changes stays exact to the bit.  Rows are taken in tiles that keep a step's operands in a CPU's last-level
+cache.  The product of the step direction with ``Â`` also moves the output gradient ``(W − W₀)A``, from which the error
 after the solve costs no further product: steps + 2 products in all (one for the start, one for ‖W₀X‖²).
 """
 

@@ -20,7 +20,7 @@ __all__ = ["DEVICES", "choose_device", "wants_cuda"]
 
 
 def choose_device(name: str, *, tf32: bool = False, where: str = "device") -> torch.device:
-    """The device of that name, told in the log; `auto` is CUDA where torch sees a GPU and Triton is there, else the CPU.
+    """The device of that name, told in the log; `auto` is CUDA where torch sees a GPU and Triton is there.
 
     Args:
         name: one of `DEVICES`.

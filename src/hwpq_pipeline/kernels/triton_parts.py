@@ -11,7 +11,7 @@ STORED = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16:
 
 
 @triton.jit
-def as_stored(value, STORED: tl.constexpr):  # type: ignore[no-untyped-def]
+def as_stored(value, STORED: tl.constexpr):
     """The nearest float32 that is a number of the type, halves to even."""
     if tl.bfloat16 == STORED:  # in integers, since Triton's interpreter cuts off instead of rounding
         bits = value.to(tl.int32, bitcast=True)

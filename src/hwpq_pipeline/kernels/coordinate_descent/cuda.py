@@ -26,7 +26,7 @@ _ROUND = tl.constexpr(12582912.0)
 
 
 @triton.jit
-def _pick(values, here):  # type: ignore[no-untyped-def]
+def _pick(values, here):
     """Of every row the number in the one column that ``here`` marks."""
     return tl.sum(tl.where(here[None, :], values, 0.0), 1)
 
@@ -50,7 +50,7 @@ def _move_scale(
     BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
     STORED: tl.constexpr,
-):  # type: ignore[no-untyped-def]
+):
     """The group's scale takes its minimiser, as far as it can be stored: new scale, slope and change."""
     pushed = tl.zeros((ROWS, BLOCK), tl.float32)
     for j in range(lower, upper):
@@ -69,7 +69,7 @@ def _move_scale(
 
 
 @triton.jit
-def _sweep(  # type: ignore[no-untyped-def]
+def _sweep(
     codes, scale, gradient, mask, moved, gram, inverse, rows, columns, start, block, size, groups, low, high,
     bounds_low, bounds_high,
     MASKED: tl.constexpr, REFIT: tl.constexpr, STORED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,

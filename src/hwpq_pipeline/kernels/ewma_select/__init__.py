@@ -18,8 +18,8 @@ by a settled estimate that does not contain column 0 itself, and no position of 
 keep rate is flat. The price is to read ``warm`` columns twice. In a row whose values are all equal ``d`` is exactly 0:
 σ stays 0 and all is kept, whatever λ is.
 
-The CPU's mask is the reference's to the bit. The CUDA kernel adds in another order, and differs only where a weight lies
-on the line but for rounding: its own docstring says how near. Gains above 1/2 have no CUDA kernel.
+The CPU's mask is the reference's to the bit. The CUDA kernel adds in another order, and differs only where a weight
+lies on the line but for rounding: its own docstring says how near. Gains above 1/2 have no CUDA kernel.
 
 **Non-finite weights** turn a row's μ into NaN or infinity, and there it stays: the returned state tells.
 """
@@ -186,11 +186,11 @@ def _prepare(
     for name, gain in (("alpha", alpha), ("beta", beta)):
         if not 0 < gain <= 1:
             raise HwpqError(f"{name} is {gain}", where="ewma_select", remedy="A gain lies in (0, 1], for instance 1/64")
-    parts = [part.detach().to(weight.device, torch.float32).contiguous() for part in (column, row, cross)]
+    column, row, cross = (part.detach().to(weight.device, torch.float32).contiguous() for part in (column, row, cross))
     if on_cuda:
         from hwpq_pipeline.kernels.ewma_select import cuda
 
-        return cuda.Pass(weight, *parts, alpha, beta, domain)
+        return cuda.Pass(weight, column, row, cross, alpha, beta, domain)
     from hwpq_pipeline.kernels.ewma_select import cpu
 
-    return cpu.Pass(weight, *parts, alpha, beta, domain)
+    return cpu.Pass(weight, column, row, cross, alpha, beta, domain)

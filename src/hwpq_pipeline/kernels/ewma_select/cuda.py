@@ -74,13 +74,13 @@ def default_tile(rows: int) -> Tile:
 
 
 @triton.jit
-def _compose(a1, b1, a2, b2):  # type: ignore[no-untyped-def]
+def _compose(a1, b1, a2, b2):
     """Two steps of ``s ← a s + b`` as one."""
     return a1 * a2, tl.fma(a2, b1, b2)
 
 
 @triton.jit
-def _log2(z):  # type: ignore[no-untyped-def]
+def _log2(z):
     """`reference.log2`."""
     bits = z.to(tl.int32, bitcast=True)
     exponent = ((bits >> 23) - 127).to(tl.float32)
@@ -91,7 +91,7 @@ def _log2(z):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _levels(weight, start, there, column, cross, row_factor, cols, CROSS: tl.constexpr, DOMAIN: tl.constexpr):  # type: ignore[no-untyped-def]
+def _levels(weight, start, there, column, cross, row_factor, cols, CROSS: tl.constexpr, DOMAIN: tl.constexpr):
     """A tile of values that the mean is taken of: float32, (ROWS, BLOCK); ``there`` are the columns that exist."""
     w = tl.load(weight + start[:, None] + cols[None, :], mask=there[None, :], other=0.0).to(tl.float32)
     scale = tl.load(column + cols, mask=there, other=0.0)[None, :]
@@ -106,7 +106,7 @@ def _levels(weight, start, there, column, cross, row_factor, cols, CROSS: tl.con
 
 
 @triton.jit
-def _scan(a, b, carry, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+def _scan(a, b, carry, BLOCK: tl.constexpr):
     """The recurrence over a tile, from ``carry`` (ROWS,) on: its value after every column, and after the last."""
     place = tl.arange(0, BLOCK)[None, :]
     b = tl.where(place == 0, tl.fma(a, carry[:, None], b), b)
@@ -117,7 +117,7 @@ def _scan(a, b, carry, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
 @triton.jit
 def _walk(
     x, base, mean, total, there, ALPHA: tl.constexpr, BETA: tl.constexpr, EVEN: tl.constexpr, BLOCK: tl.constexpr
-):  # type: ignore[no-untyped-def]
+):
     """One tile of the recurrence: ``d'``, ``s − |d'|``, and the carries."""
     y = x - base[:, None]
     a = tl.full(y.shape, 1.0 - ALPHA, tl.float32)
@@ -137,7 +137,7 @@ def _walk(
 
 
 @triton.jit
-def _decide(away, before, bound, there, EVEN: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+def _decide(away, before, bound, there, EVEN: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     """The tile's keep-bits by bytes, and in the bits above a byte how many of its bits are set."""
     keep = away >= bound[:, None] * before
     if not EVEN:
@@ -148,14 +148,14 @@ def _decide(away, before, bound, there, EVEN: tl.constexpr, ROWS: tl.constexpr, 
 
 
 @triton.jit
-def _divide(away, before, ratio_of_gains):  # type: ignore[no-untyped-def]
+def _divide(away, before, ratio_of_gains):
     """``(x − μ)/σ`` within ±LARGEST; where σ is 0, +LARGEST if x ≥ μ, else −LARGEST."""
     ratio = tl.minimum(tl.maximum(away * ratio_of_gains / before, -_LARGEST), _LARGEST)
     return tl.where(before > 0, ratio, tl.where(away >= 0, _LARGEST, -_LARGEST))
 
 
 @triton.jit
-def _pass(  # type: ignore[no-untyped-def]
+def _pass(
     weight, stride, rows, columns, column, row, cross, lam, gains, warm, keep, width, kept, state, ratios,
     ALPHA: tl.constexpr, BETA: tl.constexpr, DOMAIN: tl.constexpr, CROSS: tl.constexpr, RATIOS: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
@@ -226,7 +226,7 @@ def _pass(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _search(ratios, columns, drop, best, SIZE: tl.constexpr, STEPS: tl.constexpr):  # type: ignore[no-untyped-def]
+def _search(ratios, columns, drop, best, SIZE: tl.constexpr, STEPS: tl.constexpr):
     """One row's λ below which ``drop`` ratios lie: outwards until bracketed, then between; as `search._search`."""
     number = tl.program_id(0).to(tl.int64)
     place = tl.arange(0, SIZE)

@@ -23,7 +23,7 @@ _SUBNORMAL = tl.constexpr(16384.0)
 
 
 @triton.jit
-def _e4m3(x):  # type: ignore[no-untyped-def]
+def _e4m3(x):
     """The bits of the nearest E4M3, halves to even; |x| ≤ 448."""
     bits = x.to(tl.int32, bitcast=True)
     size = bits & 0x7FFFFFFF
@@ -35,9 +35,7 @@ def _e4m3(x):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _quantize(  # type: ignore[no-untyped-def]
-    weight, stride, columns, codes, scales, smallest, BLOCK: tl.constexpr, STORED: tl.constexpr
-):
+def _quantize(weight, stride, columns, codes, scales, smallest, BLOCK: tl.constexpr, STORED: tl.constexpr):
     """One row; ``STORED`` is the scale's type, ``smallest`` its least normal number."""
     number = tl.program_id(0).to(tl.int64)
     place = tl.arange(0, BLOCK)

@@ -5,8 +5,8 @@ minima, so ``s`` is searched: ``CANDIDATES`` scales from the one that saturates 
 the first of the best kept; then ``REFITS`` times ``s`` becomes the closed-form minimiser ``Σ h c w / Σ h c²`` for
 the codes ``c`` that it gives, where that lowers the error.
 
-``reference`` is the readable oracle (float64 tensors), ``cpu`` and ``cuda`` the kernels.  Their scales may differ where two
-candidates have the same error in float32; their errors agree.
+``reference`` is the readable oracle (float64 tensors), ``cpu`` and ``cuda`` the kernels.  Their scales may differ where
+two candidates have the same error in float32; their errors agree.
 """
 
 from __future__ import annotations

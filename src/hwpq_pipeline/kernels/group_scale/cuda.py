@@ -17,20 +17,20 @@ _ROUND = tl.constexpr(12582912.0)
 
 
 @triton.jit
-def _codes(weights, scale, low, high):  # type: ignore[no-untyped-def]
+def _codes(weights, scale, low, high):
     """The nearest codes; beyond the limits it does not matter how they round."""
     ratio = tl.minimum(tl.maximum(weights * (1.0 / scale)[:, None], low - 1.0), high + 1.0)
     return tl.minimum(tl.maximum((ratio + _ROUND) - _ROUND, low), high)
 
 
 @triton.jit
-def _error(weights, energy, scale, low, high):  # type: ignore[no-untyped-def]
+def _error(weights, energy, scale, low, high):
     miss = _codes(weights, scale, low, high) * scale[:, None] - weights
     return tl.sum(energy * (miss * miss), 1)
 
 
 @triton.jit
-def _search(  # type: ignore[no-untyped-def]
+def _search(
     grouped, full, importance, result, count, groups, size, low, high, shrink,
     STEPS: tl.constexpr, REFIT: tl.constexpr, GROUPS: tl.constexpr, SIZE: tl.constexpr,
 ):  # fmt: skip

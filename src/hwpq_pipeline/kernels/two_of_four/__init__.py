@@ -39,12 +39,12 @@ def select_two_of_four(weight: Tensor, column: Tensor, row: Tensor, cross: Tenso
             where="select_two_of_four",
             remedy="Leave this layer dense, or choose an unstructured variant for it",
         )
-    factors = [part.detach().to(weight.device, torch.float32).contiguous() for part in (column, row, cross)]
+    u, r, v = (part.detach().to(weight.device, torch.float32).contiguous() for part in (column, row, cross))
     if on_cuda:
         from hwpq_pipeline.kernels.two_of_four import cuda
 
-        return cuda.select(weight, *factors)
+        return cuda.select(weight, u, r, v)
     from hwpq_pipeline.kernels.two_of_four import cpu
 
-    keep, finite = cpu.select(weight, *(part.numpy() for part in factors))
+    keep, finite = cpu.select(weight, u.numpy(), r.numpy(), v.numpy())
     return torch.from_numpy(keep), torch.from_numpy(finite)

@@ -27,13 +27,13 @@ DEFAULT = Tile(8, 512, 4)
 
 
 @triton.jit
-def _beats(a, b):  # type: ignore[no-untyped-def]
+def _beats(a, b):
     """1 where the member of lower column wins."""
     return (a >= b).to(tl.int32)
 
 
 @triton.jit
-def _select(  # type: ignore[no-untyped-def]
+def _select(
     weight, stride, rows, columns, column, row, cross, keep, width, finite,
     CROSS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
