@@ -15,7 +15,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
 #: Seconds that a section may take; together under ten minutes.
-SECTIONS = {"ceilings": 40, "select": 110, "recover": 150, "linears": 120, "model": 130}
+SECTIONS = {"ceilings": 40, "select": 100, "recover": 140, "model": 130, "linears": 110, "tiles": 55}
 TOTAL = 575
 
 
@@ -83,6 +83,7 @@ def work(sections: list[str], rows: Path, dry: bool) -> None:
         "recover": recovering.run,
         "linears": inference.run_linears,
         "model": inference.run_model,
+        "tiles": selecting.run_tiles,
     }
     for section in sections:
         with torch.no_grad(), bench.guarded(section=section, method="section"):
@@ -90,7 +91,7 @@ def work(sections: list[str], rows: Path, dry: bool) -> None:
 
 
 def collect(rows: Path) -> dict[str, Any]:
-    """The report so far: the machine, and the rows (errors of a layer's result joined to its time)."""
+    """The report so far: the machine, and the rows."""
     found = [json.loads(line) for line in rows.read_text().splitlines()] if rows.exists() else []
     report: dict[str, Any] = {"machine": {}, "rows": []}
     for row in found:
@@ -114,8 +115,7 @@ def table(report: dict[str, Any]) -> str:
     lines = [
         "# On a GPU",
         "",
-        f"{about.get('name', about.get('device', 'no device'))}; torch {about.get('torch')}, "
-        f"Triton {about.get('triton')}; {about.get('driver_and_largest_clocks', '')}",
+        "; ".join(f"{key}: {value}" for key, value in about.items() if value is not None),
         "",
         "| section | shape | method | tokens | ms | GB/s | TFLOP/s | of the ceiling | error | |",
         "|---|---|---|---:|---:|---:|---:|---:|---:|---|",

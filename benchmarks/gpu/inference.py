@@ -116,7 +116,10 @@ def run_model(bench: Bench) -> None:
                 x = torch.randn(1, tokens, width, device=bench.device).bfloat16()
                 turn = rotation(tokens, head, bench.device)
                 bench.measure(
-                    lambda x=x, turn=turn: forward(blocks, x, turn, None), phase="prefill", tokens=tokens, **labels
+                    lambda x=x, turn=turn, blocks=blocks: forward(blocks, x, turn, None),
+                    phase="prefill",
+                    tokens=tokens,
+                    **labels,
                 )
             for batch in (2,) if bench.dry else DECODE:
                 with bench.guarded(phase="decode", batch=batch, **labels):

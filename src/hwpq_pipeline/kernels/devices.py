@@ -43,9 +43,7 @@ def choose_device(name: str, *, tf32: bool = False, where: str = "device") -> to
         raise _no_triton(where)
     log = logging.getLogger(__name__)
     if name == "auto" and seen and not triton:
-        log.warning(
-            "%s: a GPU is there but Triton is not, so the CPU is used: pip install 'hwpq-pipeline[cuda]'", where
-        )
+        log.warning("%s: a GPU is there but Triton is not, so the CPU is used; the extra `cuda` has it", where)
     if name == "cpu" or not (seen and triton):
         log.info("%s: on the CPU (device: %s)", where, name)
         return torch.device("cpu")
@@ -83,5 +81,5 @@ def _no_triton(where: str) -> HwpqError:
     return HwpqError(
         "the CUDA kernels need Triton, which is not installed",
         where=where,
-        remedy="Install the extra: pip install 'hwpq-pipeline[cuda]'; or set device to cpu",
+        remedy="Install the extra `cuda` (triton), or set device to cpu",
     )
