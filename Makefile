@@ -26,7 +26,7 @@ DATABASE := sqlite:///$(CURDIR)/mlflow.db
 UI_PORT  ?= 5000
 BASE     ?= main
 
-.PHONY: help install run repro ci sweep ui test test-browser screenshots test-fast lint format bench-selection bench-selection-quality bench-peers lock clean
+.PHONY: help install run repro ci sweep ui test test-browser screenshots test-postgres test-sweep test-fast lint format bench-selection bench-selection-quality bench-peers lock clean
 
 help:  ## what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 26
@@ -86,6 +86,16 @@ test-browser: $(VENV)/.browser  ## the MLflow pages and the report in Chromium (
 
 screenshots: $(VENV)/.browser  ## docs/images/mlflow_*.png from the runs in mlflow.db (needs a Chromium and `make run`)
 	python -m tests.browser.screenshots --database $(DATABASE)
+
+$(VENV)/.postgres: $(STAMP)
+	python -m pip install --quiet --editable '.[postgres]'
+	@touch $@
+
+test-postgres: $(VENV)/.postgres  ## logging to a server on PostgreSQL (needs PostgreSQL on the machine)
+	pytest -m postgres $(ARGS)
+
+test-sweep: $(STAMP)  ## `make sweep` on a tiny model
+	pytest -m sweep $(ARGS)
 
 test-fast: $(STAMP)  ## the tests that take seconds
 	pytest -m "not slow and not e2e" $(ARGS)

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import os
+import pwd
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
+
+#: Who runs PostgreSQL where tests run as root, which it refuses: the user of Debian's packages.
+POSTGRES_USER = "postgres"
 
 
 def free_port() -> int:
@@ -33,9 +40,28 @@ def mlflow_server(store: str, folder: Path, *, port: int | None = None, patience
     """
     port = port or free_port()
     command = (
-        sys.executable, "-m", "mlflow", "server", "--backend-store-uri", store, "--artifacts-destination",
-        str(folder / "artifacts"), "--host", "127.0.0.1", "--port", str(port), "--workers", "1",
+        "server", "--backend-store-uri", store, "--artifacts-destination", str(folder / "artifacts"),
+        "--host", "127.0.0.1", "--port", str(port), "--workers", "1",
     )  # fmt: skip
+    with _serving(command, port, folder, patience) as address:
+        yield address
+
+
+@contextmanager
+def served_model(model: Path, folder: Path, *, patience: float = 120) -> Iterator[str]:
+    """A running `mlflow models serve` of a model's directory, in this environment; its address."""
+    port = free_port()
+    command = (
+        "models", "serve", "--model-uri", str(model), "--env-manager", "local", "--host", "127.0.0.1",
+        "--port", str(port),
+    )  # fmt: skip
+    with _serving(command, port, folder, patience) as address:
+        yield address
+
+
+@contextmanager
+def _serving(command: tuple[str, ...], port: int, folder: Path, patience: float) -> Iterator[str]:
+    command = (sys.executable, "-m", "mlflow", *command)
     environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
     environment.pop("MLFLOW_TRACKING_URI", None)
     address = f"http://127.0.0.1:{port}"
@@ -64,3 +90,63 @@ def _wait(address: str, server: subprocess.Popen[bytes], log: Path, patience: fl
         except OSError:
             time.sleep(0.3)
     raise AssertionError(f"no answer in {patience} s\n{log.read_text()[-3000:]}")
+
+
+def postgres_missing() -> str:
+    """Why no PostgreSQL can be started here; empty where it can."""
+    if find_spec("psycopg2") is None:
+        return "psycopg2 is not installed: pip install -e '.[postgres]'"
+    if _postgres_program("initdb") is None:
+        return "PostgreSQL is not installed: apt install postgresql"
+    if os.geteuid() == 0 and POSTGRES_USER not in {user.pw_name for user in pwd.getpwall()}:
+        return f"PostgreSQL does not run as root, and there is no user {POSTGRES_USER}"
+    return ""
+
+
+def _postgres_program(name: str) -> str | None:
+    """Debian keeps the server's programs out of the path, a folder a version."""
+    versions = Path("/usr/lib/postgresql").glob(f"*/bin/{name}")
+    newest = max(versions, key=lambda file: int(file.parts[-3]), default=None)
+    return str(newest) if newest else shutil.which(name)
+
+
+@contextmanager
+def postgres(patience: float = 60) -> Iterator[str]:
+    """An empty PostgreSQL of its own in a folder that goes with it; the address of its database.
+
+    Args:
+        patience: seconds that it may take to answer.
+    """
+    import psycopg2
+
+    # Not pytest's folder: others may not enter it.
+    with tempfile.TemporaryDirectory(prefix="hwpq-postgres-", ignore_cleanup_errors=True) as name:
+        owner: dict[str, str | list[str]] = {}
+        if os.geteuid() == 0:
+            owner = {"user": POSTGRES_USER, "group": POSTGRES_USER, "extra_groups": []}
+            shutil.chown(name, POSTGRES_USER, POSTGRES_USER)
+        data, port, log = Path(name) / "data", free_port(), Path(name) / "log"
+        subprocess.run(
+            (_postgres_program("initdb"), "--pgdata", data, "--username", "mlflow", "--auth", "trust", "--no-sync"),
+            cwd=name, check=True, stdout=subprocess.DEVNULL, **owner,
+        )  # fmt: skip
+        command = (
+            _postgres_program("postgres"), "-D", data, "-p", str(port), "-k", name, "-c", "listen_addresses=127.0.0.1",
+            "-c", "fsync=off",
+        )  # fmt: skip
+        with log.open("ab") as output:
+            server = subprocess.Popen(command, cwd=name, stdout=output, stderr=output, start_new_session=True, **owner)
+            try:
+                end = time.monotonic() + patience
+                while True:
+                    try:
+                        psycopg2.connect(host="127.0.0.1", port=port, user="mlflow", dbname="postgres").close()
+                        break
+                    except psycopg2.OperationalError:
+                        if server.poll() is not None or time.monotonic() > end:
+                            raise AssertionError(log.read_text()[-3000:]) from None
+                        time.sleep(0.2)
+                yield f"postgresql://mlflow@127.0.0.1:{port}/postgres"
+            finally:
+                server.send_signal(signal.SIGINT)  # ends its connections, then itself
+                server.wait(30)
