@@ -12,8 +12,8 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -40,10 +40,10 @@ def mlflow_server(store: str, folder: Path, *, port: int | None = None, patience
     """
     port = port or free_port()
     command = (
-        "server", "--backend-store-uri", store, "--artifacts-destination", str(folder / "artifacts"),
-        "--host", "127.0.0.1", "--port", str(port), "--workers", "1",
+        sys.executable, "-m", "mlflow", "server", "--backend-store-uri", store, "--artifacts-destination",
+        str(folder / "artifacts"), "--host", "127.0.0.1", "--port", str(port), "--workers", "1",
     )  # fmt: skip
-    with _serving(command, port, folder, patience) as address:
+    with serving(command, port, folder / "server.log", health="/health", patience=patience) as address:
         yield address
 
 
@@ -52,31 +52,46 @@ def served_model(model: Path, folder: Path, *, patience: float = 120) -> Iterato
     """A running `mlflow models serve` of a model's directory, in this environment; its address."""
     port = free_port()
     command = (
-        "models", "serve", "--model-uri", str(model), "--env-manager", "local", "--host", "127.0.0.1",
-        "--port", str(port),
+        sys.executable, "-m", "mlflow", "models", "serve", "--model-uri", str(model), "--env-manager", "local",
+        "--host", "127.0.0.1", "--port", str(port),
     )  # fmt: skip
-    with _serving(command, port, folder, patience) as address:
+    with serving(command, port, folder / "server.log", health="/health", patience=patience) as address:
         yield address
 
 
 @contextmanager
-def _serving(command: tuple[str, ...], port: int, folder: Path, patience: float) -> Iterator[str]:
-    command = (sys.executable, "-m", "mlflow", *command)
+def serving(command: Sequence[str], port: int, log: Path, *, health: str = "/", patience: float = 120) -> Iterator[str]:
+    """A running server of HTTP; its address.
+
+    Args:
+        command: that starts it.
+        port: that it is told to listen on.
+        log: for what it prints.
+        health: what it answers once it is there.
+        patience: seconds that it may take.
+    """
     environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
     environment.pop("MLFLOW_TRACKING_URI", None)
     address = f"http://127.0.0.1:{port}"
-    with (folder / "server.log").open("ab") as log:
-        server = subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
+    with log.open("ab") as output:
+        server = subprocess.Popen(command, stdout=output, stderr=output, env=environment, start_new_session=True)
         try:
-            _wait(address, server, folder / "server.log", patience)
+            _wait(address + health, server, log, patience)
             yield address
         finally:
-            os.killpg(server.pid, signal.SIGTERM)
-            try:
-                server.wait(15)
-            except subprocess.TimeoutExpired:
-                os.killpg(server.pid, signal.SIGKILL)
-                server.wait()
+            _end(server, signal.SIGTERM)
+
+
+def _end(server: subprocess.Popen[bytes], how: signal.Signals) -> None:
+    """End a process and its children: asked first, then made to."""
+    for attempt in (how, signal.SIGKILL):
+        with suppress(ProcessLookupError):
+            os.killpg(server.pid, attempt)
+        try:
+            server.wait(15)
+            return
+        except subprocess.TimeoutExpired:
+            continue
 
 
 def _wait(address: str, server: subprocess.Popen[bytes], log: Path, patience: float) -> None:
@@ -84,7 +99,7 @@ def _wait(address: str, server: subprocess.Popen[bytes], log: Path, patience: fl
     while time.monotonic() < end:
         assert server.poll() is None, log.read_text()[-3000:]
         try:
-            with urllib.request.urlopen(f"{address}/health", timeout=5) as answer:  # noqa: S310 - our own address
+            with urllib.request.urlopen(address, timeout=5) as answer:  # noqa: S310 - our own address
                 if answer.status == 200:
                     return
         except OSError:
@@ -148,5 +163,4 @@ def postgres(patience: float = 60) -> Iterator[str]:
                         time.sleep(0.2)
                 yield f"postgresql://mlflow@127.0.0.1:{port}/postgres"
             finally:
-                server.send_signal(signal.SIGINT)  # ends its connections, then itself
-                server.wait(30)
+                _end(server, signal.SIGINT)  # it ends its connections, then itself

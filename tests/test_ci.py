@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -135,12 +136,13 @@ def test_the_picture_is_published_beside_the_code(small, tmp_path):
 def test_workflow_runs_what_there_is(root):
     """Every local command of the workflow exists; its YAML loads with the keys that GitHub reads."""
     workflow = yaml.safe_load((root / ".github" / "workflows" / "ci.yml").read_text())
-    assert set(workflow["jobs"]) == {"tests", "variants"}
+    assert set(workflow["jobs"]) == {"tests", "long", "variants"}
     steps = [step for job in workflow["jobs"].values() for step in job["steps"]]
     commands = "\n".join(step["run"] for step in steps if "run" in step)
     makefile = (root / "Makefile").read_text()
-    for target in ("install", "ci"):
-        assert f"make {target}" in commands
+    targets = set(re.findall(r"make ([a-z-]+)", commands))
+    assert targets == {"install", "ci", "test-sweep", "test-postgres", "test-browser"}
+    for target in targets:
         assert f"\n{target}: " in makefile
     for script in ("run", "publish"):
         assert f".ci/{script}" in commands
