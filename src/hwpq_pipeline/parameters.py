@@ -190,10 +190,14 @@ class Variant(Parameters):
 
 
 class Track(Parameters):
-    """MLflow (pipeline `track`). `MLFLOW_TRACKING_URI` in the environment wins over `tracking_uri`."""
+    """MLflow (pipeline `track`). `MLFLOW_TRACKING_URI` in the environment wins over `tracking_uri`.
+
+    With `log_model` each run holds its export as an MLflow model, to be loaded and served from there.
+    """
 
     experiment: str
     tracking_uri: str
+    log_model: bool = False
 
 
 class Report(Parameters):
