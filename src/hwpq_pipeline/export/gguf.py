@@ -213,10 +213,11 @@ def _announce(writer: Any, model: _Model, name: str, target: str) -> None:
     from gguf import GGMLQuantizationType
 
     shape, kind = model.dense.shape(name), _stored_type(model, name)
+    stored: tuple[int, ...] = shape
+    dtype: np.dtype[Any] = np.dtype(np.float32 if kind == "F32" else np.float16)
     if kind in _BLOCK_BYTES:
-        stored, dtype = (shape[0], shape[1] // BLOCK * _BLOCK_BYTES[kind]), np.dtype(np.uint8)
-    else:
-        stored, dtype = shape, np.dtype(np.float32 if kind == "F32" else np.float16)
+        stored = (shape[0], shape[1] // BLOCK * _BLOCK_BYTES[kind])
+        dtype = np.dtype(np.uint8)
     nbytes = int(np.prod(stored)) * dtype.itemsize
     writer.add_tensor_info(target, stored, dtype, nbytes, raw_dtype=GGMLQuantizationType[kind])
 
