@@ -5,22 +5,25 @@ kernel, by kind of values. Methods take turns; before each repeat other memory i
 from memory, as it does when a model's layers follow each other. A kernel whose result is wrong gets no time.
 
 **models**: tokens a second of prefill and of decoding, by batch, for every variant in transformers (float32, and the
-dense model also in bfloat16), in `hwpq_pipeline.runtime` (2:4 variants, packed), and in vLLM and llama.cpp where
-`make engines` has been run. Prefill is a run of one new token; decoding what a run of more takes beyond it. Ratios are
-against the dense model in the same engine at the same batch, below one for slow-downs.
+dense model also in bfloat16), in `hwpq_pipeline.runtime` (2:4 variants, packed), in ONNX Runtime, and in vLLM and
+llama.cpp where `make engines` has been run. Prefill is a run of one new token; decoding what a run of more takes
+beyond it. Ratios are below one for slow-downs. A row is written as soon as it is there, and replaces the row of that
+engine and variant of an earlier run: every row says when it was measured and at which load.
 
-    python -m benchmarks.inference            all of it
+    python -m benchmarks.inference                                   all of it
     python -m benchmarks.inference --only layers
+    python -m benchmarks.inference --only models --engines llama vllm
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +31,18 @@ import numpy as np
 import torch
 
 from benchmarks.engines import ask, installed
+from benchmarks.engines.onnx_session import Array, Session
+from benchmarks.inference_tables import render
 from benchmarks.machine import machine
+from benchmarks.output import RESULTS, write_results
 from hwpq_pipeline.compression.packing import pack_two_of_four
+from hwpq_pipeline.export.gguf import export_gguf
+from hwpq_pipeline.export.onnx import export_onnx
+from hwpq_pipeline.export.semi_structured import export_semi_structured
 from hwpq_pipeline.kernels.packed_matvec import KINDS, cpu
+from hwpq_pipeline.runtime import load_packed
 
 ROOT = Path(__file__).resolve().parents[1]
-RESULTS = Path(__file__).parent / "results"
 MODEL, COMPRESSED, EXPORTS = (ROOT / "data" / part for part in ("01_raw/model", "06_models", "07_export"))
 #: The default model's layers, and LLaMA-2-7B's, which no cache holds.
 SHAPES = ((576, 576), (1536, 576), (576, 1536), (4096, 4096), (11008, 4096), (4096, 11008))
@@ -46,6 +55,7 @@ def main() -> None:
     """Measure, print and write `results/inference.{json,md}`."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--only", choices=("layers", "models"))
+    parser.add_argument("--engines", choices=ENGINES, nargs="+", default=ENGINES)
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--prompt-tokens", type=int, default=32)
     parser.add_argument("--new-tokens", type=int, default=16)
@@ -55,14 +65,16 @@ def main() -> None:
     results = json.loads(file.read_text()) if file.is_file() else {}
     if arguments.only != "models":
         results["layers"] = {"machine": machine(), "rows": [layer(*shape) for shape in SHAPES]}
+        write_results(RESULTS, "inference", results, render(results))
     if arguments.only != "layers":
-        results["models"] = {"machine": machine(), "rows": models(arguments), "prompt_tokens": arguments.prompt_tokens,
-                             "new_tokens": arguments.new_tokens}  # fmt: skip
-    RESULTS.mkdir(exist_ok=True)
-    file.write_text(json.dumps(results, indent=1) + "\n")
-    text = render(results)
-    (RESULTS / "inference.md").write_text(text)
-    print(text)
+        asked = {"prompt_tokens": arguments.prompt_tokens, "new_tokens": arguments.new_tokens}
+        before = results.get("models", {})
+        rows = before.get("rows", []) if {name: before.get(name) for name in asked} == asked else []
+        for row in models(arguments, asked):
+            rows = [old for old in rows if (old["engine"], old["variant"]) != (row["engine"], row["variant"])] + [row]
+            results["models"] = {"machine": machine(), **asked, "rows": rows}
+            write_results(RESULTS, "inference", results, render(results))
+    print(render(results))
 
 
 def layer(rows: int, columns: int) -> dict[str, Any]:
@@ -109,43 +121,65 @@ def evict() -> None:
             return
 
 
-def models(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+def models(arguments: argparse.Namespace, asked: dict[str, int]) -> Iterator[dict[str, Any]]:
     """A row an engine and variant: tokens a second by batch."""
     names = arguments.variants or sorted(
         path.name for path in EXPORTS.iterdir() if path.is_dir() and (path / "config.json").is_file()
     )
     names = ["dense", *(name for name in names if name != "dense")]
-    asked = {"batches": arguments.batches, "prompt_tokens": arguments.prompt_tokens, "new_tokens": arguments.new_tokens}
-    rows = []
     with tempfile.TemporaryDirectory() as folder:
-        for engine, variant, speed in _runs(names, asked, Path(folder)):
-            rows.append({"engine": engine, "variant": variant, **speed()})
-            print(rows[-1], flush=True)
-    return rows
+        for engine in arguments.engines:
+            for name, variant, speed in MEASURED[engine](names, {**asked, "batches": arguments.batches}, Path(folder)):
+                facts = {"at": time.strftime("%Y-%m-%d %H:%M"), "load_before": os.getloadavg()[0]}
+                row = {"engine": name, "variant": variant, **facts, **speed()}
+                print(row, flush=True)
+                yield row
 
 
-def _runs(names: list[str], asked: dict[str, Any], folder: Path) -> Any:
-    """(engine, variant, what measures it), one after the other."""
-    from hwpq_pipeline.export.gguf import export_gguf
-    from hwpq_pipeline.export.semi_structured import export_semi_structured
-    from hwpq_pipeline.runtime import load_packed
+Runs = Iterator[tuple[str, str, Callable[[], dict[str, Any]]]]
 
+
+def in_transformers(names: list[str], asked: dict[str, Any], _: Path) -> Runs:
+    """The exports as they are, in float32, and the dense model in its bfloat16."""
     yield "transformers, bfloat16", "dense", lambda: ours(stock(EXPORTS / "dense", torch.bfloat16), asked)
     for name in names:
         yield "transformers, float32", name, lambda name=name: ours(stock(EXPORTS / name, torch.float32), asked)
+
+
+def in_runtime(names: list[str], asked: dict[str, Any], folder: Path) -> Runs:
+    """Packed 2:4."""
     for name in names:
         if json.loads((COMPRESSED / name / "model" / "recipe.json").read_text())["structure"] == "2of4":
             packed = export_semi_structured(MODEL, COMPRESSED / name / "model", folder / name)
             yield "hwpq_pipeline.runtime", name, lambda packed=packed: ours(load_packed(packed), asked)
+
+
+def in_onnxruntime(names: list[str], asked: dict[str, Any], folder: Path) -> Runs:
+    """ONNX files, float32 activations."""
+    for name in names:
+        made = export_onnx(MODEL, COMPRESSED / name / "model", folder / f"{name}-onnx")
+        yield "ONNX Runtime", name, lambda made=made: speed_of(Session(made).greedy, asked)
+
+
+def in_llama(names: list[str], asked: dict[str, Any], folder: Path) -> Runs:
+    """GGUF files, each in the type of its grid."""
     for name in names if installed("llama") else []:
         (file,) = export_gguf(MODEL, COMPRESSED / name / "model", folder / f"{name}-gguf").glob("*.gguf")
-        yield (
-            f"llama.cpp, {file.stem.removeprefix('model-')}",
-            name,
-            lambda file=file: ask("llama", {"model": file, **asked}),
-        )
+        kind = file.stem.removeprefix("model-")
+        yield f"llama.cpp, {kind}", name, lambda file=file: ask("llama", {"model": file, **asked})
+
+
+def in_vllm(names: list[str], asked: dict[str, Any], _: Path) -> Runs:
+    """The exports as they are, float32."""
     for name in names if installed("vllm") else []:
         yield "vLLM, float32", name, lambda name=name: ask("vllm", {"model": EXPORTS / name, **asked})
+
+
+MEASURED: dict[str, Callable[[list[str], dict[str, Any], Path], Runs]] = {
+    "transformers": in_transformers, "runtime": in_runtime, "onnxruntime": in_onnxruntime, "llama": in_llama,
+    "vllm": in_vllm,
+}  # fmt: skip
+ENGINES = tuple(MEASURED)
 
 
 def stock(directory: Path, dtype: torch.dtype) -> Any:
@@ -157,13 +191,23 @@ def stock(directory: Path, dtype: torch.dtype) -> Any:
 
 def ours(model: Any, asked: dict[str, Any]) -> dict[str, Any]:
     """Tokens a second of a torch model by `generate`."""
+
+    def generate(ids: Array, count: int) -> None:
+        given = torch.from_numpy(ids)
+        model.generate(given, attention_mask=torch.ones_like(given), max_new_tokens=count, min_new_tokens=count,
+                       do_sample=False, pad_token_id=0)  # fmt: skip
+
+    return speed_of(generate, asked)
+
+
+def speed_of(generate: Callable[[Array, int], Any], asked: dict[str, Any]) -> dict[str, Any]:
+    """Tokens a second of what makes so many new tokens after prompts (batch, length); the better of two runs each."""
     prompt, new = asked["prompt_tokens"], asked["new_tokens"]
 
     def run(batch: int, count: int) -> float:
-        ids = torch.arange(batch * prompt).view(batch, prompt) % 1000 + 100
+        ids = np.arange(batch * prompt).reshape(batch, prompt) % 1000 + 100
         begun = time.perf_counter()
-        model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, min_new_tokens=count,
-                       do_sample=False, pad_token_id=0)  # fmt: skip
+        generate(ids, count)
         return time.perf_counter() - begun
 
     run(1, 2)
@@ -173,80 +217,6 @@ def ours(model: Any, asked: dict[str, Any]) -> dict[str, Any]:
         prefill, longer = (min(times) for times in zip(*repeats, strict=True))
         speed.append({"batch": batch, "prefill": batch * prompt / prefill, "decode": batch * new / (longer - prefill)})
     return {"speed": speed}
-
-
-def render(results: dict[str, Any]) -> str:
-    """The Markdown of `results/inference.md`."""
-    parts = [
-        "# Speed of the exports",
-        "Made by `make bench-inference`; ratios are within one run, not across machines.",
-    ]
-    if "layers" in results:
-        parts += [
-            "## One token through one layer",
-            _machine(results["layers"]),
-            *_layer_tables(results["layers"]["rows"]),
-        ]
-    if "models" in results:
-        parts += ["## Whole models, tokens a second", _machine(results["models"]), _models_text(results["models"])]
-    return "\n\n".join(parts) + "\n"
-
-
-def _machine(part: dict[str, Any]) -> str:
-    info = part["machine"]
-    return (
-        f"{info['cores']} cores of {info['processor']} ({info['capability']}), torch {info['torch']}, "
-        f"numba {info['numba']}, load {info['load_before']:.1f} before."
-    )
-
-
-def _layer_tables(rows: list[dict[str, Any]]) -> list[str]:
-    names = list(rows[0]["milliseconds"])
-    head = "| out × in | " + " | ".join(names) + " |\n|---|" + "---|" * len(names)
-
-    def table(value: Callable[[dict[str, Any], str], str]) -> str:
-        lines = [
-            f"| {row['shape'][0]} × {row['shape'][1]} | " + " | ".join(value(row, name) for name in names) + " |"
-            for row in rows
-        ]
-        return "\n".join([head, *lines])
-
-    def times_faster(than: str) -> Callable[[dict[str, Any], str], str]:
-        return lambda row, name: f"{row['milliseconds'][than] / row['milliseconds'][name]:.2f}"
-
-    return [
-        "Milliseconds, median:", table(lambda row, name: f"{row['milliseconds'][name]:.3f}"),
-        "Times as fast as dense bfloat16:", table(times_faster("dense bfloat16")),
-        "Times as fast as dense float32:", table(times_faster("dense float32")),
-        "Megabytes that the weight takes:", table(lambda row, name: f"{row['megabytes'][name]:.2f}"),
-    ]  # fmt: skip
-
-
-def _models_text(part: dict[str, Any]) -> str:
-    rows = part["rows"]
-    batches = [entry["batch"] for row in rows for entry in row.get("speed", [])]
-    batches = sorted(set(batches))
-    head = ["engine", "variant", *(f"{kind}, batch {batch}" for kind in ("prefill", "decode") for batch in batches)]
-    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
-    for row in rows:
-        if "error" in row:
-            lines.append(f"| {row['engine']} | `{row['variant']}` | does not load: {row['error'][:200]} |")
-            continue
-        cells = [_cell(rows, row, kind, batch) for kind in ("prefill", "decode") for batch in batches]
-        lines.append(f"| {row['engine']} | `{row['variant']}` | " + " | ".join(cells) + " |")
-    asked = f"{part['prompt_tokens']} prompt tokens, {part['new_tokens']} new ones a sequence."
-    return f"{asked} In brackets: × the dense model of the same engine.\n\n" + "\n".join(lines)
-
-
-def _cell(rows: list[dict[str, Any]], row: dict[str, Any], kind: str, batch: int) -> str:
-    def value(of: dict[str, Any]) -> float:
-        return next((float(entry[kind]) for entry in of.get("speed", []) if entry["batch"] == batch), float("nan"))
-
-    engine = "transformers, float32" if row["engine"].startswith("hwpq") else row["engine"]
-    family = engine.partition(",")[0] if engine.startswith("llama") else engine
-    dense = next((r for r in rows if r["variant"] == "dense" and r["engine"].startswith(family)), None)
-    ratio = f" ({value(row) / value(dense):.2f})" if dense else ""
-    return f"{value(row):.1f}{ratio}"
 
 
 if __name__ == "__main__":

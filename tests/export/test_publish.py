@@ -20,6 +20,9 @@ from hwpq_pipeline.export.publish import push_to_hub
 from hwpq_pipeline.parameters import Export
 from hwpq_pipeline.pipelines.publish.nodes import publish
 
+# huggingface_hub hands its upload to httpx in a way that httpx calls old.
+pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
+
 TOKEN = "hf_standin"  # noqa: S105 (what the stand-in takes for a token)
 METRICS = {
     "perplexity": 23.04, "dense_perplexity": 20.61, "kl_divergence": 0.14712, "top1_agreement": 0.8055,
@@ -128,7 +131,7 @@ def handler(hub: Hub) -> type[BaseHTTPRequestHandler]:  # noqa: C901 (a class of
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     standin = Hub()
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler(standin))
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
     thread.start()
     standin.address = f"http://127.0.0.1:{server.server_port}"
     monkeypatch.setenv("HF_ENDPOINT", standin.address)

@@ -22,7 +22,7 @@ Inputs are `input_ids` and `attention_mask` (batch, length) and the cache, `past
 ONNX Runtime GenAI and Transformers.js use. Weights lie in `model.onnx.data`, so that size has no limit, and are written
 a tensor at a time.
 
-Served architecture: `llama` without biases and with plain rotary embeddings.
+Served architecture: `llama` without biases, with plain rotary embeddings and heads of a multiple of 16.
 """
 
 from __future__ import annotations
@@ -44,6 +44,7 @@ from .intermediate import Intermediate, QuantizedLayer
 
 OPSET, MICROSOFT = 21, "com.microsoft"
 LARGEST_BLOCK, SMALLEST_BLOCK = 128, 16
+HEAD_STEP = 16  # "head_size shall be a multiple of 16", says GroupQueryAttention when it runs
 _ALIGNMENT = 64
 _USE_ANOTHER = "Use the compressed-tensors export for this model."
 
@@ -132,12 +133,23 @@ def _check_architecture(dense: Checkpoint) -> None:
     config = dense.config
     rope = config.get("rope_parameters") or {}
     known = config.get("model_type") == "llama" and rope.get("rope_type", "default") == "default"
+    where = f"{dense.path}/config.json"
     if not known or config.get("hidden_act", "silu") != "silu" or any(name.endswith(".bias") for name in dense.names):
         raise HwpqError(
             f"no ONNX graph for model type {config.get('model_type')!r} with this rope, activation or biases",
-            where=f"{dense.path}/config.json",
+            where=where,
             remedy=_USE_ANOTHER,
         )
+    if size := _head_size(config) % HEAD_STEP:
+        raise HwpqError(
+            f"heads of {_head_size(config)} numbers, which is {size} more than a multiple of {HEAD_STEP}",
+            where=where,
+            remedy=f"ONNX Runtime's attention wants a multiple of {HEAD_STEP}. {_USE_ANOTHER}",
+        )
+
+
+def _head_size(config: dict[str, Any]) -> int:
+    return int(config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"])
 
 
 class _Llama:
@@ -148,7 +160,7 @@ class _Llama:
         config = dense.config
         self.heads = config["num_attention_heads"]
         self.key_heads = config.get("num_key_value_heads") or self.heads
-        self.head_size = config.get("head_dim") or config["hidden_size"] // self.heads
+        self.head_size = _head_size(config)
         self.blocks, self.epsilon = config["num_hidden_layers"], config["rms_norm_eps"]
 
     def build(self) -> Any:
