@@ -118,7 +118,9 @@ def inference() -> str:
     report = json.loads((RESULTS / "inference.json").read_text())
     rows = report["models"]["rows"]
     layers = layer_table(report["layers"]["rows"], ("2:4 int8", "2:4 float8_e4m3fn", "2:4 bfloat16"))
-    above = "Tokens a second of one sequence, in brackets × the dense model of the same engine (the runtime's: transformers):"
+    above = (
+        "Tokens a second of one sequence, in brackets × the same engine's dense model (the runtime's: transformers'):"
+    )
     below = (
         "The dense model in bfloat16, for which this processor has no instructions, decodes "
         f"{speed(rows, 'transformers, bfloat16', 'dense', 'decode', 1):.1f} in transformers."

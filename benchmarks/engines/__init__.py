@@ -4,13 +4,13 @@ Each engine lives in an environment of its own under `.engines/` (`make engines`
 and llama.cpp is compiled; a runner beside this file is started there and imports nothing of the project. Requests:
 
     {"model": path, "prompts": [[ids]], "new_tokens": n}        → {"tokens": [[ids]]}, greedily chosen
-    {"model": path, "samples": [[ids]]}                         → {"nll": nats, "predictions": n}         (llama.cpp)
+    {"model": path, "samples": [[ids]]}                         → {"nll": nats, "predictions": n}
     {"model": path, "texts": [text]}                            → {"ids": [[ids]]}                        (llama.cpp)
     {"model": path, "chat": [messages], "new_tokens": n}        → {"replies": [text]}                     (llama.cpp)
     {"model": path, "batches": [n], "prompt_tokens": p, "new_tokens": n}
                                                                 → {"speed": [{batch, prefill, decode}]}, tokens a second
 
-An engine that cannot load the model answers {"error": its message}.
+The first two may be asked of vLLM at once. An engine that cannot load the model answers {"error": its message}.
 """
 
 from __future__ import annotations

@@ -33,7 +33,7 @@ def main(request: dict[str, Any]) -> dict[str, Any]:
         engine = LLM(
             model=request["model"],
             dtype=request.get("dtype", "float32"),
-            max_model_len=request.get("context", 512),
+            max_model_len=1024,
             enforce_eager=True,
             enable_prefix_caching=False,
             seed=0,
@@ -47,12 +47,31 @@ def main(request: dict[str, Any]) -> dict[str, Any]:
         return [list(output.outputs[0].token_ids) for output in outputs]
 
     try:
+        answer: dict[str, Any] = {}
         if "prompts" in request:
-            return {"tokens": run(request["prompts"], request["new_tokens"])}
-        return {"speed": [measure(run, batch, request["prompt_tokens"], request["new_tokens"])
-                          for batch in request["batches"]]}  # fmt: skip
+            answer["tokens"] = run(request["prompts"], request["new_tokens"])
+        if "samples" in request:
+            answer |= {
+                "nll": sum(nll(engine, ids) for ids in request["samples"]),
+                "predictions": sum(len(ids) - 1 for ids in request["samples"]),
+            }
+        if "batches" in request:
+            answer["speed"] = [
+                measure(run, batch, request["prompt_tokens"], request["new_tokens"]) for batch in request["batches"]
+            ]
     except Exception as error:  # noqa: BLE001 (a kernel that is not there shows itself only here)
         return {"error": f"{type(error).__name__}: {error}"}
+    return answer
+
+
+def nll(engine: Any, ids: list[int]) -> float:
+    """Σ −log p of every token but the first, nats."""
+    from vllm import SamplingParams
+
+    options = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=1)
+    (output,) = engine.generate([{"prompt_token_ids": ids}], options, use_tqdm=False)
+    found = output.prompt_logprobs[1:]  # there is none for the first token
+    return -sum(entry[token].logprob for entry, token in zip(found, ids[1:], strict=True))
 
 
 def measure(run: Any, batch: int, prompt_tokens: int, new_tokens: int) -> dict[str, Any]:

@@ -149,10 +149,16 @@ def perplexity(model: Any, samples: torch.Tensor) -> float:
     return math.exp(total / (samples.shape[0] * (samples.shape[1] - 1)))
 
 
+def chosen_logits(model: Any, prompt: list[int], chosen: list[int]) -> torch.Tensor:
+    """Logits from which each token after the prompt is chosen, given those before it: (tokens, vocabulary)."""
+    with torch.inference_mode():
+        logits: torch.Tensor = model(torch.tensor([prompt + chosen])).logits
+    return logits[0, len(prompt) - 1 : -1]
+
+
 def missed(model: Any, prompt: list[int], chosen: list[int]) -> torch.Tensor:
     """By how much each token chosen after the prompt was behind the model's likeliest one, logits."""
-    with torch.inference_mode():
-        logits = model(torch.tensor([prompt + chosen])).logits[0, len(prompt) - 1 : -1]
+    logits = chosen_logits(model, prompt, chosen)
     return logits.max(dim=1).values - logits[torch.arange(len(chosen)), torch.tensor(chosen)]
 
 

@@ -37,6 +37,7 @@ def test_every_format_is_there_with_its_card(sources: tuple[Path, Path, Path], t
     for folder in made.iterdir():
         card = (folder / "README.md").read_text()
         assert "## How to load" in card
+        assert f"export.formats: [{folder.name}]" in card
         assert "dvc repro export@v" in card
 
 

@@ -169,8 +169,10 @@ def _relation(info: CardInfo) -> str | None:
 
 def _tags(info: CardInfo) -> list[str]:
     tags = ["hwpq"]
+    if info.grid or info.format != "compressed-tensors":  # without a grid that is a plain checkpoint
+        tags.append(info.format)
     if info.grid:
-        tags += [info.format, info.grid.partition("_")[0]]
+        tags.append(info.grid.partition("_")[0])
     if info.structure != "dense":
         tags += ["pruned", "2:4" if info.structure == "2of4" else "unstructured-sparsity"]
     return tags
@@ -263,10 +265,10 @@ def _load_gguf(info: CardInfo) -> str:
 
 def _load_packed(_info: CardInfo) -> str:
     return (
-        "```bash\npip install hwpq-pipeline\n```\n\n```python\n"
+        "```bash\npip install .   # in a checkout of hwpq-pipeline: no other engine reads this format\n```\n\n```python\n"
         "from hwpq_pipeline.runtime import load_packed\n"
         "from transformers import AutoTokenizer\n\n"
-        'model = load_packed("path/to/this/directory")                 # CPU; device="cuda" for a GPU\n'
+        'model = load_packed("path/to/this/directory")   # on the CPU\n'
         'tokenizer = AutoTokenizer.from_pretrained("path/to/this/directory")\n```\n\n'
         "The zeros are not stored: of every four weights there are two values and their places."
     )

@@ -61,7 +61,8 @@ def export_formats(
             logging.getLogger(__name__).info("%s is not 2:4: no semi-structured export of it", name)
             continue
         write, kind = WRITERS[word]
-        write(model, compressed, target / word, card=replace(card, format=kind))
+        command = f"# with export.formats: [{word}] in conf/base/parameters.yml\n{card.command}"
+        write(model, compressed, target / word, card=replace(card, format=kind, command=command))
     return target
 
 
