@@ -265,7 +265,8 @@ def _load_gguf(info: CardInfo) -> str:
 
 def _load_packed(_info: CardInfo) -> str:
     return (
-        "```bash\npip install .   # in a checkout of hwpq-pipeline: no other engine reads this format\n```\n\n```python\n"
+        "No other engine reads this format.\n\n"
+        "```bash\npip install .   # in a checkout of hwpq-pipeline\n```\n\n```python\n"
         "from hwpq_pipeline.runtime import load_packed\n"
         "from transformers import AutoTokenizer\n\n"
         'model = load_packed("path/to/this/directory")   # on the CPU\n'

@@ -22,6 +22,10 @@ Inputs are `input_ids` and `attention_mask` (batch, length) and the cache, `past
 ONNX Runtime GenAI and Transformers.js use. Weights lie in `model.onnx.data`, so that size has no limit, and are written
 a tensor at a time.
 
+ONNX Runtime's attention takes several sequences without a cache, or one token of each with it; more tokens behind a
+cache only of one sequence ("batch_size must be 1 when sequence_length > 1 and past context is given"). Batches are of
+sequences of one length: padding has not been tried.
+
 Served architecture: `llama` without biases, with plain rotary embeddings and heads of a multiple of 16.
 """
 
