@@ -71,10 +71,21 @@ def main() -> None:
         before = results.get("models", {})
         rows = before.get("rows", []) if {name: before.get(name) for name in asked} == asked else []
         for row in models(arguments, asked):
-            rows = [old for old in rows if (old["engine"], old["variant"]) != (row["engine"], row["variant"])] + [row]
+            rows = merged(rows, row)
             results["models"] = {"machine": machine(), **asked, "rows": rows}
             write_results(RESULTS, "inference", results, render(results))
     print(render(results))
+
+
+def merged(rows: list[dict[str, Any]], new: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows with a new one in the place of that engine's and variant's, batches it does not have kept; in order."""
+    key = (new["engine"], new["variant"])
+    old = next((row for row in rows if (row["engine"], row["variant"]) == key), {})
+    if "speed" in new:
+        again = {entry["batch"] for entry in new["speed"]}
+        kept = [entry for entry in old.get("speed", []) if entry["batch"] not in again]
+        new = {**new, "speed": sorted([*kept, *new["speed"]], key=lambda entry: entry["batch"])}
+    return sorted([row for row in rows if row is not old] + [new], key=lambda row: (row["engine"], row["variant"]))
 
 
 def layer(rows: int, columns: int) -> dict[str, Any]:
@@ -126,7 +137,6 @@ def models(arguments: argparse.Namespace, asked: dict[str, int]) -> Iterator[dic
     names = arguments.variants or sorted(
         path.name for path in EXPORTS.iterdir() if path.is_dir() and (path / "config.json").is_file()
     )
-    names = ["dense", *(name for name in names if name != "dense")]
     with tempfile.TemporaryDirectory() as folder:
         for engine in arguments.engines:
             for name, variant, speed in MEASURED[engine](names, {**asked, "batches": arguments.batches}, Path(folder)):
@@ -141,8 +151,9 @@ Runs = Iterator[tuple[str, str, Callable[[], dict[str, Any]]]]
 
 def in_transformers(names: list[str], asked: dict[str, Any], _: Path) -> Runs:
     """The exports as they are, in float32, and the dense model in its bfloat16."""
-    yield "transformers, bfloat16", "dense", lambda: ours(stock(EXPORTS / "dense", torch.bfloat16), asked)
     for name in names:
+        if name == "dense":
+            yield "transformers, bfloat16", name, lambda: ours(stock(EXPORTS / "dense", torch.bfloat16), asked)
         yield "transformers, float32", name, lambda name=name: ours(stock(EXPORTS / name, torch.float32), asked)
 
 

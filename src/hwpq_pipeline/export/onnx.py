@@ -57,7 +57,9 @@ class _Graph:
     """Nodes and weights; the weights' bytes go to the data file as they come."""
 
     def __init__(self, data: Any) -> None:
-        self.data, self.nodes, self.weights = data, [], []
+        self.data = data
+        self.nodes: list[Any] = []
+        self.weights: list[Any] = []
 
     def node(self, operator: str, inputs: list[str], output: str | list[str], **attributes: Any) -> str:
         """Add an operation; gives back the name of its first output."""
