@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from hwpq_pipeline.errors import HwpqError
 from hwpq_pipeline.export.card import CardInfo
 from hwpq_pipeline.export.semi_structured import export_semi_structured
-from hwpq_pipeline.runtime import PackedLinear, load_packed
+from hwpq_pipeline.runtime import PackedLinear, load_packed, packed_linear
 from tests.export.making import layer_shapes
 from tests.kernels.test_packed_matvec import codes, two_of_four
 from tests.tiny import tiny_checkpoint, tiny_config, tiny_model, tiny_tokens
@@ -51,7 +51,10 @@ def exported(tmp_path: Path, grid: str | None, group_size: int | None = None) ->
 
 
 @pytest.mark.parametrize(("grid", "group_size"), CASES)
-def test_the_runtime_computes_with_the_packed_weights(tmp_path: Path, grid: str | None, group_size: int | None) -> None:
+def test_the_runtime_computes_with_the_packed_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, grid: str | None, group_size: int | None
+) -> None:
+    monkeypatch.setattr(packed_linear, "FEW", 4)
     directory, weights = exported(tmp_path, grid, group_size)
     model, dense, tokens = load_packed(directory), tiny_model(), tiny_tokens()
     for layer, weight in weights.items():

@@ -69,6 +69,19 @@ def test_scales_of_groups(group):
     torch.testing.assert_close(got.double(), wanted, rtol=1e-5, atol=1e-4 * float(wanted.abs().max()))
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_many_inputs_are_done_like_one(kind, monkeypatch):
+    monkeypatch.setattr(cpu, "SMALLEST_SHARED", 0)  # by threads, too
+    generator = torch.Generator().manual_seed(6)
+    kept, positions = pack_two_of_four(codes(kind, two_of_four(300, 600, generator)))
+    arranged = cpu.arrange(kept, positions, 0.1 + torch.rand(300, 1, generator=generator))
+    x = torch.randn(2, 7, 600, generator=generator)[:, ::2]  # neither contiguous nor flat
+    got = cpu.packed_matvec(arranged, x)
+    monkeypatch.setattr(cpu, "SMALLEST_SHARED", 1 << 40)
+    one_by_one = torch.stack([cpu.packed_matvec(arranged, row) for row in x.reshape(-1, 600)])
+    assert torch.equal(got, one_by_one.view(2, 4, 300))
+
+
 def test_both_ways_to_choose_give_the_same_sums():
     """Every processor's way is compiled here: that of the others is the portable one."""
     add = cpu.adding(permute=False)

@@ -10,8 +10,9 @@ import pytest
 
 from hwpq_pipeline.parameters import Calibration, Export, Variant
 from hwpq_pipeline.pipelines.export.nodes import WRITERS, export_formats, export_variant
+from tests.export.test_onnx import HEADS
 from tests.export.test_semi_structured import make_two_of_four
-from tests.tiny import tiny_checkpoint
+from tests.tiny import tiny_checkpoint, tiny_config
 
 CALIBRATION = Calibration(samples=4, length=64, seed=0)
 VARIANT = {"description": "d", "quantization": {"grid": "int8"}}
@@ -20,7 +21,7 @@ VARIANT = {"description": "d", "quantization": {"grid": "int8"}}
 @pytest.fixture
 def sources(tmp_path: Path) -> tuple[Path, Path, Path]:
     """Model, corpus and a 2:4 compressed model."""
-    model, corpus = tiny_checkpoint(tmp_path / "model"), tmp_path / "corpus"
+    model, corpus = tiny_checkpoint(tmp_path / "model", tiny_config(**HEADS)), tmp_path / "corpus"
     corpus.mkdir()
     (model / "source.json").write_text(json.dumps({"name": "tiny", "license": "apache-2.0"}))
     (corpus / "source.json").write_text(json.dumps({"name": "words"}))

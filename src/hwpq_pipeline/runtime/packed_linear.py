@@ -1,8 +1,8 @@
 """A linear layer whose 2:4 weight stays packed on the CPU.
 
-One to `FEW` rows of inputs (decoding) go through the packed kernel one by one, each reading the packed bytes once. More
-of them (a prompt) are worth unpacking the weight for: it is made dense, used and dropped, which costs about as much as
-the product of a few dozen tokens and nothing in lasting memory. Inputs are computed with in float32; activations are
+Up to `FEW` rows of inputs (decoding, short prompts) go through the packed kernel, which reads the packed bytes once.
+More of them are worth unpacking the weight for: it is made dense, used and dropped, which costs about as much as the
+kernel's product of some hundreds of tokens, and no lasting memory. Inputs are computed with in float32; activations are
 not rounded to FP8 or INT8, so results are a little closer to the dense model than those of the compressed-tensors
 export.
 """
@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from hwpq_pipeline.compression.packing import unpack_two_of_four
 from hwpq_pipeline.kernels.packed_matvec import cpu
 
-#: Rows of inputs up to which the packed kernel is run for each.
-FEW = 4
+#: Rows of inputs up to which the packed kernel is run.
+FEW = 256
 
 
 def dense_weight(kept: Tensor, positions: Tensor, scale: Tensor | None, *, where: str) -> Tensor:
@@ -59,7 +59,7 @@ class PackedLinear(nn.Module):
         """(…, in) to (…, out), dtype of ``x``."""
         rows = x.reshape(-1, self.in_features).float()
         if rows.shape[0] <= FEW:
-            result = torch.stack([cpu.packed_matvec(self._arranged, row) for row in rows])
+            result = cpu.packed_matvec(self._arranged, rows)
         else:
             result = rows @ dense_weight(*cpu.disarrange(self._arranged), where=self.name).T
         if self.bias is not None:

@@ -29,8 +29,9 @@ _STORED = {
 }
 #: What FP8's shifted bits lack, in two halves so that no product leaves float32's range.
 _HALF = {"float8_e4m3fn": 2.0**60}
-#: Layers below so many weights are done by the calling thread alone: waking another costs as much.
-SMALLEST_SHARED = 1 << 19
+#: Products below so many weights times inputs are done by the calling thread alone: waking another costs a tenth of a
+#: millisecond and more, in which one thread does some two million.
+SMALLEST_SHARED = 1 << 23
 
 # llvmlite ships no types; these say what is meant.
 Builder = Any
@@ -104,37 +105,44 @@ def disarrange(weight: Arranged) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def packed_matvec(weight: Arranged, x: Tensor) -> Tensor:
-    """(out,) float32 = the weight times ``x`` (in,) float32."""
+    """The weight times ``x``: (out,) float32 for (in,) float32, (n, out) for (n, in).
+
+    A block of rows of the weight is taken to all n inputs before the next, so it comes from memory once.
+    """
     blocks, words, _ = weight.positions.shape
-    padded = np.zeros(words * WORD, np.float32)
-    np.multiply(x.detach().numpy(), np.float32(_HALF.get(weight.kind, 1.0)), out=padded[: weight.shape[1]])
-    result = np.empty(blocks * LANES, np.float32)
+    rows, columns = weight.shape
+    given = x.detach().reshape(-1, columns).numpy()
+    padded = np.zeros((given.shape[0], words * WORD), np.float32)
+    np.multiply(given, np.float32(_HALF.get(weight.kind, 1.0)), out=padded[:, :columns])
+    result = np.empty((given.shape[0], blocks * LANES), np.float32)
     arguments = (weight.values.reshape(-1), weight.positions.reshape(-1), weight.scale, padded, result)
 
     def work(first: int, last: int) -> None:
         _blocks(*arguments, words // weight.scale.shape[1], first, last)
 
-    if weight.shape[0] * weight.shape[1] < SMALLEST_SHARED:
+    if given.shape[0] * rows * columns < SMALLEST_SHARED:
         work(0, blocks)
     else:
-        over_rows(work, blocks, words * WORD * LANES)
-    return torch.from_numpy(result[: weight.shape[0]])
+        over_rows(work, blocks, given.shape[0] * words * WORD * LANES)
+    return torch.from_numpy(result[:, :rows]).view(*x.shape[:-1], rows)
 
 
 @jit
 def _blocks(values, positions, scale, x, result, words, first, last):  # type: ignore[no-untyped-def]
-    """Blocks ``first`` to ``last - 1``; ``words`` of 32 inputs share a scale."""
+    """Blocks ``first`` to ``last - 1`` for all rows of ``x``; ``words`` of 32 inputs share a scale."""
     sums = np.empty(LANES, np.float32)
     for block in range(first, last):
-        total = result[block * LANES : (block + 1) * LANES]
-        total[:] = 0
-        for group in range(scale.shape[1]):
-            sums[:] = 0
-            for word in range(group * words, (group + 1) * words):
-                at = (block * scale.shape[1] * words + word) * LANES
-                _add_word(values, at * (WORD // 2), positions, at, x, word * WORD, sums)
-            for lane in range(LANES):
-                total[lane] += sums[lane] * scale[block, group, lane]
+        for row in range(x.shape[0]):
+            given = x[row]
+            total = result[row, block * LANES : (block + 1) * LANES]
+            total[:] = 0
+            for group in range(scale.shape[1]):
+                sums[:] = 0
+                for word in range(group * words, (group + 1) * words):
+                    at = (block * scale.shape[1] * words + word) * LANES
+                    _add_word(values, at * (WORD // 2), positions, at, given, word * WORD, sums)
+                for lane in range(LANES):
+                    total[lane] += sums[lane] * scale[block, group, lane]
 
 
 def _lanes(element: Any) -> Any:
