@@ -9,6 +9,7 @@ and llama.cpp is compiled; a runner beside this file is started there and import
     {"model": path, "chat": [messages], "new_tokens": n}        → {"replies": [text]}                     (llama.cpp)
     {"model": path, "batches": [n], "prompt_tokens": p, "new_tokens": n}
                                                                 → {"speed": [{batch, prefill, decode}]}, tokens a second
+    {"codes": [largest]}                                        → {"wrong": [share of INT8 products]}     (vLLM)
 
 The first two may be asked of vLLM at once. An engine that cannot load the model answers {"error": its message}.
 """

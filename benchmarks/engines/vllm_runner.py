@@ -29,6 +29,8 @@ def main(request: dict[str, Any]) -> dict[str, Any]:
     """Load the model and do what is asked; an error that the engine raises is the answer, too."""
     from vllm import LLM, SamplingParams
 
+    if "codes" in request:
+        return {"wrong": [wrong_products(largest) for largest in request["codes"]]}
     try:
         engine = LLM(
             model=request["model"],
@@ -62,6 +64,20 @@ def main(request: dict[str, Any]) -> dict[str, Any]:
     except Exception as error:  # noqa: BLE001 (a kernel that is not there shows itself only here)
         return {"error": f"{type(error).__name__}: {error}"}
     return answer
+
+
+def wrong_products(largest: int) -> float:
+    """The share of products of INT8 inputs with INT8 weights up to ``largest`` that are not what integers give."""
+    import torch
+    from vllm import _custom_ops as ops
+
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randint(-127, 128, (16, 576), dtype=torch.int8, generator=generator)
+    weight = torch.randint(-largest, largest + 1, (192, 576), dtype=torch.int8, generator=generator)
+    handler = ops.create_onednn_scaled_mm(weight.t(), torch.ones(192, 1), torch.float32, True, False, 8)
+    found = torch.empty(16, 192)
+    ops.onednn_scaled_mm(handler, x, found, torch.ones(16, 1), None, None, None)
+    return float((found.long() != x.long() @ weight.long().t()).double().mean())
 
 
 def nll(engine: Any, ids: list[int]) -> float:
