@@ -107,7 +107,7 @@ engines: $(ENGINES)/vllm/.installed $(ENGINES)/llama/.installed  ## vLLM and lla
 data/07_export/paper-2of4-fp8: | $(STAMP)
 	kedro run
 
-test-engines: $(STAMP) engines | data/07_export/paper-2of4-fp8  ## the exports of make run in transformers, vLLM and llama.cpp
+test-engines: $(STAMP) engines | data/07_export/paper-2of4-fp8  ## the exports of make run in transformers, vLLM, llama.cpp and ONNX Runtime
 	pytest -m engines tests/engines $(ARGS)
 
 lint: $(STAMP)  ## ruff and mypy (the import contracts run among the tests)

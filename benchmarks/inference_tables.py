@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -86,8 +87,17 @@ def dense_of(engine: str) -> str:
 
 
 def _cell(rows: list[dict[str, Any]], row: dict[str, Any], kind: str, batch: int) -> str:
-    value = speed(rows, row["engine"], row["variant"], kind, batch)
-    return f"{value:.1f} ({value / speed(rows, dense_of(row['engine']), 'dense', kind, batch):.2f})"
+    return _beside(
+        speed(rows, row["engine"], row["variant"], kind, batch),
+        speed(rows, dense_of(row["engine"]), "dense", kind, batch),
+    )
+
+
+def _beside(value: float, dense: float) -> str:
+    """A speed and × the dense model's; nothing for what was not measured."""
+    if math.isnan(value):
+        return ""
+    return f"{value:.1f}" if math.isnan(dense) else f"{value:.1f} ({value / dense:.2f})"
 
 
 def decoding_table(rows: list[dict[str, Any]]) -> str:
@@ -103,7 +113,7 @@ def decoding_table(rows: list[dict[str, Any]]) -> str:
             engine = exact.get(column, column)
             value = speed(rows, engine, variant, "decode", 1)
             dense = speed(rows, exact.get(dense_of(engine), dense_of(engine)), "dense", "decode", 1)
-            cells.append("" if value != value else f"{value:.1f} ({value / dense:.2f})")
+            cells.append(_beside(value, dense))
         lines.append(f"| `{variant}` | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
