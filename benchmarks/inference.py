@@ -27,6 +27,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numba
 import numpy as np
 import torch
 
@@ -60,14 +61,22 @@ def main() -> None:
     parser.add_argument("--prompt-tokens", type=int, default=32)
     parser.add_argument("--new-tokens", type=int, default=16)
     parser.add_argument("--variants", nargs="+", help="all exports, if left out")
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of every engine")
     arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    numba.set_num_threads(min(arguments.threads, numba.config.NUMBA_NUM_THREADS))
+    os.environ["OMP_NUM_THREADS"] = str(arguments.threads)  # the engines' processes
     file = RESULTS / "inference.json"
     results = json.loads(file.read_text()) if file.is_file() else {}
     if arguments.only != "models":
         results["layers"] = {"machine": machine(), "rows": [layer(*shape) for shape in SHAPES]}
         write_results(RESULTS, "inference", results, render(results))
     if arguments.only != "layers":
-        asked = {"prompt_tokens": arguments.prompt_tokens, "new_tokens": arguments.new_tokens}
+        asked = {
+            "prompt_tokens": arguments.prompt_tokens,
+            "new_tokens": arguments.new_tokens,
+            "threads": arguments.threads,
+        }
         before = results.get("models", {})
         rows = before.get("rows", []) if {name: before.get(name) for name in asked} == asked else []
         for row in models(arguments, asked):
@@ -169,7 +178,7 @@ def in_onnxruntime(names: list[str], asked: dict[str, Any], folder: Path) -> Run
     """ONNX files, float32 activations."""
     for name in names:
         made = export_onnx(MODEL, COMPRESSED / name / "model", folder / f"{name}-onnx")
-        yield "ONNX Runtime", name, lambda made=made: speed_of(Session(made).greedy, asked)
+        yield "ONNX Runtime", name, lambda made=made: speed_of(Session(made, asked["threads"]).greedy, asked)
 
 
 def in_llama(names: list[str], asked: dict[str, Any], folder: Path) -> Runs:

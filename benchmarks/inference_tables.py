@@ -16,19 +16,20 @@ def render(results: dict[str, Any]) -> str:
     if "layers" in results:
         parts += [
             "## One token through one layer",
-            _machine(results["layers"]),
+            measured_on(results["layers"]),
             *_layer_tables(results["layers"]["rows"]),
         ]
     if "models" in results:
-        parts += ["## Whole models, tokens a second", _machine(results["models"]), _models_text(results["models"])]
+        parts += ["## Whole models, tokens a second", measured_on(results["models"]), _models_text(results["models"])]
     return "\n\n".join(parts) + "\n"
 
 
-def _machine(part: dict[str, Any]) -> str:
+def measured_on(part: dict[str, Any]) -> str:
+    """One line on what a part was measured on."""
     info = part["machine"]
     return (
-        f"{info['cores']} cores of {info['processor']} ({info['capability']}), torch {info['torch']}, "
-        f"numba {info['numba']}, load {info['load_before']:.1f} before."
+        f"{info['torch_threads']} of {info['cores']} cores of {info['processor']} ({info['capability']}), "
+        f"torch {info['torch']}, numba {info['numba']}, load {info['load_before']:.1f} before."
     )
 
 

@@ -18,7 +18,7 @@ from typing import Any
 import transformers
 import yaml
 
-from benchmarks.inference_tables import decoding_table, layer_table, speed
+from benchmarks.inference_tables import decoding_table, layer_table, measured_on, speed
 from benchmarks.machine import machine
 from benchmarks.output import RESULTS
 from benchmarks.peers.contest import TASKS
@@ -125,7 +125,8 @@ def inference() -> str:
         "The dense model in bfloat16, for which this processor has no instructions, decodes "
         f"{speed(rows, 'transformers, bfloat16', 'dense', 'decode', 1):.1f} in transformers."
     )
-    return "\n\n".join([layers, above, decoding_table(rows), below])
+    where = f"Layers: {measured_on(report['layers'])} Models: {measured_on(report['models'])}"
+    return "\n\n".join([layers, above, decoding_table(rows), below, where])
 
 
 def main() -> None:

@@ -7,7 +7,7 @@ and llama.cpp is compiled; a runner beside this file is started there and import
     {"model": path, "samples": [[ids]]}                         → {"nll": nats, "predictions": n}
     {"model": path, "texts": [text]}                            → {"ids": [[ids]]}                        (llama.cpp)
     {"model": path, "chat": [messages], "new_tokens": n}        → {"replies": [text]}                     (llama.cpp)
-    {"model": path, "batches": [n], "prompt_tokens": p, "new_tokens": n}
+    {"model": path, "batches": [n], "prompt_tokens": p, "new_tokens": n, "threads": t}
                                                                 → {"speed": [{batch, prefill, decode}]}, tokens a second
     {"codes": [largest]}                                        → {"wrong": [share of INT8 products]}     (vLLM)
 

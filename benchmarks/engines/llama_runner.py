@@ -75,7 +75,7 @@ def measure(request: dict[str, Any], sequences: int) -> dict[str, Any]:
     parameters = llama_cpp.llama_context_default_params()
     parameters.n_ctx, parameters.n_seq_max = sequences * (prompt + new), sequences
     parameters.n_batch = sequences * prompt
-    parameters.n_threads = parameters.n_threads_batch = os.cpu_count()
+    parameters.n_threads = parameters.n_threads_batch = request["threads"]
     context = llama_cpp.llama_init_from_model(model, parameters)
     best = {"prefill": 0.0, "decode": 0.0}
     for _ in range(2):

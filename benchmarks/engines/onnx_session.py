@@ -15,12 +15,17 @@ class Session:
 
     Args:
         directory: an export of format `onnx`.
+        threads: how many; 0 for ONNX Runtime's own choice.
     """
 
-    def __init__(self, directory: str | Path) -> None:
+    def __init__(self, directory: str | Path, threads: int = 0) -> None:
         import onnxruntime
 
-        self.session = onnxruntime.InferenceSession(Path(directory, "model.onnx"), providers=["CPUExecutionProvider"])
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads
+        self.session = onnxruntime.InferenceSession(
+            Path(directory, "model.onnx"), options, providers=["CPUExecutionProvider"]
+        )
         pasts = [entry for entry in self.session.get_inputs() if entry.name.startswith("past_key_values.")]
         self.names = [entry.name.removeprefix("past_key_values.") for entry in pasts]
         self.heads, self.size = pasts[0].shape[1], pasts[0].shape[3]
