@@ -26,7 +26,8 @@ DATABASE := sqlite:///$(CURDIR)/mlflow.db
 UI_PORT  ?= 5000
 BASE     ?= main
 
-.PHONY: help install run repro ci sweep ui test test-browser screenshots test-postgres test-sweep test-fast lint format viz pipeline-picture bench-selection bench-selection-quality bench-peers lock clean
+.PHONY: help install run repro ci sweep ui lint format test test-fast test-browser screenshots test-postgres test-sweep \
+	engines test-engines viz pipeline-picture bench-selection bench-selection-quality bench-peers bench-inference lock clean
 
 help:  ## what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 26
@@ -98,7 +99,26 @@ test-sweep: $(STAMP)  ## `make sweep` on a tiny model
 	pytest -m sweep $(ARGS)
 
 test-fast: $(STAMP)  ## the tests that take seconds
-	pytest -m "not slow and not e2e" $(ARGS)
+	pytest -m "not (slow or e2e or browser or engines or postgres or sweep)" $(ARGS)
+
+# Engines of users, each in an environment of its own: vLLM wants another transformers, llama.cpp is compiled (g++,
+# cmake; minutes, once). Their locks are whole; vLLM's leaves out torchvision, torchaudio and torchcodec, whose builds do
+# not match this torch, and which language models do not need.
+ENGINES := .engines
+
+$(ENGINES)/%/.installed: benchmarks/engines/%.lock
+	@echo "Installing the engine $* into $(ENGINES)/$*; this takes some minutes, once."
+	@test -x $(ENGINES)/$*/bin/python || $(PYTHON) -m venv $(ENGINES)/$*
+	@$(ENGINES)/$*/bin/python -m pip install --quiet --no-deps -r $<
+	@touch $@
+
+engines: $(ENGINES)/vllm/.installed $(ENGINES)/llama/.installed  ## vLLM and llama.cpp, to check exports with
+
+data/07_export/paper-2of4-fp8: | $(STAMP)
+	kedro run
+
+test-engines: $(STAMP) engines | data/07_export/paper-2of4-fp8  ## the exports of make run in transformers, vLLM, llama.cpp and ONNX Runtime
+	pytest -m engines tests/engines $(ARGS)
 
 lint: $(STAMP)  ## ruff and mypy (the import contracts run among the tests)
 	ruff check
@@ -154,6 +174,9 @@ data/02_intermediate/documents.parquet: | $(STAMP)
 bench-peers: $(STAMP) $(PEERS)/.installed data/02_intermediate/documents.parquet  ## SparseGPT, Wanda and GPTQ beside ours (SAMPLES, TASKS narrow it)
 	python -m benchmarks.peers --peers $(PEERS)/bin/python --samples $(SAMPLES) --tasks $(TASKS) $(ARGS)
 
+bench-inference: $(STAMP) | data/07_export/paper-2of4-fp8  ## tokens a second of every variant in every engine that is there (make engines)
+	python -m benchmarks.inference $(ARGS)
+
 # A fresh environment from pyproject.toml alone, frozen. Local version labels such as `+cpu` name a build that only
 # some indexes have, so they are cut; `name @ file` lines would tie the lock to one machine, so they end it.
 lock:  ## make requirements.lock anew from pyproject.toml
@@ -167,6 +190,6 @@ lock:  ## make requirements.lock anew from pyproject.toml
 	echo "requirements.lock: $$(grep -c == requirements.lock) packages"
 
 clean:  ## remove the environment, caches and all that the pipelines made (downloads and DVC's cache stay)
-	rm -rf $(VENV) $(PEERS) $(VIZ) .cache .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache src/*.egg-info build
-	rm -rf data/0* data/.scratch mlflow.db* mlartifacts mlruns
+	rm -rf $(VENV) $(PEERS) $(ENGINES) $(VIZ) .cache .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
+	rm -rf src/*.egg-info build data/[01]* data/.scratch mlflow.db* mlartifacts mlruns
 	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +

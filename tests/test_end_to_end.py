@@ -171,7 +171,7 @@ def dvc_project(tmp_path_factory) -> Path:
     per_variant = {
         f"{stage}@{variant}" for stage in ("select", "compress", "export", "evaluate") for variant in VARIANTS
     }
-    assert ran(done) == {"fetch", "calibrate", "reference", "track", "report"} | per_variant
+    assert ran(done) == {"fetch", "calibrate", "reference", "track", "report", "publish"} | per_variant
     return project
 
 

@@ -12,6 +12,7 @@ from hwpq_pipeline.parameters import (
     Calibration,
     Corpus,
     Evaluation,
+    Export,
     Gate,
     Model,
     QualityGates,
@@ -28,6 +29,7 @@ SHARED = {
     "corpus": Corpus,
     "calibration": Calibration,
     "evaluation": Evaluation,
+    "export": Export,
     "track": Track,
     "report": Report,
 }
@@ -95,6 +97,7 @@ def test_parameters_are_frozen():
         (Corpus, {"kind": "local", "name": "x"}, "needs path"),
         (Gate, {"maximum_perplexity": 3}, "Extra inputs are not permitted"),
         (Gate, {"minimum_top1_agreement": 90}, "less than or equal to 1"),
+        (Export, {"formats": ["ggml"]}, "'gguf', 'gguf-f16'"),
         (Calibration, {"samples": 0, "length": 512, "seed": 0}, "greater than or equal to 1"),
     ],
 )
