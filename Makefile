@@ -26,7 +26,8 @@ DATABASE := sqlite:///$(CURDIR)/mlflow.db
 UI_PORT  ?= 5000
 BASE     ?= main
 
-.PHONY: help install run repro ci sweep ui test test-browser screenshots test-fast lint format bench-selection bench-selection-quality bench-peers bench-gpu lock clean
+.PHONY: help install run repro ci sweep ui lint format test test-fast test-browser screenshots test-postgres test-sweep \
+	engines test-engines viz pipeline-picture bench-selection bench-selection-quality bench-peers bench-inference bench-gpu lock clean
 
 help:  ## what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 26
@@ -92,8 +93,37 @@ test-browser: $(VENV)/.browser  ## the MLflow pages and the report in Chromium (
 screenshots: $(VENV)/.browser  ## docs/images/mlflow_*.png from the runs in mlflow.db (needs a Chromium and `make run`)
 	python -m tests.browser.screenshots --database $(DATABASE)
 
+$(VENV)/.postgres: $(STAMP)
+	python -m pip install --quiet --editable '.[postgres]'
+	@touch $@
+
+test-postgres: $(VENV)/.postgres  ## logging to a server on PostgreSQL (needs PostgreSQL on the machine)
+	pytest -m postgres $(ARGS)
+
+test-sweep: $(STAMP)  ## `make sweep` on a tiny model
+	pytest -m sweep $(ARGS)
+
 test-fast: $(STAMP)  ## the tests that take seconds
-	pytest -m "not slow and not e2e" $(ARGS)
+	pytest -m "not (slow or e2e or browser or engines or postgres or sweep)" $(ARGS)
+
+# Engines of users, each in an environment of its own: vLLM wants another transformers, llama.cpp is compiled (g++,
+# cmake; minutes, once). Their locks are whole; vLLM's leaves out torchvision, torchaudio and torchcodec, whose builds do
+# not match this torch, and which language models do not need.
+ENGINES := .engines
+
+$(ENGINES)/%/.installed: benchmarks/engines/%.lock
+	@echo "Installing the engine $* into $(ENGINES)/$*; this takes some minutes, once."
+	@test -x $(ENGINES)/$*/bin/python || $(PYTHON) -m venv $(ENGINES)/$*
+	@$(ENGINES)/$*/bin/python -m pip install --quiet --no-deps -r $<
+	@touch $@
+
+engines: $(ENGINES)/vllm/.installed $(ENGINES)/llama/.installed  ## vLLM and llama.cpp, to check exports with
+
+data/07_export/paper-2of4-fp8: | $(STAMP)
+	kedro run
+
+test-engines: $(STAMP) engines | data/07_export/paper-2of4-fp8  ## the exports of make run in transformers, vLLM, llama.cpp and ONNX Runtime
+	pytest -m engines tests/engines $(ARGS)
 
 lint: $(STAMP)  ## ruff and mypy (the import contracts run among the tests)
 	ruff check
@@ -103,6 +133,25 @@ lint: $(STAMP)  ## ruff and mypy (the import contracts run among the tests)
 format: $(STAMP)  ## mend what ruff can mend
 	ruff check --fix
 	ruff format
+
+# Kedro-Viz wants another ipython than the lock has, hence an environment of its own, which sees the project's behind it.
+VIZ      := .kedro-viz
+VIZ_PORT ?= 4141
+
+$(VIZ)/.installed: $(STAMP)
+	@echo "Installing Kedro-Viz into $(VIZ), once."
+	@test -x $(VIZ)/bin/python || $(PYTHON) -m venv $(VIZ)
+	@grep -v '^ipython==' requirements.lock > $(VIZ)/constraints.txt
+	@$(VIZ)/bin/python -m pip install --quiet --constraint $(VIZ)/constraints.txt 'kedro-viz==12.5.0'
+	@folder='import sysconfig; print(sysconfig.get_path("purelib"))'; \
+	{ $(VENV)/bin/python -c "$$folder"; echo $(CURDIR)/src; } > "$$($(VIZ)/bin/python -c "$$folder")/project.pth"
+	@touch $@
+
+viz: $(VIZ)/.installed  ## the pipelines in Kedro-Viz, to click through
+	$(VIZ)/bin/kedro viz run --no-browser --host 127.0.0.1 --port $(VIZ_PORT)
+
+pipeline-picture: $(VIZ)/.installed $(VENV)/.browser  ## docs/images/pipeline.png, by Kedro-Viz (needs a Chromium)
+	python -m tests.browser.pipeline_picture --kedro $(VIZ)/bin/kedro
 
 bench-selection: $(STAMP)  ## selection against sort, topk and a memory copy
 	python -m benchmarks.selection $(ARGS)
@@ -130,6 +179,9 @@ data/02_intermediate/documents.parquet: | $(STAMP)
 bench-peers: $(STAMP) $(PEERS)/.installed data/02_intermediate/documents.parquet  ## SparseGPT, Wanda and GPTQ beside ours (SAMPLES, TASKS narrow it)
 	python -m benchmarks.peers --peers $(PEERS)/bin/python --samples $(SAMPLES) --tasks $(TASKS) $(ARGS)
 
+bench-inference: $(STAMP) | data/07_export/paper-2of4-fp8  ## tokens a second of every variant in every engine that is there (make engines)
+	python -m benchmarks.inference $(ARGS)
+
 # With the Python that has a CUDA build of torch, not with the project's: PYTHON names it. It installs nothing.
 bench-gpu:  ## compression and inference on a GPU beside its ceilings and rivals, in one call under ten minutes
 	PYTHONPATH=src:. $(PYTHON) -m benchmarks.gpu $(ARGS)
@@ -147,6 +199,6 @@ lock:  ## make requirements.lock anew from pyproject.toml
 	echo "requirements.lock: $$(grep -c == requirements.lock) packages"
 
 clean:  ## remove the environment, caches and all that the pipelines made (downloads and DVC's cache stay)
-	rm -rf $(VENV) $(PEERS) .cache .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache src/*.egg-info build
-	rm -rf data/0* data/.scratch mlflow.db* mlartifacts mlruns
+	rm -rf $(VENV) $(PEERS) $(ENGINES) $(VIZ) .cache .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
+	rm -rf src/*.egg-info build data/[01]* data/.scratch mlflow.db* mlartifacts mlruns
 	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +

@@ -3,6 +3,7 @@
     results     data/08_reporting/*/metrics.json (`make run` or `make repro`), in the order of the variants
     selection   benchmarks/results/selection.json (`make bench-selection`)
     peers       benchmarks/results/peers.json (`make bench-peers`)
+    inference   benchmarks/results/inference.json (`make bench-inference`)
 
 Each replaces what is between its two markers in `README.md`; the pictures are copied to `docs/images/`.
 """
@@ -17,6 +18,7 @@ from typing import Any
 import transformers
 import yaml
 
+from benchmarks.inference_tables import decoding_table, layer_table, measured_on, speed
 from benchmarks.machine import machine
 from benchmarks.output import RESULTS
 from benchmarks.peers.contest import TASKS
@@ -111,11 +113,27 @@ def peers() -> str:
     return "\n".join(lines)
 
 
+def inference() -> str:
+    """One token through one layer, and decoding with whole models."""
+    report = json.loads((RESULTS / "inference.json").read_text())
+    rows = report["models"]["rows"]
+    layers = layer_table(report["layers"]["rows"], ("2:4 int8", "2:4 float8_e4m3fn", "2:4 bfloat16"))
+    above = (
+        "Tokens a second of one sequence, in brackets × the same engine's dense model (the runtime's: transformers'):"
+    )
+    below = (
+        "The dense model in bfloat16, for which this processor has no instructions, decodes "
+        f"{speed(rows, 'transformers, bfloat16', 'dense', 'decode', 1):.1f} in transformers."
+    )
+    where = f"Layers: {measured_on(report['layers'])} Models: {measured_on(report['models'])}"
+    return "\n\n".join([layers, above, decoding_table(rows), below, where])
+
+
 def main() -> None:
     """Rewrite the tables and the pictures."""
     readme = ROOT / "README.md"
     text = readme.read_text()
-    for made in (results, selection, peers):
+    for made in (results, selection, peers, inference):
         begin, end = BEGIN.format(made.__name__), END.format(made.__name__)
         before, rest = text.split(begin)
         text = f"{before}{begin}\n\n{made()}\n\n{end}{rest.split(end)[1]}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -77,7 +78,7 @@ def test_ci_reruns_one_variant_compares_with_main_and_fails_on_a_gate(small):
     before = metrics_of(small)
     configure(small, "parameters_variants", variants=with_sparsity(0.7))
     done = ok(run_in(small, "make", "ci"))
-    assert ran(done) == {f"{stage}@{EWMA}" for stage in PER_VARIANT} | {"track", "report"}
+    assert ran(done) == {f"{stage}@{EWMA}" for stage in PER_VARIANT} | {"track", "report", "publish"}
     assert len(runs(small)) == len(VARIANTS) + 1
     summary = (small / "data" / "09_comparison" / "summary.md").read_text()
     assert "All quality gates hold" in summary
@@ -87,6 +88,11 @@ def test_ci_reruns_one_variant_compares_with_main_and_fails_on_a_gate(small):
     assert new == pytest.approx(metrics_of(small)["perplexity"], abs=1e-4)
     assert "dense/metrics.json" not in summary
     assert "](pareto.png)" in summary
+    changed = json.loads(ok(dvc(small, "metrics", "diff", "--json")).stdout)
+    assert set(changed) == {f"data/08_reporting/{EWMA}/metrics.json"}
+    parameters = json.loads(ok(dvc(small, "params", "diff", "--json")).stdout)
+    (sparsity,) = [value for section in parameters.values() for value in section.values()]
+    assert (sparsity["old"], sparsity["new"]) == (0.5, 0.7)
 
     tighten(small)
     failed = run_in(small, "make", "ci")
@@ -130,12 +136,13 @@ def test_the_picture_is_published_beside_the_code(small, tmp_path):
 def test_workflow_runs_what_there_is(root):
     """Every local command of the workflow exists; its YAML loads with the keys that GitHub reads."""
     workflow = yaml.safe_load((root / ".github" / "workflows" / "ci.yml").read_text())
-    assert set(workflow["jobs"]) == {"tests", "variants"}
+    assert set(workflow["jobs"]) == {"tests", "long", "variants"}
     steps = [step for job in workflow["jobs"].values() for step in job["steps"]]
     commands = "\n".join(step["run"] for step in steps if "run" in step)
     makefile = (root / "Makefile").read_text()
-    for target in ("install", "ci"):
-        assert f"make {target}" in commands
+    targets = set(re.findall(r"make ([a-z-]+)", commands))
+    assert targets == {"install", "ci", "test-sweep", "test-postgres", "test-browser"}
+    for target in targets:
         assert f"\n{target}: " in makefile
     for script in ("run", "publish"):
         assert f".ci/{script}" in commands
@@ -163,7 +170,18 @@ def test_a_wiped_copy_is_pulled_whole(small, tmp_path):
     ok(dvc(small, "pull"))
     assert stale(small) == set()
     assert weights.read_bytes() == whole
+    # Nothing is computed again; an empty database is filled again.
+    (small / "mlflow.db").unlink()
     assert ran(ok(dvc(small, "repro"))) == {"track"}
+    assert sorted(run.info.run_name for run in runs(small)) == sorted(VARIANTS)
+    assert {run.info.status for run in runs(small)} == {"FINISHED"}
+
+    shown = json.loads(ok(dvc(small, "metrics", "show", "--json")).stdout)[""]["data"]
+    assert {f"data/08_reporting/{variant}/metrics.json" for variant in VARIANTS} <= set(shown)
+    ok(dvc(small, "plots", "show", "--out", "plots"))
+    page = (small / "plots" / "index.html").read_text()
+    for picture in ("pareto.png", "error_by_layer.png", "sparsity_by_layer.png"):
+        assert picture in page
 
 
 def test_an_experiment_changes_one_variant_and_shows(small):
@@ -185,6 +203,7 @@ def flatten(value: object) -> list[dict]:
     return [found for part in value for found in flatten(part)] if isinstance(value, list) else []
 
 
+@pytest.mark.sweep
 def test_a_sweep_arrives_in_mlflow(small):
     grids = "{grid:fp8_e4m3},{grid:int4,group_size:32}"
     ok(run_in(small, "make", "sweep", f"SWEEP={EWMA}", "SPARSITY=0.4", f"GRIDS={grids}", timeout=1200))

@@ -1,8 +1,9 @@
-"""`hwpq variants`, `hwpq compare`, `hwpq plan`, as users type them."""
+"""`hwpq variants`, `hwpq compare`, `hwpq plan`, and `kedro run` of a few pipelines, as users type them."""
 
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -80,6 +81,18 @@ def test_plan_knows_the_bytes_before_they_are_there(small_project):
         planned = export_bytes(shapes, Variant.model_validate(entry).model_dump())
         planned += (stored - 2) * (shapes.others + (0 if name != "dense" else shapes.weights))
         assert planned == pytest.approx(tensors, rel=0.05)
+
+
+@pytest.mark.slow
+def test_pipelines_run_alone_and_give_the_same_bytes(small):
+    folders = [small / "data" / layer / EWMA for layer in ("05_selection", "06_models", "07_export")]
+    weights = [file for folder in folders for file in folder.rglob("*.safetensors")]
+    assert len({file.relative_to(small / "data").parts[0] for file in weights}) == len(folders)
+    before = [file.read_bytes() for file in weights]
+    for folder in folders:
+        shutil.rmtree(folder)
+    ok(kedro(small, "--pipelines", "select,compress,export", "--namespaces", f"variants.{EWMA}"))
+    assert [file.read_bytes() for file in weights] == before
 
 
 def test_lines_are_those_of_the_configuration_that_wins(tmp_path):

@@ -13,6 +13,7 @@ from hwpq_pipeline.parameters import (
     Compute,
     Corpus,
     Evaluation,
+    Export,
     Gate,
     Model,
     QualityGates,
@@ -30,6 +31,7 @@ SHARED = {
     "calibration": Calibration,
     "compute": Compute,
     "evaluation": Evaluation,
+    "export": Export,
     "track": Track,
     "report": Report,
 }
@@ -97,6 +99,7 @@ def test_parameters_are_frozen():
         (Corpus, {"kind": "local", "name": "x"}, "needs path"),
         (Gate, {"maximum_perplexity": 3}, "Extra inputs are not permitted"),
         (Gate, {"minimum_top1_agreement": 90}, "less than or equal to 1"),
+        (Export, {"formats": ["ggml"]}, "'gguf', 'gguf-f16'"),
         (Calibration, {"samples": 0, "length": 512, "seed": 0}, "greater than or equal to 1"),
     ],
 )

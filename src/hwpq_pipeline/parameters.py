@@ -200,11 +200,30 @@ class Variant(Parameters):
         return self
 
 
+class Export(Parameters):
+    """What is written beside the compressed-tensors export of every variant (pipeline `export`).
+
+    `gguf` is one file for llama.cpp and Ollama in the type of the variant's grid, `gguf-f16` the same in 16 bits,
+    `onnx` a graph for ONNX Runtime, `semi-structured` the packed 2:4 checkpoint. A format that cannot hold a variant
+    (2:4 of a dense one) is left out of it, and the log says so.
+
+    `push_to_hub: owner/model` uploads the exports, with their cards, to `owner/model-<variant>` and, for further
+    formats, `owner/model-<variant>-<format>` (pipeline `publish`), with the user's own token.
+    """
+
+    formats: tuple[Literal["gguf", "gguf-f16", "onnx", "semi-structured"], ...] = ()
+    push_to_hub: Annotated[str, Field(pattern=r"^[\w.-]+/[\w.-]+$")] | None = None
+
+
 class Track(Parameters):
-    """MLflow (pipeline `track`). `MLFLOW_TRACKING_URI` in the environment wins over `tracking_uri`."""
+    """MLflow (pipeline `track`). `MLFLOW_TRACKING_URI` in the environment wins over `tracking_uri`.
+
+    With `log_model` each run holds its export as an MLflow model, to be loaded and served from there.
+    """
 
     experiment: str
     tracking_uri: str
+    log_model: bool = False
 
 
 class Report(Parameters):

@@ -4,7 +4,19 @@ from __future__ import annotations
 
 from kedro.pipeline import Pipeline
 
-from hwpq_pipeline.pipelines import calibrate, compress, evaluate, export, fetch, gate, reference, report, select, track
+from hwpq_pipeline.pipelines import (
+    calibrate,
+    compress,
+    evaluate,
+    export,
+    fetch,
+    gate,
+    publish,
+    reference,
+    report,
+    select,
+    track,
+)
 from hwpq_pipeline.project import variant_names
 
 
@@ -19,6 +31,7 @@ def register_pipelines() -> dict[str, Pipeline]:
         "compress": compress.create_pipeline(names),
         "export": export.create_pipeline(names),
         "evaluate": evaluate.create_pipeline(names),
+        "publish": publish.create_pipeline(names),
         "track": track.create_pipeline(names),
         "report": report.create_pipeline(names),
     }

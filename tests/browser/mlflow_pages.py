@@ -42,3 +42,9 @@ def open_run(page: Any, server: str, experiment_id: str, run_id: str, *, tab: st
     """A run; `tab` may be `model-metrics` or `artifacts`."""
     page.goto(f"{server}/#/experiments/{experiment_id}/runs/{run_id}{tab and '/' + tab}")
     page.get_by_text("Artifacts").first.wait_for(timeout=WAIT)
+
+
+def open_artifact(page: Any, server: str, experiment_id: str, run_id: str, path: str) -> None:
+    """A file of a run, in the viewer that the UI has for it."""
+    open_run(page, server, experiment_id, run_id, tab=f"artifacts/{path}")
+    page.get_by_text(f"/artifacts/{path}").first.wait_for(timeout=WAIT)

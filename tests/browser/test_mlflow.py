@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import struct
 from pathlib import Path
 
+import pandas as pd
 import pytest
 from mlflow import MlflowClient
 
@@ -13,6 +15,7 @@ from tests.browser.chromium import browser, missing
 from tests.browser.mlflow_pages import (
     WAIT,
     close_assistant,
+    open_artifact,
     open_charts,
     open_comparison,
     open_run,
@@ -107,3 +110,31 @@ def test_a_run_shows_its_headline_its_data_and_its_layers(page, server, runs, sm
     open_run(page, server, experiment_of(runs), run.info.run_id, tab="model-metrics")
     page.get_by_text("error_quantized").first.wait_for(timeout=WAIT)
     page.locator(".js-plotly-plot").first.wait_for(timeout=WAIT)
+
+
+#: The pictures that are on the page with some area, by their own size in pixels.
+DRAWN = """() => [...document.images].filter(image => {
+  const box = image.getBoundingClientRect();
+  return image.complete && box.width > 100 && box.height > 50;
+}).map(image => [image.naturalWidth, image.naturalHeight])"""
+
+
+def test_the_plots_of_a_run_are_drawn(page, server, runs, small_project):
+    run = runs[EWMA]
+    for name in ("error_by_layer.png", "sparsity_by_layer.png"):
+        open_artifact(page, server, experiment_of(runs), run.info.run_id, name)
+        header = (small_project / "data" / "08_reporting" / EWMA / name).read_bytes()[16:24]
+        page.wait_for_function(
+            f"size => ({DRAWN})().some(([width, height]) => width === size[0] && height === size[1])",
+            arg=list(struct.unpack(">II", header)), timeout=WAIT,
+        )  # fmt: skip
+
+
+def test_the_table_of_layers_is_a_table(page, server, runs, small_project):
+    open_artifact(page, server, experiment_of(runs), runs[EWMA].info.run_id, "layers.csv")
+    layers = pd.read_csv(small_project / "data" / "08_reporting" / EWMA / "layers.csv", dtype=str)
+    page.get_by_text(f"Previewing the first {len(layers)} rows").first.wait_for(timeout=WAIT)
+    text = shown(page)
+    for column in ("layer", "kind", "reached_sparsity", "error_quantized"):
+        assert column in text
+        assert layers[column][0] in text

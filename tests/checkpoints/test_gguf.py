@@ -98,6 +98,23 @@ def test_model_and_tokenizer_survive(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert tokenizer.convert_ids_to_tokens(tokenizer("a12").input_ids) == ["a", "1", "2"]
 
 
+def test_the_file_is_parsed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import gguf
+
+    parsed = []
+
+    class Counted(gguf.GGUFReader):
+        def __init__(self, *arguments: object) -> None:
+            parsed.append(arguments)
+            super().__init__(*arguments)
+
+    monkeypatch.setattr(gguf, "GGUFReader", Counted)
+    file = write_gguf(tmp_path / "tiny.gguf", tiny_model())
+    fetch_model(ModelSource("gguf", path=str(file)), tmp_path / "out", tmp_path)
+    assert len(parsed) == 1
+    assert gguf.GGUFReader is Counted  # as it was
+
+
 def test_other_pre_tokenizers_are_left_alone(tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 

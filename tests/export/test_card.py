@@ -9,7 +9,7 @@ import yaml
 from huggingface_hub import ModelCard
 
 from hwpq_pipeline.errors import HwpqError
-from hwpq_pipeline.export.card import CardInfo, check_card, render_card
+from hwpq_pipeline.export.card import LIBRARIES, LOADING, CardInfo, check_card, render_card
 
 INFO = CardInfo(
     variant="2of4-fp8",
@@ -48,6 +48,14 @@ def test_every_kind_of_variant_has_a_card() -> None:
         for structure in ("dense", "2of4", "unstructured"):
             check_card(render_card(replace(INFO, grid=grid, structure=structure, calibration={}, command="")))
     assert "base_model_relation" not in render_card(replace(INFO, grid=None, structure="dense"))
+
+
+@pytest.mark.parametrize("kind", LOADING)
+def test_every_format_has_a_card_that_names_it(kind: str) -> None:
+    data = ModelCard(render_card(replace(INFO, format=kind))).data.to_dict()
+    assert kind in data["tags"]
+    assert data["library_name"] == LIBRARIES[kind]
+    assert (kind == "semi-structured") != ("Zeros are stored" in render_card(replace(INFO, format=kind)))
 
 
 def test_the_same_variant_gives_the_same_card() -> None:

@@ -1,11 +1,11 @@
-"""Logging to a server: one that is away, one that goes away, and two that log at once."""
+"""Logging to a server: one that is away, one that goes away, and two that log at once; on sqlite and on PostgreSQL."""
 
 from __future__ import annotations
 
 import subprocess
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -17,17 +17,24 @@ from mlflow import MlflowClient
 from hwpq_pipeline.errors import HwpqError
 from hwpq_pipeline.tracking.records import Dataset, Record
 from hwpq_pipeline.tracking.runs import log_once
-from tests.servers import mlflow_server
-from tests.small import VARIANTS, kedro, ok
+from tests.servers import free_port, mlflow_server, postgres, postgres_missing
+from tests.small import VARIANTS, error_lines, kedro, ok
 
 pytestmark = pytest.mark.slow
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory) -> Iterator[str]:
+ON_POSTGRES = pytest.param(
+    "postgres", marks=[pytest.mark.postgres, pytest.mark.skipif(bool(postgres_missing()), reason=postgres_missing())]
+)
+
+
+@pytest.fixture(scope="module", params=["sqlite", ON_POSTGRES])
+def server(request, tmp_path_factory) -> Iterator[str]:
     folder = tmp_path_factory.mktemp("server")
-    with mlflow_server(f"sqlite:///{folder}/mlflow.db", folder) as address:
-        yield address
+    with ExitStack() as stack:
+        on_postgres = request.param == "postgres"
+        store = stack.enter_context(postgres()) if on_postgres else f"sqlite:///{folder}/mlflow.db"
+        yield stack.enter_context(mlflow_server(store, folder))
 
 
 @pytest.fixture
@@ -153,3 +160,38 @@ def test_two_tracks_at_once_give_one_run_a_variant(server, small_project):
     found = runs(server, "hwpq")
     assert sorted(run.info.run_name for run in found) == sorted(VARIANTS)
     assert {run.info.status for run in found} == {"FINISHED"}
+
+
+def test_a_server_that_is_down_and_goes_down_by_the_command(server, small):
+    """`kedro run --pipelines track`: nobody there, then somebody for a while, then all is well."""
+    experiment = f"down-{small.parent.name}"
+    local = small / "conf" / "local" / "parameters.yml"
+    local.write_text(f"track:\n  experiment: {experiment}\n  tracking_uri: sqlite:///mlflow.db\n")
+    comparison = small / "data" / "09_comparison" / "comparison.csv"
+    comparison.unlink()
+
+    def track(address: str, retries: str = "0") -> subprocess.CompletedProcess[str]:
+        environment = {"MLFLOW_TRACKING_URI": address, "MLFLOW_HTTP_REQUEST_MAX_RETRIES": retries}
+        return kedro(small, "--pipelines", "track", env=environment)
+
+    def fails(done: subprocess.CompletedProcess[str], address: str) -> None:
+        assert done.returncode == 1
+        assert "Traceback" not in done.stdout + done.stderr
+        (line,) = error_lines(done)
+        assert address in line
+        assert "log them later with `kedro run --pipelines track`" in line
+
+    nobody = f"http://127.0.0.1:{free_port()}"
+    fails(track(nobody, retries="3"), nobody)
+    assert comparison.exists()  # what was computed is kept
+    with fails_after(server, 25) as (address, _):  # in the second variant's run
+        fails(track(address), address)
+    statuses = sorted(run.info.status for run in runs(server, experiment))
+    assert statuses == ["FINISHED", "RUNNING"]
+    done = ok(track(server))
+    assert "2 new runs" in done.stdout  # the one that was left behind is finished
+    found = runs(server, experiment)
+    assert sorted(run.info.run_name for run in found) == sorted(VARIANTS)
+    assert {run.info.status for run in found} == {"FINISHED"}
+    assert "0 new runs" in ok(track(server)).stdout
+    assert len(runs(server, experiment)) == len(VARIANTS)

@@ -10,6 +10,9 @@ Wikipedia text the difference is small: 1.1827 for 1.1831 bits a byte).
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -47,12 +50,38 @@ def convert_gguf(file: Path, target: Path, dtype: torch.dtype) -> str:
     Raises:
         HwpqError: the file is corrupt, of an architecture that transformers cannot read, or holds NaN.
     """
-    fields = _fields(file)
-    with quiet_transformers():
-        model, tokenizer = _load(file, dtype)
+    with _parsed_once():
+        fields = _fields(file)
+        with quiet_transformers():
+            model, tokenizer = _load(file, dtype)
     _write_model(model, target, dtype, file)
     _write_tokenizer(tokenizer, target, str(fields.get("tokenizer.ggml.pre")), model.config)
     return str(fields.get("general.license") or "unknown")
+
+
+@contextmanager
+def _parsed_once() -> Iterator[None]:
+    """Parse a file once while this lasts.
+
+    transformers parses it anew for the config, the weights and the tokenizer, and offers no way to hand a reader over;
+    a vocabulary of 49 thousand tokens takes ten seconds each time.
+    """
+    import gguf
+
+    original = gguf.GGUFReader
+    readers: dict[tuple[Any, ...], Any] = {}
+
+    def reader(path: str | Path, *mode: Any) -> Any:
+        key = (os.path.realpath(path), *mode)
+        if key not in readers:
+            readers[key] = original(path, *mode)
+        return readers[key]
+
+    vars(gguf)["GGUFReader"] = reader
+    try:
+        yield
+    finally:
+        vars(gguf)["GGUFReader"] = original
 
 
 def _fields(file: Path) -> dict[str, Any]:

@@ -100,7 +100,7 @@ def export_checkpoint(
     with atomic_directory(target_dir) as partial:
         write_json(partial / "config.json", config)
         _write_shards(partial, _tensors(dense, compressed, scale_dtype), shard_bytes)
-        _copy_side_files(Path(model_dir), partial)
+        copy_side_files(Path(model_dir), partial)
         if card is not None:
             write_text(partial / "README.md", render_card(card))
     return Path(target_dir)
@@ -211,7 +211,8 @@ def _write_shards(directory: Path, tensors: Iterator[tuple[str, Tensor]], shard_
     write_json(directory / "model.safetensors.index.json", index)
 
 
-def _copy_side_files(source: Path, target: Path) -> None:
+def copy_side_files(source: Path, target: Path) -> None:
+    """Copy tokenizer, generation config, chat template and licence of a checkpoint."""
     for pattern in SIDE_FILES:
         for file in sorted(source.glob(pattern)):
             if file.is_file():

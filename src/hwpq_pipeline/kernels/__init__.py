@@ -34,8 +34,9 @@ from torch import Tensor
 
 __all__ = ["flat_rows", "jit", "over_rows"]
 
-#: Below this many elements, starting threads costs more than they save.
-SMALLEST_SHARED = 1 << 17
+#: Below this much work (a weight that is selected counts as one) starting threads costs more than they save: measured
+#: on a 576 x 576 layer, 121 us alone and 207 us on two. A chunk is at least an eighth of it.
+SMALLEST_SHARED = 1 << 19
 
 
 @functools.cache
@@ -79,7 +80,7 @@ def over_rows(work: Callable[[int, int], None], rows: int, columns: int, block: 
     if threads == 1 or rows * columns < SMALLEST_SHARED:
         work(0, rows)
         return
-    share = -(-rows // (threads * 8))
+    share = max(-(-rows // (threads * 8)), SMALLEST_SHARED // 8 // columns)
     chunk = -(-share // block) * block
     starts = iter(range(0, rows, chunk))  # taking the next of an iterator is atomic
 

@@ -8,11 +8,11 @@ from kedro.pipeline import Pipeline, node
 
 from hwpq_pipeline.pipelines.variants import for_each_variant
 
-from .nodes import export_variant
+from .nodes import export_formats, export_variant
 
 
 def create_pipeline(names: Iterable[str]) -> Pipeline:
-    """One node a variant."""
+    """For every variant the checkpoint that is evaluated, and the further formats that are asked for."""
     return for_each_variant(
         [
             node(
@@ -20,6 +20,21 @@ def create_pipeline(names: Iterable[str]) -> Pipeline:
                 ["model", "corpus", "compressed", "name", "params:variant", "params:calibration", "scratch"],
                 ["export", "export_seconds"],
                 name="export",
+            ),
+            node(
+                export_formats,
+                [
+                    "model",
+                    "corpus",
+                    "compressed",
+                    "name",
+                    "params:variant",
+                    "params:calibration",
+                    "params:export",
+                    "scratch",
+                ],
+                "formats",
+                name="export_formats",
             ),
         ],
         names,

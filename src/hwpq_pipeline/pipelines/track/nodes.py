@@ -18,6 +18,7 @@ from hwpq_pipeline.pipelines.variants import by_variant
 from hwpq_pipeline.tracking.comparison import comparison_table, show
 from hwpq_pipeline.tracking.connection import resolve_uri
 from hwpq_pipeline.tracking.description import describe, layer_series
+from hwpq_pipeline.tracking.models import log_model
 from hwpq_pipeline.tracking.records import Dataset, Record
 from hwpq_pipeline.tracking.runs import log_once
 
@@ -79,9 +80,12 @@ def record(
     )
 
 
-def log(recorded: Record, track: Track) -> bool:
+def log(recorded: Record, export: Path, track: Track) -> bool:
     """Log one variant unless its content is logged already; whether the run is new."""
-    _, new = log_once(recorded, experiment=track.experiment, tracking_uri=resolve_uri(track.tracking_uri))
+    uri = resolve_uri(track.tracking_uri)
+    run_id, new = log_once(recorded, experiment=track.experiment, tracking_uri=uri)
+    if track.log_model:
+        log_model(run_id, export, recorded.variant, tracking_uri=uri)
     return new
 
 

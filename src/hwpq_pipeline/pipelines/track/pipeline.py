@@ -40,7 +40,7 @@ def create_pipeline(names: Iterable[str]) -> Pipeline:
                 "recorded",
                 name="record",
             ),
-            node(log, ["recorded", "params:track"], "new_run", name="log"),
+            node(log, ["recorded", "export", "params:track"], "new_run", name="log"),
         ],
         names,
     )

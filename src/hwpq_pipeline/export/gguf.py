@@ -1,0 +1,285 @@
+"""The GGUF file: what llama.cpp, Ollama and LM Studio load, weights, tokenizer and chat template in one file.
+
+GGUF's types hold blocks of 32 neighbouring weights of a row, each block with a float16 scale `d`:
+
+    grid               type    a block                       bits    what becomes of `scale · code`
+    int4               Q4_0    d, 32 × (q − 8), q 0 … 15     4.5     codes −8 … 7 as they are, `d = scale`
+    int8               Q8_0    d, 32 × q, q −128 … 127       8.5     codes as they are, `d = scale`
+    fp8_e4m3, fp8_e5m2 Q8_0    likewise                      8.5     rounded again: `d = max|w| / 127` of the block
+    none               F16     no blocks                     16      weights of float16's precision
+    any, `gguf-f16`    F16     no blocks                     16      `scale · code` of float16's precision
+
+Groups of 32, 64 and 128 columns, and whole rows, are whole blocks: INT4 and INT8 keep every code, and blocks of one
+group repeat its scale. (Q4_1, which adds a minimum to each block, would hold the same numbers in 5 bits: the grids here
+are symmetric and do not need it.) A scale that is a bfloat16 number, as the compression chooses them, is a float16
+number too from 2⁻¹⁷ up; below, it is off by 2⁻²⁵ at most; other scales are rounded to 11 bits.
+
+GGUF has no 8-bit floats. An FP8 weight's code has 4 significant bits wherever it lies, Q8_0 has steps of 1/127 of the
+block's largest: the second rounding moves a weight by at most 1/254 of that, less than the first one did to all but
+small weights. `gguf-f16` avoids it at twice the bytes. The rounding of activations to FP8 or INT8 is no part of a GGUF
+file: llama.cpp rounds them to 8 bits a block of 32 in its own way, whatever the weights.
+
+Everything else is copied: embeddings and an untied head as F16 (bfloat16 weights are float16 numbers within 2⁻²⁵),
+norms as F32. llama.cpp rotates neighbouring pairs where transformers rotates halves, so the rows of queries and keys
+are put in its order; rows move whole, and no code changes.
+
+Served architecture: `llama`. One tensor at a time is in memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hwpq_pipeline.checkpoints.reader import Checkpoint
+from hwpq_pipeline.checkpoints.writer import atomic_directory, write_text
+from hwpq_pipeline.errors import HwpqError
+
+from .card import CardInfo, render_card
+from .gguf_tokenizer import add_tokenizer
+from .intermediate import Intermediate
+
+BLOCK = 32
+_TYPES = {"int4": "Q4_0", "int8": "Q8_0", "fp8_e4m3": "Q8_0", "fp8_e5m2": "Q8_0"}
+_BLOCK_BYTES = {"Q4_0": 2 + BLOCK // 2, "Q8_0": 2 + BLOCK}
+_FLOAT16_MAX = torch.finfo(torch.float16).max
+Array = np.ndarray[Any, Any]
+
+
+@dataclass(frozen=True)
+class _Model:
+    """What the tensors are made from: both sources, the type of compressed layers, and the heads."""
+
+    dense: Checkpoint
+    compressed: Intermediate
+    type: str
+    heads: int
+    key_heads: int
+
+
+def export_gguf(
+    model_dir: str | Path,
+    compressed_dir: str | Path,
+    target_dir: str | Path,
+    *,
+    card: CardInfo | None = None,
+    float16: bool = False,
+) -> Path:
+    """Write a directory with one variant's GGUF file, whole or not at all.
+
+    Args:
+        model_dir: the dense checkpoint, with its tokenizer.
+        compressed_dir: the format-neutral compressed model.
+        target_dir: replaced when the new one is complete; the file in it is `model-<type>.gguf`.
+        card: what the model card says; without it the directory gets none.
+        float16: every weight as F16, rather than the type of its grid.
+
+    Returns:
+        `target_dir`.
+
+    Raises:
+        HwpqError: an architecture, a tokenizer or a group size that this module does not write; a damaged input.
+    """
+    dense, compressed = Checkpoint(model_dir), Intermediate(compressed_dir)
+    config = dense.config
+    _check_architecture(config, str(model_dir))
+    kind = "F16" if float16 or compressed.grid is None else _TYPES[compressed.grid]
+    _check_groups(dense, compressed, kind)
+    model = _Model(
+        dense, compressed, kind, config["num_attention_heads"],
+        config.get("num_key_value_heads") or config["num_attention_heads"],
+    )  # fmt: skip
+    with atomic_directory(target_dir) as partial:
+        _write_file(partial / f"model-{kind}.gguf", model, card)
+        if card is not None:
+            write_text(partial / "README.md", render_card(card))
+    return Path(target_dir)
+
+
+def _check_architecture(config: dict[str, Any], where: str) -> None:
+    rope = config.get("rope_parameters") or {}
+    if config.get("model_type") != "llama" or rope.get("rope_type", "default") != "default":
+        raise HwpqError(
+            f"no GGUF for model type {config.get('model_type')!r} with rope type {rope.get('rope_type', 'default')!r}",
+            where=f"{where}/config.json",
+            remedy="GGUF is written for llama with plain rotary embeddings; use the compressed-tensors export.",
+        )
+
+
+def _check_groups(dense: Checkpoint, compressed: Intermediate, kind: str) -> None:
+    if kind == "F16":
+        return
+    group = compressed.group_size or 0
+    for layer in compressed.quantized:
+        columns = dense.shape(f"{layer}.weight")[1]
+        if columns % BLOCK or group % BLOCK:
+            raise HwpqError(
+                f"{columns} columns in groups of {group or columns} are not whole blocks of {BLOCK}",
+                where=f"{compressed.path}: {layer}",
+                remedy="Use group_size 32, 64 or 128, or the format gguf-f16.",
+            )
+
+
+def _write_file(path: Path, model: _Model, card: CardInfo | None) -> None:
+    from gguf import GGUFWriter
+
+    writer = GGUFWriter(path, "llama")
+    try:
+        _add_description(writer, model, card)
+        _add_shapes(writer, model.dense.config)
+        add_tokenizer(writer, model.dense.path, model.dense.config["vocab_size"])
+        for name, target in _names(model).items():
+            _announce(writer, model, name, target)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for array in _arrays(model):
+            writer.write_tensor_data(array)
+    finally:
+        writer.close()
+
+
+def _add_description(writer: Any, model: _Model, card: CardInfo | None) -> None:
+    from gguf import GGML_QUANT_VERSION, LlamaFileType
+
+    writer.add_type("model")
+    writer.add_file_type(LlamaFileType[f"MOSTLY_{model.type}"])
+    writer.add_quantization_version(GGML_QUANT_VERSION)
+    if card is not None:
+        writer.add_name(f"{card.base_model} {card.variant}")
+        writer.add_description(card.description)
+        if card.license:
+            writer.add_license(card.license)
+        writer.add_base_model_count(1)
+        writer.add_base_model_name(0, card.base_model)
+
+
+def _add_shapes(writer: Any, config: dict[str, Any]) -> None:
+    """Hyperparameters, from config.json as transformers 4 and 5 write it."""
+    heads = config["num_attention_heads"]
+    head_dim = config.get("head_dim") or config["hidden_size"] // heads
+    rope = config.get("rope_parameters") or {}
+    writer.add_block_count(config["num_hidden_layers"])
+    writer.add_context_length(config["max_position_embeddings"])
+    writer.add_embedding_length(config["hidden_size"])
+    writer.add_feed_forward_length(config["intermediate_size"])
+    writer.add_head_count(heads)
+    writer.add_head_count_kv(config.get("num_key_value_heads") or heads)
+    writer.add_key_length(head_dim)
+    writer.add_value_length(head_dim)
+    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    writer.add_rope_dimension_count(head_dim)
+    writer.add_rope_freq_base(float(rope.get("rope_theta") or config.get("rope_theta") or 10_000.0))
+    writer.add_vocab_size(config["vocab_size"])
+
+
+def _names(model: _Model) -> dict[str, str]:
+    """GGUF's name for every tensor of the dense checkpoint, in a fixed order."""
+    from gguf import MODEL_ARCH, get_tensor_name_map
+
+    table = get_tensor_name_map(MODEL_ARCH.LLAMA, model.dense.config["num_hidden_layers"])
+    names = {}
+    for name in model.dense.names:
+        target = table.get_name(name, try_suffixes=(".weight", ".bias"))
+        if target is None:
+            raise HwpqError(
+                f"GGUF's llama has no place for tensor {name}",
+                where=str(model.dense.path),
+                remedy="Use the compressed-tensors export for this model.",
+            )
+        names[name] = target
+    if lost := sorted(layer for layer in model.compressed.layers if f"{layer}.weight" not in names):
+        raise HwpqError(
+            f"the dense model has no {lost[0]}.weight",
+            where=str(model.dense.path),
+            remedy="Compress this model again: the compressed layers are of another one.",
+        )
+    return names
+
+
+def _stored_type(model: _Model, name: str) -> str:
+    if len(model.dense.shape(name)) == 1:
+        return "F32"
+    return model.type if name.removesuffix(".weight") in model.compressed.quantized else "F16"
+
+
+def _announce(writer: Any, model: _Model, name: str, target: str) -> None:
+    from gguf import GGMLQuantizationType
+
+    shape, kind = model.dense.shape(name), _stored_type(model, name)
+    stored: tuple[int, ...] = shape
+    dtype: np.dtype[Any] = np.dtype(np.float32 if kind == "F32" else np.float16)
+    if kind in _BLOCK_BYTES:
+        stored = (shape[0], shape[1] // BLOCK * _BLOCK_BYTES[kind])
+        dtype = np.dtype(np.uint8)
+    nbytes = int(np.prod(stored)) * dtype.itemsize
+    writer.add_tensor_info(target, stored, dtype, nbytes, raw_dtype=GGMLQuantizationType[kind])
+
+
+def _arrays(model: _Model) -> Iterator[Array]:
+    """The tensors' bytes, in the order they were announced."""
+    for name in _names(model):
+        layer, shape, where = name.removesuffix(".weight"), model.dense.shape(name), f"{model.dense.path}: {name}"
+        kind = _stored_type(model, name)
+        heads = {"q_proj": model.heads, "k_proj": model.key_heads}.get(name.split(".")[-2])
+        if layer in model.compressed.quantized:
+            quantized = model.compressed.read_quantized(layer, shape)
+            codes, scale = _interleaved(quantized.codes, heads), _interleaved(quantized.scale, heads)
+            yield _blocks(codes, scale, kind, where)
+            continue
+        weight = (
+            model.compressed.read_weight(layer, shape) if layer in model.compressed.layers else model.dense.finite(name)
+        )
+        yield weight.float().numpy() if kind == "F32" else _float16(_interleaved(weight, heads), where)
+
+
+def _interleaved(rows: Tensor, heads: int | None) -> Tensor:
+    """Rows of queries or keys from halves (j, j + half) to neighbours (2j, 2j + 1), head by head."""
+    if heads is None:
+        return rows
+    half = rows.shape[0] // heads // 2
+    return rows.reshape(heads, 2, half, *rows.shape[1:]).transpose(1, 2).reshape(rows.shape)
+
+
+def _float16(weight: Tensor, where: str) -> Array:
+    if float(weight.abs().max()) > _FLOAT16_MAX:
+        raise HwpqError("a weight is too large for float16", where=where, remedy="Use the compressed-tensors export.")
+    array: Array = weight.to(torch.float16).numpy()
+    return array
+
+
+def _blocks(codes: Tensor, scale: Tensor, kind: str, where: str) -> Array:
+    """A compressed layer as stored: float16 (out, in), or bytes (out, in / 32 · bytes a block)."""
+    rows, columns = codes.shape
+    if kind == "F16" or codes.dtype != torch.int8:
+        weight = (codes.float().view(rows, scale.shape[1], -1) * scale[:, :, None]).view(rows, columns)
+        if kind == "F16":
+            return _float16(weight, where)
+        return _rounded(weight, where)
+    spread = scale.repeat_interleave(columns // BLOCK // scale.shape[1], dim=1)
+    values = codes.view(rows, columns // BLOCK, BLOCK).numpy()
+    if kind == "Q4_0":  # columns j and j + 16 of a block share a byte, the first in its lower half
+        shifted = (values.astype(np.int16) + 8).astype(np.uint8)
+        values = shifted[..., : BLOCK // 2] | shifted[..., BLOCK // 2 :] << 4
+    return _with_scales(values.view(np.uint8), spread, where)
+
+
+def _rounded(weight: Tensor, where: str) -> Array:
+    """Float weights as Q8_0: the block's largest becomes ±127."""
+    rows, columns = weight.shape
+    blocks = weight.view(rows, columns // BLOCK, BLOCK)
+    scale = (blocks.abs().amax(2) / 127).to(torch.float16).float()  # codes are chosen for the scale as stored
+    codes = torch.where(scale[..., None] > 0, blocks / scale[..., None], 0.0).round_().clamp_(-127, 127)
+    return _with_scales(codes.to(torch.int8).numpy().view(np.uint8), scale, where)
+
+
+def _with_scales(values: Array, scale: Tensor, where: str) -> Array:
+    """Each block's scale before its codes, (out, bytes)."""
+    halves = _float16(scale, where)[..., None].view(np.uint8)
+    return np.concatenate([halves, values], axis=2).reshape(values.shape[0], -1)
