@@ -27,7 +27,7 @@ UI_PORT  ?= 5000
 BASE     ?= main
 
 .PHONY: help install run repro ci sweep ui lint format test test-fast test-browser screenshots test-postgres test-sweep \
-	engines test-engines viz pipeline-picture bench-selection bench-selection-quality bench-peers bench-inference lock clean
+	engines test-engines viz pipeline-picture bench-selection bench-selection-quality bench-peers bench-inference bench-gpu lock clean
 
 help:  ## what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 26
@@ -75,7 +75,12 @@ ui: $(STAMP)  ## the MLflow UI on what was logged (MLFLOW_TRACKING_URI is honour
 	  *) MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false mlflow server --backend-store-uri "$$uri" --host 127.0.0.1 --port $(UI_PORT) ;; \
 	esac
 
-test: lint  ## linters, types, and the whole test suite with the end-to-end run on the real model
+# Triton's interpreter runs the CUDA kernels' tests without a GPU; elsewhere than on Linux they are skipped.
+$(VENV)/.triton: $(STAMP)
+	python -m pip install --quiet --editable '.[cuda]'
+	@touch $@
+
+test: lint $(VENV)/.triton  ## linters, types, and the whole test suite with the end-to-end run on the real model
 	pytest $(ARGS)
 
 $(VENV)/.browser: $(STAMP)
@@ -176,6 +181,10 @@ bench-peers: $(STAMP) $(PEERS)/.installed data/02_intermediate/documents.parquet
 
 bench-inference: $(STAMP) | data/07_export/paper-2of4-fp8  ## tokens a second of every variant in every engine that is there (make engines)
 	python -m benchmarks.inference $(ARGS)
+
+# With the Python that has a CUDA build of torch, not with the project's: PYTHON names it. It installs nothing.
+bench-gpu:  ## compression and inference on a GPU beside its ceilings and rivals, in one call under ten minutes
+	PYTHONPATH=src:. $(PYTHON) -m benchmarks.gpu $(ARGS)
 
 # A fresh environment from pyproject.toml alone, frozen. Local version labels such as `+cpu` name a build that only
 # some indexes have, so they are cut; `name @ file` lines would tie the lock to one machine, so they end it.

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
+import torch
 
 # Read when the libraries are first imported, so set before any test module is.
 os.environ.update(
@@ -26,6 +27,10 @@ os.environ.update(
         "TRANSFORMERS_OFFLINE": "1",
     }
 )
+if (
+    not torch.cuda.is_available()
+):  # then the CUDA kernels run under Triton's interpreter; it is chosen when they are read
+    os.environ["TRITON_INTERPRET"] = "1"
 os.environ.setdefault("NUMBA_NUM_THREADS", "2")  # two, so that races between threads can show, on any machine
 os.environ.pop("MLFLOW_TRACKING_URI", None)  # a user's server must not see the tests' runs
 

@@ -10,6 +10,7 @@ from pydantic import ValidationError
 
 from hwpq_pipeline.parameters import (
     Calibration,
+    Compute,
     Corpus,
     Evaluation,
     Export,
@@ -28,6 +29,7 @@ SHARED = {
     "model": Model,
     "corpus": Corpus,
     "calibration": Calibration,
+    "compute": Compute,
     "evaluation": Evaluation,
     "export": Export,
     "track": Track,

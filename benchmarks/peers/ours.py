@@ -28,10 +28,11 @@ from hwpq_pipeline.checkpoints.reader import Checkpoint
 from hwpq_pipeline.compression.grids import Quantized, dequantize
 from hwpq_pipeline.execution.groups import Groups
 from hwpq_pipeline.export.intermediate import Intermediate
-from hwpq_pipeline.parameters import Quantization, Recovery, Selection, Variant
+from hwpq_pipeline.parameters import Compute, Quantization, Recovery, Selection, Variant
 from hwpq_pipeline.pipelines.compress import nodes as compress
 from hwpq_pipeline.pipelines.select import nodes as select
 
+CPU = Compute(device="cpu")  # where the peers run, too
 INT4 = {"grid": "int4", "group_size": 64}
 VARIANTS = Path(__file__).parents[2] / "conf" / "base" / "parameters_variants.yml"
 
@@ -75,8 +76,8 @@ def compress_one(name: str, variant: Variant, model_dir: Path, statistics: Path 
     if statistics is None:
         groups = Groups(Checkpoint(model_dir), layer_map(model_dir), NoStatistics())
     else:
-        masks, _, _ = select.select_weights(select.score_contributions(model_dir, statistics), variant)
-        groups = compress.recover(compress.prune(model_dir, statistics, masks, variant), variant)
+        masks, _, _ = select.select_weights(select.score_contributions(model_dir, statistics, CPU), variant)
+        groups = compress.recover(compress.prune(model_dir, statistics, masks, variant, CPU), variant)
     scratch.mkdir()
     return compress.quantize(groups, name, variant, scratch)[0]
 

@@ -89,6 +89,17 @@ class Calibration(Parameters):
     dtype: Dtype = "auto"
 
 
+class Compute(Parameters):
+    """Where pipelines `calibrate`, `select` and `compress` compute: of this machine, not of what is made.
+
+    `auto` is a CUDA device where torch sees one and Triton is installed, else the CPU. `tf32` lets float32 products on
+    the GPU round their factors to TF32.
+    """
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    tf32: bool = False
+
+
 class Evaluation(Parameters):
     """Token samples that variants are judged on, and how (pipelines `reference`, `evaluate`)."""
 

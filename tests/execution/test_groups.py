@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -62,6 +63,44 @@ def test_steps_run_in_order_and_lazily(places):
     assert calls == []
     next(groups.run("test"))
     assert calls == ["a", "b"]
+
+
+def test_the_next_group_is_read_meanwhile_and_one_at_most(places):
+    read, groups = [], make(places)
+    real = groups._read
+    groups._read = lambda name, layers: (read.append(name), real(name, layers))[1]
+    names = list(groups.members())
+    for done, group in enumerate(groups.run("test")):
+        deadline = time.monotonic() + 10
+        while len(read) < min(done + 2, len(names)) and time.monotonic() < deadline:
+            time.sleep(0.001)
+        assert group.name == names[done]
+        assert read == names[: done + 2]
+
+
+def test_a_group_that_cannot_be_read_stops_the_walk_at_its_turn(places):
+    groups = make(places)
+    real = groups._read
+
+    def fail_third(name, layers):
+        if name == list(groups.members())[2]:
+            raise HwpqError("no such tensor", where=name, remedy="fetch again")
+        return real(name, layers)
+
+    groups._read, seen = fail_third, []
+    with pytest.raises(HwpqError, match="no such tensor"):
+        seen.extend(group.name for group in groups.run("test"))
+    assert len(seen) == 2
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_groups_are_worked_on_where_they_are_wanted(places):
+    groups = Groups(
+        *(getattr(make(places), name) for name in ("checkpoint", "layers", "statistics")), device=torch.device("cuda")
+    )
+    (first, *_) = groups.then(lambda group: group.with_measured_error("a")).run("test")
+    assert first.original.is_cuda
+    assert first.gram.is_cuda
 
 
 def test_errors_by_the_formula(places):

@@ -8,11 +8,12 @@ import torch
 from hwpq_pipeline.calibration.statistics import collect_statistics
 from hwpq_pipeline.checkpoints.reader import read_json, read_tensors
 from hwpq_pipeline.errors import HwpqError
-from hwpq_pipeline.parameters import Variant
+from hwpq_pipeline.parameters import Compute, Variant
 from hwpq_pipeline.pipelines.compress.nodes import prune, quantize, recover
 from hwpq_pipeline.pipelines.select.nodes import score_contributions, select_weights
 from tests.tiny import tiny_checkpoint, tiny_tokens
 
+CPU = Compute(device="cpu")
 STRUCTURES = {"2of4": {"structure": "2of4"}, "unstructured": {"structure": "unstructured", "sparsity": 0.5}}
 
 
@@ -25,11 +26,11 @@ def places(tmp_path_factory):
     return root
 
 
-def run(places, scratch, **sections):
+def run(places, scratch, compute=CPU, **sections):
     variant = Variant.model_validate({"description": "d", **sections})
     model, statistics = places / "model", places / "statistics"
-    masks, selected, _ = select_weights(score_contributions(model, statistics), variant)
-    groups = recover(prune(model, statistics, masks, variant), variant)
+    masks, selected, _ = select_weights(score_contributions(model, statistics, compute), variant)
+    groups = recover(prune(model, statistics, masks, variant, compute), variant)
     built, compressed, seconds = quantize(groups, "v", variant, scratch)
     tensors = {}
     for file in built.glob("*.safetensors"):
@@ -89,3 +90,35 @@ def test_dense_is_nothing_but_a_recipe(places, tmp_path):
 def test_a_group_that_does_not_divide_is_named(places, tmp_path):
     with pytest.raises(HwpqError, match=r"model\.layers\.0\.self_attn\.q_proj.*32"):
         run(places, tmp_path, quantization={"grid": "int4", "group_size": 64})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_cuda_kernels_give_the_same_variant(places, tmp_path, monkeypatch, structure):
+    """The nodes with every CUDA kernel in its place: on a GPU where there is one, else interpreted."""
+    pytest.importorskip("triton", reason="Triton is not installed: pip install 'hwpq-pipeline[cuda]'")
+    from hwpq_pipeline.kernels.ewma_select import cuda
+
+    sections = {
+        "selection": STRUCTURES[structure],
+        "recovery": {},
+        "quantization": {"grid": "int4", "group_size": 32, "method": "coordinate_descent", "sweeps": 1},
+    }
+    for name in ("cpu", "cuda"):
+        (tmp_path / name).mkdir()
+    _, expected, wanted, on_cpu, _ = run(places, tmp_path / "cpu", **sections)
+    asked = []
+    if not torch.cuda.is_available():
+        monkeypatch.setattr(cuda, "default_tile", lambda rows: cuda.Tile(32, 32, 4, 2))
+        for kernel in ("ewma_select", "two_of_four", "group_scale", "coordinate_descent"):
+            module = f"hwpq_pipeline.kernels.{kernel}.wants_cuda"
+            monkeypatch.setattr(module, lambda tensor, where: asked.append(where) or True)
+    compute = Compute(device="cuda" if torch.cuda.is_available() else "cpu")
+    _, found, selected, table, _ = run(places, tmp_path / "cuda", compute, **sections)
+    assert torch.cuda.is_available() or len(set(asked)) == 3  # the selection's, and both of the rounding
+    assert found.keys() == expected.keys()
+    assert selected["reached_sparsity"].tolist() == pytest.approx(wanted["reached_sparsity"].tolist(), abs=0.002)
+    for column in ("error_pruned", "error_recovered", "error_quantized"):
+        assert table[column].tolist() == pytest.approx(on_cpu[column].tolist(), rel=0.05)
+    same = [(found[name] == expected[name]).double().mean().item() for name in found if name.endswith(".codes")]
+    assert min(same) > 0.95

@@ -78,7 +78,7 @@ def collect_statistics(
     mode: str = "gram",
     dtype: str = "auto",
     batch: int = 8,
-    device: str = "auto",
+    device: torch.device | str = "cpu",
     progress: Progress | None = None,
 ) -> Collected:
     """Sum `x xᵀ` over tokens for every distinct input of the compressible layers.
@@ -90,7 +90,7 @@ def collect_statistics(
         mode: `gram`, or `diagonal` for `Σ x_j²` alone.
         dtype: of the forward pass: `float32`, `bfloat16`, or `auto` (bfloat16 where hardware has it).
         batch: samples at a time.
-        device: `cpu`, `cuda`, or `auto` (cuda when there is one).
+        device: of the forward pass and the sums.
         progress: called with (blocks done, blocks).
 
     Raises:
@@ -100,7 +100,7 @@ def collect_statistics(
         raise HwpqError(f"unknown mode {mode}", where="calibration", remedy="Use gram or diagonal.")
     if batch < 1:
         raise HwpqError(f"batch is {batch}", where="calibration", remedy="Use 1 or more samples a batch.")
-    place = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    place = torch.device(device)
     precision = resolve_dtype(dtype, place)
     started = time.perf_counter()
     model = _load(model_dir, precision, place)

@@ -37,8 +37,11 @@ def pack_bits(keep: Tensor) -> Tensor:
             where="pack_bits",
             remedy="Give a bool tensor of shape (out_features, in_features)",
         )
-    packed = np.packbits(keep.cpu().numpy(), axis=1, bitorder="little")
-    return torch.from_numpy(packed).to(keep.device)
+    if keep.device.type != "cpu":
+        whole = torch.nn.functional.pad(keep.to(torch.uint8), (0, -keep.shape[1] % 8)).unflatten(1, (-1, 8))
+        return (whole << torch.arange(8, dtype=torch.uint8, device=keep.device)).sum(2, dtype=torch.uint8)
+    packed = np.packbits(keep.numpy(), axis=1, bitorder="little")
+    return torch.from_numpy(packed)
 
 
 def unpack_bits(packed: Tensor, columns: int) -> Tensor:
@@ -60,5 +63,8 @@ def unpack_bits(packed: Tensor, columns: int) -> Tensor:
             where="unpack_bits",
             remedy=f"Expected uint8 with {packed_columns(columns)} bytes a row; recompute the selection",
         )
-    bits = np.unpackbits(packed.cpu().numpy(), axis=1, count=columns, bitorder="little")
-    return torch.from_numpy(bits.view(np.bool_)).to(packed.device)
+    if packed.device.type != "cpu":
+        bits_of = packed[:, :, None] >> torch.arange(8, dtype=torch.uint8, device=packed.device)
+        return (bits_of & 1).bool().flatten(1)[:, :columns].contiguous()
+    bits = np.unpackbits(packed.numpy(), axis=1, count=columns, bitorder="little")
+    return torch.from_numpy(bits.view(np.bool_))

@@ -25,9 +25,9 @@ import torch
 from torch import Tensor
 
 from hwpq_pipeline.errors import HwpqError
-from hwpq_pipeline.kernels.group_scale import cpu
+from hwpq_pipeline.kernels import group_scale
+from hwpq_pipeline.kernels.fp8 import E4M3_MAX
 
-E4M3_MAX = 448.0
 E5M2_EXACT_FROM = 2.0**-7
 
 
@@ -147,10 +147,10 @@ def search_scale(weight: Tensor, grid: Grid, group: int, *, importance: Tensor |
     groups = grouped.shape[1]
     full = absmax_scale(weight, grid, group)
     if importance is None:
-        energy = torch.ones(groups, group)
+        energy = torch.ones(groups, group, device=weight.device)
     else:
         # in units of its mean, so that no square overflows; a little of it everywhere, for inputs never seen
         mean = importance.float().mean().clamp_min(torch.finfo(torch.float32).tiny)
         energy = (importance.float() / mean + 1e-6).reshape(groups, group)
-    scale = cpu.search(grouped, full, energy, grid.low, grid.high)
+    scale = group_scale.search(grouped, full, energy, grid.low, grid.high)
     return scale.clamp_min_(torch.finfo(torch.float32).tiny)

@@ -16,7 +16,7 @@ the late ones fit the calibration sample (ALPS, Meng et al. 2024, arXiv 2406.078
 
 Layout and cost.  With ``s = diag(A)^½`` the iteration runs in the variables ``V = W·s`` on ``Â = A/(s sᵀ)``, whose
 diagonal is one: the preconditioner vanishes and a step needs no division.  Only the change ``W − W₀∘M`` is carried, so
-what never changes stays exact to the bit.  Rows are taken in tiles that keep a step's operands in the last-level
+what never changes stays exact to the bit.  Rows are taken in tiles that keep a step's operands in a CPU's last-level
 cache.  The product of the step direction with ``Â`` also moves the output gradient ``(W − W₀)A``, from which the error
 after the solve costs no further product: steps + 2 products in all (one for the start, one for ‖W₀X‖²).
 """
@@ -30,7 +30,8 @@ from torch import Tensor
 
 from hwpq_pipeline.errors import HwpqError
 
-ROW_TILE = 512
+#: Rows at a time: on the CPU so many that the operands stay in the last-level cache, on a GPU what fills it.
+ROW_TILE, ROW_TILE_CUDA = 512, 16384
 
 
 @dataclass(frozen=True)
@@ -167,10 +168,10 @@ def recover(
     weight = weight.float()
     shrink = delta / root.square()
     result = torch.empty_like(weight)
-    before, after, energy = (torch.empty(weight.shape[0]) for _ in range(3))
-    taken = 0
-    for start in range(0, weight.shape[0], ROW_TILE):
-        rows = slice(start, start + ROW_TILE)
+    before, after, energy = (torch.empty(weight.shape[0], device=weight.device) for _ in range(3))
+    taken, tile = 0, ROW_TILE_CUDA if weight.is_cuda else ROW_TILE
+    for start in range(0, weight.shape[0], tile):
+        rows = slice(start, start + tile)
         keep = mask[rows].to(weight.dtype)
         dense = weight[rows] * root
         energy[rows] = _squared_error(dense, dense @ scaled, shrink)

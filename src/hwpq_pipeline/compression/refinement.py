@@ -21,6 +21,8 @@ the time.
 Damping.  ``δ`` is 0.01 of the mean energy.  More lowers the layers' error on held-out text (least at 0.2 to 0.3) but
 not the perplexity of the model (65.8 at 0.01, 66.4 at 0.1 in a trial at 2:4).
 
+Where.  ``kernels.mask_descent`` has kernels for the CPU alone: tensors on a GPU are worked on there and come back.
+
 Unstructured: one threshold a layer on what keeping a weight gains.  It is set after every sweep to the score that the
 wanted share exceeds, found by counting (no sort), and the sparsity is met exactly but for ties.
 """
@@ -28,14 +30,14 @@ wanted share exceeds, found by counting (no sort), and the sparsity is met exact
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from hwpq_pipeline.compression.recovery import check_problem, normalised_gram, output_error, relative_error
 from hwpq_pipeline.errors import HwpqError
-from hwpq_pipeline.kernels.mask_descent import cpu
 
 STRUCTURES = ("2of4", "unstructured")
 METHODS = ("descent", "admm")
@@ -111,6 +113,11 @@ def refine_mask(
             or an unknown structure or method.
     """
     check_problem(weight, gram, mask, where)
+    if weight.device.type != "cpu":
+        return _on_the_cpu(
+            weight, mask, gram, structure=structure, sparsity=sparsity, rounds=rounds, sweeps=sweeps, damping=damping,
+            method=method, layer_rows=layer_rows, where=where,
+        )  # fmt: skip
     heights = [weight.shape[0]] if layer_rows is None else list(layer_rows)
     _check_choice(structure, method, weight, heights, where)
     weight = weight.float()
@@ -128,6 +135,13 @@ def refine_mask(
     if comparable is not None:
         comparable = [rows for rows, count in zip(layers, kept, strict=True) if count == int(mask[rows].sum())]
     return _guard(weight, mask, gram, refined, keep, comparable)
+
+
+def _on_the_cpu(weight: Tensor, mask: Tensor, gram: Tensor, **options: Any) -> tuple[Tensor, Tensor, Refinement]:
+    """`refine_mask` of tensors that lie elsewhere; the results lie there too."""
+    refined, keep, report = refine_mask(weight.cpu(), mask.cpu(), gram.cpu(), **options)
+    rows = {name: getattr(report, name).to(weight.device) for name in ("row_error_before", "row_error", "row_energy")}
+    return refined.to(weight.device), keep.to(weight.device), replace(report, **rows)
 
 
 @dataclass(frozen=True)
@@ -172,6 +186,8 @@ def _wanted(mask: Tensor, sparsity: float | None) -> int:
 
 def _descend(problem: _Problem, values: Tensor, rounds: int, sweeps: int) -> tuple[Tensor, Tensor]:
     """Values and keep-mask (out, in) after the sweeps, from ``values`` (changed in place)."""
+    from hwpq_pipeline.kernels.mask_descent import cpu  # brings numba, which a machine with a GPU need not have
+
     keep = torch.ones(values.shape, dtype=torch.bool)
     shrinks = [SHRINK] * rounds + [0.0] * max(sweeps, 1)
     if problem.structure == "2of4":
@@ -195,6 +211,8 @@ def _descend(problem: _Problem, values: Tensor, rounds: int, sweeps: int) -> tup
 
 def _thresholds(problem: _Problem, scores: Tensor) -> Tensor:
     """(out,) the score that the wanted number of weights in a row's layer exceeds."""
+    from hwpq_pipeline.kernels.mask_descent import cpu
+
     result = torch.empty(scores.shape[0])
     for rows, kept in zip(problem.layers, problem.kept, strict=True):
         result[rows] = cpu.threshold(scores[rows], kept)

@@ -33,7 +33,7 @@ from hwpq_pipeline.compression.grids import (
 )
 from hwpq_pipeline.compression.recovery import check_problem
 from hwpq_pipeline.errors import HwpqError
-from hwpq_pipeline.kernels.coordinate_descent import cpu
+from hwpq_pipeline.kernels import coordinate_descent, fp8
 
 METHODS = ("nearest", "coordinate_descent")
 
@@ -84,6 +84,9 @@ def quantize(
         )
     weight = weight.float() if mask is None else weight.float() * mask
     weight = weight.contiguous()
+    if grid == "fp8_e4m3":
+        codes, scale = fp8.quantize(weight, scale_dtype)
+        return Quantized(codes=codes, scale=scale, grid=grid, group_size=group_size)
     scale = _scales(weight, numbers, size, gram, scale_dtype)
     codes = round_to(weight, scale, numbers)
     if method == "coordinate_descent" and gram is not None:
@@ -139,7 +142,7 @@ def _descend(
     delta = damping * float(gram.diagonal().double().mean())
     damped = gram.float().clone()
     damped.diagonal().add_(delta)
-    moved, scales, before, after = cpu.descend(
+    moved, scales, before, after = coordinate_descent.descend(
         codes,
         scale,
         target,

@@ -6,13 +6,19 @@ round) treats the rows of `W` independently given `G`. A *group* is therefore th
 that memory is bounded by one `(W, G)`, whole enough that `G` is read once, and independent of every other,
 so that any number of workers may share them.
 
-`Groups` is lazy: `then` composes steps and computes nothing; `run` reads one group, takes all steps on it and
-lets it go before the next. The nodes of a pipeline hand it on in memory.
+**Reading ahead.** A thread reads the next group while this one is worked on: safetensors' reading lets go of the
+interpreter's lock, and so do products. For a GPU the group is read into pinned memory and copied without waiting, so
+that reading, copying and working overlap; what a step's results cost to bring back is paid where they are written. One
+group is read ahead and no more: memory is bounded by two groups.
+
+`Groups` is lazy: `then` composes steps and computes nothing; `run` takes all steps on one group and lets it go
+before the next. The nodes of a pipeline hand it on in memory.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Protocol
@@ -87,7 +93,7 @@ class Group:
     @cached_property
     def gram(self) -> Tensor:
         """The Gram matrix of the inputs, shape (in_features, in_features), float32; read once a step."""
-        return self.statistics.gram(self.name)
+        return self.statistics.gram(self.name).to(self.original.device)
 
     def with_measured_error(self, column: str) -> Group:
         """Note the weight's error as it stands; see `with_error`. It costs a matrix product, two the first time.
@@ -128,16 +134,23 @@ class Groups:
         layers: its compressible layers.
         statistics: of their inputs.
         steps: composed by `then`.
+        device: where the groups are worked on.
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, layers: LayerMap, statistics: InputStatistics, steps: Sequence[Step] = ()
+        self,
+        checkpoint: Checkpoint,
+        layers: LayerMap,
+        statistics: InputStatistics,
+        steps: Sequence[Step] = (),
+        device: torch.device | None = None,
     ) -> None:
         self.checkpoint, self.layers, self.statistics, self.steps = checkpoint, layers, statistics, tuple(steps)
+        self.device = device or torch.device("cpu")
 
     def then(self, step: Step) -> Groups:
         """The same groups with one more step."""
-        return Groups(self.checkpoint, self.layers, self.statistics, (*self.steps, step))
+        return Groups(self.checkpoint, self.layers, self.statistics, (*self.steps, step), self.device)
 
     def members(self) -> dict[str, tuple[Layer, ...]]:
         """Layers by input group, in module order."""
@@ -155,11 +168,32 @@ class Groups:
         """
         members = self.members()
         with torch.inference_mode():
-            for name, layers in with_progress(members.items(), description, len(members)):
-                group = self._read(name, layers)
+            for group in with_progress(self._read_ahead(members.items()), description, len(members)):
                 for step in self.steps:
                     group = step(group)
                 yield group
+
+    def _read_ahead(self, members: Iterable[tuple[str, tuple[Layer, ...]]]) -> Iterator[Group]:
+        """The groups in order, the next one being read meanwhile."""
+        waiting = iter(members)
+        with ThreadPoolExecutor(1, thread_name_prefix="groups") as reader:
+
+            def begin() -> Future[Group] | None:
+                following = next(waiting, None)
+                return None if following is None else reader.submit(self._read, *following)
+
+            future = begin()
+            while future is not None:
+                group = future.result()
+                future = begin()
+                yield self._placed(group)
+
+    def _placed(self, group: Group) -> Group:
+        """The group on the device; the copy from pinned memory does not wait, later work on the device does."""
+        if self.device.type == "cpu":
+            return group
+        weight = group.weight.to(self.device, non_blocking=True)
+        return replace(group, original=weight, weight=weight)
 
     def _read(self, name: str, layers: tuple[Layer, ...]) -> Group:
         for layer in layers:
@@ -169,5 +203,8 @@ class Groups:
                     where=layer.name,
                     remedy="Fetch the model again: weights and config do not belong together.",
                 )
-        weight = torch.cat([self.checkpoint.weight(layer.name) for layer in layers])
+        with torch.inference_mode():  # of this thread
+            weight = torch.cat([self.checkpoint.weight(layer.name) for layer in layers])
+            if self.device.type == "cuda":
+                weight = weight.pin_memory()
         return Group(name, layers, self.statistics, weight, weight)

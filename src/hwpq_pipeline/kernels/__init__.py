@@ -1,4 +1,7 @@
-"""Fast kernels, a folder an operation: `reference` is the readable oracle, `cpu` the numba version.
+"""Fast kernels, a folder an operation: `reference` is the readable oracle, `cpu` the numba version, `cuda` Triton's.
+
+An operation's `__init__` chooses by the device that its tensors are on, and imports no more than it needs: numba is not
+imported where all work is on a GPU, nor Triton where none is.
 
 What the CPU kernels share: how they are compiled (`jit`), how rows are spread over cores (`over_rows`), and how a
 weight is read without a copy (`flat_rows`).
@@ -25,7 +28,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import numba
 import numpy as np
 import torch
 from torch import Tensor
@@ -48,6 +50,8 @@ def _sources() -> str:
 
 def jit(function: Callable[..., Any]) -> Any:
     """Compile for the CPU: no GIL, numpy's error model, strict arithmetic, cached on disk where that is possible."""
+    import numba
+
     options = {"nogil": True, "error_model": "numpy", "fastmath": False}
     try:
         compiled = numba.njit(cache=True, **options)(function)
@@ -70,6 +74,8 @@ def over_rows(work: Callable[[int, int], None], rows: int, columns: int, block: 
         columns: how much work a row is.
         block: chunk borders are multiples of it.
     """
+    import numba
+
     threads = numba.get_num_threads()
     if threads == 1 or rows * columns < SMALLEST_SHARED:
         work(0, rows)
@@ -94,6 +100,8 @@ def over_rows(work: Callable[[int, int], None], rows: int, columns: int, block: 
 @functools.cache
 def _pool() -> ThreadPoolExecutor:
     """The helping threads, started when first needed, and shared by all callers."""
+    import numba
+
     return ThreadPoolExecutor(numba.config.NUMBA_NUM_THREADS, thread_name_prefix="kernels")
 
 

@@ -24,9 +24,7 @@ from torch import Tensor
 from hwpq_pipeline.kernels import over_rows
 from hwpq_pipeline.kernels.contracted import jit_contracted
 from hwpq_pipeline.kernels.coordinate_descent import TIE
-
-BLOCK = 64
-WIDEST_REFIT = 256
+from hwpq_pipeline.kernels.coordinate_descent.blocks import WIDEST_REFIT, block_columns
 
 _DROPPED_BITS = {torch.float32: 0, torch.float16: 13, torch.bfloat16: 16}
 
@@ -147,16 +145,6 @@ def _sweep_block(
             if refit:
                 step = _move_scale(row_codes, step, slope, change, pushed, tile, columns, stored)
                 scale[row, (start + first) // size] = step
-
-
-def block_columns(columns: int, size: int) -> int:
-    """Columns a block: whole groups where a group is no wider than ``WIDEST_REFIT``, about ``BLOCK`` otherwise."""
-    if size > WIDEST_REFIT:
-        return next(width for width in range(min(BLOCK, size), 0, -1) if size % width == 0)
-    groups = max(BLOCK // size, 1)
-    while (columns // size) % groups:
-        groups -= 1
-    return size * groups
 
 
 def descend(

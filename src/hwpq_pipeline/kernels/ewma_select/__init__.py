@@ -18,20 +18,24 @@ by a settled estimate that does not contain column 0 itself, and no position of 
 keep rate is flat. The price is to read ``warm`` columns twice. In a row whose values are all equal ``d`` is exactly 0:
 σ stays 0 and all is kept, whatever λ is.
 
+The CPU's mask is the reference's to the bit. The CUDA kernel adds in another order, and differs only where a weight
+lies on the line but for rounding: its own docstring says how near. Gains above 1/2 have no CUDA kernel.
+
 **Non-finite weights** turn a row's μ into NaN or infinity, and there it stays: the returned state tells.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from hwpq_pipeline.errors import HwpqError
-from hwpq_pipeline.kernels.ewma_select import cpu, search
+from hwpq_pipeline.kernels.devices import wants_cuda
+from hwpq_pipeline.kernels.ewma_select.gains import warm_gains as gains_of_warm_start
 
 DOMAINS = ("sqrt", "log", "raw")
 
@@ -62,39 +66,45 @@ class EwmaPass:
     state: Tensor
 
 
-@dataclass(frozen=True)
-class Ratios:
+class Ratios(Protocol):
     """``(x − μ) / σ`` of every weight of some rows: a weight is dropped when this is below λ (but for rounding).
 
     Where σ is 0 it is the largest float32 (kept whatever λ is), negative if x < μ. As large as the float32 weight:
     meant for samples of rows.
 
     Attributes:
-        values: float32, in the order of `search`.
         rows: how many rows.
         columns: how many inputs.
     """
 
-    values: np.ndarray[Any, Any]
     rows: int
     columns: int
 
     def below(self, multiplier: float) -> Tensor:
         """How many weights of each row are dropped at a multiplier: int64, (rows,)."""
-        return torch.from_numpy(search.count_below(self.values, self.rows, self.columns, multiplier)).long()
 
     def multiplier(self, drop: int) -> float:
         """The multiplier at which ``drop`` weights of all rows together are dropped, or as near as repeats allow."""
-        return search.search(self.values, self.rows, self.columns, drop)
 
     def matrix(self) -> Tensor:
         """float32, shape (rows, columns)."""
-        return torch.from_numpy(search.matrix(self.values, self.rows, self.columns))
+
+
+class _Pass(Protocol):
+    """A layer made ready for one device's kernel: see `cpu.Pass`."""
+
+    def select(self, lam: Tensor) -> tuple[Tensor, Tensor, Tensor]: ...
+
+    def ratios(self) -> Ratios: ...
+
+    def row_multipliers(self, drop: Tensor) -> Tensor: ...
+
+    def dropped(self, multipliers: Tensor) -> Tensor: ...
 
 
 def warm_gains(alpha: float, beta: float, columns: int) -> Tensor:
     """The warm start step by step, float32, (3, warm): the gain of μ, what S is faded by, the weight of |d| in it."""
-    return torch.from_numpy(cpu.warm_gains(alpha, beta, columns).astype(np.float32))
+    return torch.from_numpy(gains_of_warm_start(alpha, beta, columns).astype(np.float32))
 
 
 def ewma_select(
@@ -124,17 +134,15 @@ def ewma_select(
         HwpqError: a device without a kernel, an unknown domain, a gain outside (0, 1].
     """
     prepared = _prepare(weight, column, row, cross, alpha, beta, domain)
-    lam = multiplier.detach().to(torch.float32).expand(weight.shape[0]).contiguous()
-    keep, kept, state = prepared.select(lam.numpy())
-    return EwmaPass(torch.from_numpy(keep), torch.from_numpy(kept), torch.from_numpy(state))
+    lam = multiplier.detach().to(weight.device, torch.float32).expand(weight.shape[0]).contiguous()
+    return EwmaPass(*prepared.select(lam))
 
 
 def ewma_ratios(
     weight: Tensor, column: Tensor, row: Tensor, cross: Tensor, *, alpha: float, beta: float, domain: str
 ) -> Ratios:
     """The ratios ``(x − μ) / σ`` of a (sample of a) layer. Arguments and errors as `ewma_select`."""
-    prepared = _prepare(weight, column, row, cross, alpha, beta, domain)
-    return Ratios(prepared.ratios(), prepared.rows, prepared.columns)
+    return _prepare(weight, column, row, cross, alpha, beta, domain).ratios()
 
 
 def ewma_dropped(
@@ -153,7 +161,7 @@ def ewma_dropped(
     ``multipliers`` is float32, (k,). Other arguments and errors as `ewma_select`.
     """
     prepared = _prepare(weight, column, row, cross, alpha, beta, domain)
-    return torch.from_numpy(prepared.dropped(multipliers.to(torch.float32).contiguous().numpy()))
+    return prepared.dropped(multipliers.to(weight.device, torch.float32).contiguous())
 
 
 def ewma_row_multipliers(
@@ -165,23 +173,24 @@ def ewma_row_multipliers(
     arguments and errors as `ewma_select`.
     """
     prepared = _prepare(weight, column, row, cross, alpha, beta, domain)
-    return torch.from_numpy(prepared.row_multipliers(drop.to(torch.int64).contiguous().numpy()))
+    return prepared.row_multipliers(drop.to(weight.device, torch.int64).contiguous())
 
 
 def _prepare(
     weight: Tensor, column: Tensor, row: Tensor, cross: Tensor, alpha: float, beta: float, domain: str
-) -> cpu.Pass:
+) -> _Pass:
     """Check, and choose the kernel by the weight's device."""
-    if weight.device.type != "cpu":
-        raise HwpqError(
-            f"there is no kernel for the device '{weight.device}'",
-            where="ewma_select",
-            remedy="Move the weight to the CPU: a layer is selected at the speed of its memory there",
-        )
+    on_cuda = wants_cuda(weight, "ewma_select")
     if domain not in DOMAINS:
         raise HwpqError(f"unknown domain '{domain}'", where="ewma_select", remedy=f"Choose one of {', '.join(DOMAINS)}")
     for name, gain in (("alpha", alpha), ("beta", beta)):
         if not 0 < gain <= 1:
             raise HwpqError(f"{name} is {gain}", where="ewma_select", remedy="A gain lies in (0, 1], for instance 1/64")
-    column, row, cross = (part.detach().to(torch.float32).contiguous() for part in (column, row, cross))
-    return cpu.Pass(weight, column.numpy(), row.numpy(), cross.numpy(), alpha, beta, domain)
+    column, row, cross = (part.detach().to(weight.device, torch.float32).contiguous() for part in (column, row, cross))
+    if on_cuda:
+        from hwpq_pipeline.kernels.ewma_select import cuda
+
+        return cuda.Pass(weight, column, row, cross, alpha, beta, domain)
+    from hwpq_pipeline.kernels.ewma_select import cpu
+
+    return cpu.Pass(weight, column, row, cross, alpha, beta, domain)

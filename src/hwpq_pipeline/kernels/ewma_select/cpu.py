@@ -9,14 +9,15 @@ what is not there gets a gain of 0, which leaves μ and σ as they are.
 from __future__ import annotations
 
 import functools
-import math
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from hwpq_pipeline.kernels import flat_rows, jit, over_rows
 from hwpq_pipeline.kernels.ewma_select import search
+from hwpq_pipeline.kernels.ewma_select.gains import warm_gains
 from hwpq_pipeline.kernels.ewma_select.recurrence import (
     BOUND,
     MU,
@@ -32,9 +33,6 @@ from hwpq_pipeline.kernels.ewma_select.search import LARGEST
 from hwpq_pipeline.kernels.lanes import LANES, OCTET, TILE, padded, stage
 
 Array = np.ndarray[Any, Any]
-
-#: Memories (1/gain) of the running estimates that the warm start reads.
-WARM_MEMORIES = 2
 
 
 @jit
@@ -118,15 +116,6 @@ def _ratios(flat, stride, columns, first, last, column, cross, row, warm, gains,
                 ratios[k] = LARGEST
 
 
-def warm_gains(alpha: float, beta: float, columns: int) -> Array:
-    """The warm start step by step, float64, (3, warm): the gain of μ, what S is faded by, the weight of |d| in it."""
-    warm = min(columns, math.ceil(WARM_MEMORIES / min(alpha, beta)))
-    plain = 1.0 / np.arange(1, warm + 1)
-    of_sigma = np.maximum(plain, beta)
-    of_sigma[0] = 0  # the first value is μ itself and says nothing about σ
-    return np.stack([np.maximum(plain, alpha), 1 - of_sigma, of_sigma / beta])
-
-
 @functools.lru_cache(maxsize=64)
 def _gains(alpha: float, beta: float, columns: int) -> tuple[Array, Array, Array]:
     """Gains as the inner loops load them: of the warm start, of a row, of its partial octet.
@@ -142,6 +131,31 @@ def _gains(alpha: float, beta: float, columns: int) -> tuple[Array, Array, Array
         np.repeat(steps.astype(np.float32), LANES, axis=1).reshape(-1) for steps in (warm, of_row, ends)
     )
     return warm, of_row, ends
+
+
+class Ratios:
+    """As `ewma_select.Ratios` says; of the CPU's kernel, in the order that `search` reads.
+
+    Args:
+        values: float32, blocks of ratios.
+        rows: how many rows.
+        columns: how many inputs.
+    """
+
+    def __init__(self, values: Array, rows: int, columns: int) -> None:
+        self.values, self.rows, self.columns = values, rows, columns
+
+    def below(self, multiplier: float) -> Tensor:
+        """How many weights of each row are dropped at a multiplier: int64, (rows,)."""
+        return torch.from_numpy(search.count_below(self.values, self.rows, self.columns, multiplier)).long()
+
+    def multiplier(self, drop: int) -> float:
+        """The multiplier at which ``drop`` weights of all rows together are dropped, or as near as repeats allow."""
+        return search.search(self.values, self.rows, self.columns, drop)
+
+    def matrix(self) -> Tensor:
+        """float32, shape (rows, columns)."""
+        return torch.from_numpy(search.matrix(self.values, self.rows, self.columns))
 
 
 class Pass:
@@ -160,37 +174,37 @@ class Pass:
     def __init__(
         self,
         weight: Tensor,
-        column: Array,
-        row: Array,
-        cross: Array,
+        column: Tensor,
+        row: Tensor,
+        cross: Tensor,
         alpha: float,
         beta: float,
         domain: str,
     ) -> None:
         self.rows, self.columns = weight.shape
         self.flat, self.stride = flat_rows(weight)
-        self.column, self.row = padded(column), row
-        self.cross = padded(cross) if cross.any() else None
+        self.column, self.row = padded(column.numpy()), row.numpy()
+        self.cross = padded(cross.numpy()) if cross.any() else None
         self.tag = TAGS[domain]
         self.beta = np.float32(beta)
         self.warm, self.gains, self.ends = _gains(alpha, beta, self.columns)
 
-    def select(self, lam: Array) -> tuple[Array, Array, Array]:
-        """``(keep, kept, state)`` for the rows' multipliers, as `EwmaPass` describes them."""
+    def select(self, lam: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """``(keep, kept, state)`` for the rows' multipliers (out,), as `EwmaPass` describes them."""
         keep = np.empty((self.rows, -(-self.columns // OCTET)), np.uint8)
         kept, states = np.empty(self.rows, np.int64), np.empty((self.rows, 2), np.float32)
         shape, factors = (self.flat, self.stride, self.columns), (self.column, self.cross, self.row)
-        bound, gains, flat_keep = lam * self.beta, (self.warm, self.gains, self.ends), keep.reshape(-1)
+        bound, gains, flat_keep = lam.numpy() * self.beta, (self.warm, self.gains, self.ends), keep.reshape(-1)
 
         def work(first: int, last: int) -> None:
             _select(*shape, first, last, *factors, bound, *gains, self.tag, flat_keep, kept, states)
 
         over_rows(work, self.rows, self.columns, LANES)
         states[:, 1] *= self.beta
-        return keep, kept, states
+        return torch.from_numpy(keep), torch.from_numpy(kept), torch.from_numpy(states)
 
-    def ratios(self) -> Array:
-        """The ratios of all rows, in the order that `search` reads."""
+    def ratios(self) -> Ratios:
+        """The ratios of all rows."""
         blocks, size = -(-self.rows // LANES), search.ratio_size(self.columns)
         out = np.empty(blocks * size, np.float32)
 
@@ -198,36 +212,37 @@ class Pass:
             self._ratios(first, last, out[first // LANES * size :])
 
         over_rows(work, self.rows, self.columns, LANES)
-        return out
+        return Ratios(out, self.rows, self.columns)
 
-    def row_multipliers(self, drop: Array) -> Array:
+    def row_multipliers(self, drop: Tensor) -> Tensor:
         """λ of each row such that ``drop`` (int64, (out,)) of its weights go, a block at a time: float32, (out,)."""
-        lam = np.empty(self.rows, np.float32)
+        lam, wanted = np.empty(self.rows, np.float32), drop.numpy()
 
         def work(first: int, last: int) -> None:
             ratios = np.empty(search.ratio_size(self.columns), np.float32)
             for block in range(first, last, LANES):
                 end = min(block + LANES, last)
                 self._ratios(block, end, ratios)
-                search.search_rows(ratios, end - block, self.columns, drop[block:end], lam[block:end])
+                search.search_rows(ratios, end - block, self.columns, wanted[block:end], lam[block:end])
 
         over_rows(work, self.rows, self.columns, LANES)
-        return lam
+        return torch.from_numpy(lam)
 
-    def dropped(self, multipliers: Array) -> Array:
+    def dropped(self, multipliers: Tensor) -> Tensor:
         """How many weights of all rows each multiplier drops, int64, (k,)."""
         starts = range(0, self.rows, LANES)
-        totals = np.zeros((len(starts), len(multipliers)), np.int64)  # a line a block, so that no two threads share one
+        rungs = multipliers.numpy()
+        totals = np.zeros((len(starts), len(rungs)), np.int64)  # a line a block, so that no two threads share one
 
         def work(first: int, last: int) -> None:
             ratios = np.empty(search.ratio_size(self.columns), np.float32)
             for block in range(first, last, LANES):
                 end = min(block + LANES, last)
                 self._ratios(block, end, ratios)
-                search.count_ladder(ratios, end - block, self.columns, multipliers, totals[block // LANES])
+                search.count_ladder(ratios, end - block, self.columns, rungs, totals[block // LANES])
 
         over_rows(work, self.rows, self.columns, LANES)
-        return np.asarray(totals.sum(axis=0))
+        return torch.from_numpy(totals.sum(axis=0))
 
     def _ratios(self, first: int, last: int, out: Array) -> None:
         shape, factors = (self.flat, self.stride, self.columns), (self.column, self.cross, self.row)

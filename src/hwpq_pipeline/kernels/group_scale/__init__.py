@@ -5,14 +5,37 @@ minima, so ``s`` is searched: ``CANDIDATES`` scales from the one that saturates 
 the first of the best kept; then ``REFITS`` times ``s`` becomes the closed-form minimiser ``Σ h c w / Σ h c²`` for
 the codes ``c`` that it gives, where that lowers the error.
 
-``reference`` is the readable oracle (float64 tensors), ``cpu`` the kernel.  Their scales may differ where two
-candidates have the same error in float32; their errors agree.
+``reference`` is the readable oracle (float64 tensors), ``cpu`` and ``cuda`` the kernels.  Their scales may differ where
+two candidates have the same error in float32; their errors agree.
 """
 
 from __future__ import annotations
+
+from torch import Tensor
+
+from hwpq_pipeline.kernels.devices import wants_cuda
 
 CANDIDATES = 40
 REFITS = 2
 SMALLEST = 0.25
 
-__all__ = ["CANDIDATES", "REFITS", "SMALLEST"]
+__all__ = ["CANDIDATES", "REFITS", "SMALLEST", "search"]
+
+
+def search(grouped: Tensor, full: Tensor, importance: Tensor, low: float, high: float) -> Tensor:
+    """(out, groups) float32 scales, on the device that the weights are on.
+
+    Args:
+        grouped: (out, groups, size) float32.
+        full: (out, groups) float32, the scale that saturates nothing.
+        importance: (groups, size) float32, the weight ``h`` of each column's error.
+        low, high: the grid's lowest and highest code.
+
+    Raises:
+        HwpqError: a device without a kernel.
+    """
+    if wants_cuda(grouped, "group_scale"):
+        from hwpq_pipeline.kernels.group_scale import cuda as kernel
+    else:
+        from hwpq_pipeline.kernels.group_scale import cpu as kernel  # type: ignore[no-redef]
+    return kernel.search(grouped, full, importance, low, high)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from hwpq_pipeline.errors import HwpqError
-from hwpq_pipeline.kernels.two_of_four import cpu
+from hwpq_pipeline.kernels.devices import wants_cuda
 
 __all__ = ["select_two_of_four"]
 
@@ -32,18 +32,19 @@ def select_two_of_four(weight: Tensor, column: Tensor, row: Tensor, cross: Tenso
     Raises:
         HwpqError: a device without a kernel, columns that do not divide by 4.
     """
-    if weight.device.type != "cpu":
-        raise HwpqError(
-            f"there is no kernel for the device '{weight.device}'",
-            where="select_two_of_four",
-            remedy="Move the weight to the CPU: a layer is selected at the speed of its memory there",
-        )
+    on_cuda = wants_cuda(weight, "select_two_of_four")
     if weight.shape[1] % 4:
         raise HwpqError(
             f"{weight.shape[1]} columns do not divide into groups of 4",
             where="select_two_of_four",
             remedy="Leave this layer dense, or choose an unstructured variant for it",
         )
-    factors = [part.detach().to(torch.float32).contiguous().numpy() for part in (column, row, cross)]
-    keep, finite = cpu.select(weight, *factors)
+    u, r, v = (part.detach().to(weight.device, torch.float32).contiguous() for part in (column, row, cross))
+    if on_cuda:
+        from hwpq_pipeline.kernels.two_of_four import cuda
+
+        return cuda.select(weight, u, r, v)
+    from hwpq_pipeline.kernels.two_of_four import cpu
+
+    keep, finite = cpu.select(weight, u.numpy(), r.numpy(), v.numpy())
     return torch.from_numpy(keep), torch.from_numpy(finite)

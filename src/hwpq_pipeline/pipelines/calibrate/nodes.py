@@ -10,7 +10,8 @@ import pandas as pd
 from hwpq_pipeline.calibration.samples import draw_samples, token_matrix
 from hwpq_pipeline.calibration.statistics import collect_statistics
 from hwpq_pipeline.execution.progress import progress_bar
-from hwpq_pipeline.parameters import Calibration
+from hwpq_pipeline.kernels.devices import choose_device
+from hwpq_pipeline.parameters import Calibration, Compute
 
 
 def draw_calibration(model: Path, documents: pd.DataFrame, calibration: Calibration) -> pd.DataFrame:
@@ -29,6 +30,7 @@ def collect(
     model: Path,
     samples: pd.DataFrame,
     calibration: Calibration,
+    compute: Compute,
     scratch: Path,
 ) -> tuple[Path, dict[str, float]]:
     """Gram matrices (or their diagonals) of every distinct linear input, and the seconds it took."""
@@ -42,6 +44,7 @@ def collect(
             mode=calibration.mode,
             dtype=calibration.dtype,
             batch=calibration.batch,
+            device=choose_device(compute.device, tf32=compute.tf32, where="calibrate"),
             progress=progress,
         )
     return target, {"calibrate": time.perf_counter() - begun}

@@ -16,7 +16,7 @@ def create_pipeline() -> Pipeline:
             ),
             node(
                 collect,
-                ["model", "calibration", "params:calibration", "scratch"],
+                ["model", "calibration", "params:calibration", "params:compute", "scratch"],
                 ["statistics", "calibrate_seconds"],
                 name="collect_statistics",
             ),

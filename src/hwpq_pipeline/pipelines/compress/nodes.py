@@ -24,7 +24,8 @@ from hwpq_pipeline.compression.structured import check_two_of_four
 from hwpq_pipeline.errors import HwpqError
 from hwpq_pipeline.execution.groups import Group, Groups
 from hwpq_pipeline.execution.tables import layer_table
-from hwpq_pipeline.parameters import Quantization, Recovery, Selection, Variant
+from hwpq_pipeline.kernels.devices import choose_device
+from hwpq_pipeline.parameters import Compute, Quantization, Recovery, Selection, Variant
 
 #: The presets that move the mask: where more rounds or sweeps gained little for their seconds (docs/decisions.md).
 REFINEMENTS: dict[str, dict[str, Any]] = {
@@ -35,9 +36,10 @@ REFINEMENTS: dict[str, dict[str, Any]] = {
 ERRORS = ("error_pruned", "error_recovered", "error_quantized")
 
 
-def prune(model: Path, statistics: Path, masks: dict[str, Tensor], variant: Variant) -> Groups:
+def prune(model: Path, statistics: Path, masks: dict[str, Tensor], variant: Variant, compute: Compute) -> Groups:
     """Apply the selection's masks."""
-    groups = Groups(Checkpoint(model), layer_map(model), Statistics(statistics))
+    device = choose_device(compute.device, tf32=compute.tf32, where="compress")
+    groups = Groups(Checkpoint(model), layer_map(model), Statistics(statistics), device=device)
     if variant.selection is None:
         return groups
     groups = groups.then(partial(_prune, masks=masks, selection=variant.selection))
@@ -89,7 +91,7 @@ def quantize(groups: Groups, name: str, variant: Variant, scratch: Path) -> tupl
 def _prune(group: Group, masks: dict[str, Tensor], selection: Selection) -> Group:
     columns = group.weight.shape[1]
     try:
-        packed = torch.cat([masks[f"{layer.name}.keep"] for layer in group.layers])
+        packed = torch.cat([masks[f"{layer.name}.keep"] for layer in group.layers]).to(group.weight.device)
     except KeyError as error:
         raise HwpqError(
             f"no mask {error}", where=group.name, remedy="Run the select pipeline for this variant again"
@@ -157,4 +159,4 @@ def _tensors(group: Group) -> dict[str, Tensor]:
         else:
             tensors[f"{layer.name}.codes"] = group.quantized.codes[rows]
             tensors[f"{layer.name}.scale"] = group.quantized.scale[rows]
-    return tensors
+    return {name: tensor.cpu() for name, tensor in tensors.items()}

@@ -21,7 +21,8 @@ from hwpq_pipeline.compression.ewma import ewma_select
 from hwpq_pipeline.compression.structured import select_two_of_four
 from hwpq_pipeline.execution.groups import Group, Groups
 from hwpq_pipeline.execution.tables import layer_table
-from hwpq_pipeline.parameters import Selection, Variant
+from hwpq_pipeline.kernels.devices import choose_device
+from hwpq_pipeline.parameters import Compute, Selection, Variant
 
 FACTS = (
     "metric",
@@ -36,13 +37,14 @@ FACTS = (
 )
 
 
-def score_contributions(model: Path, statistics: Path) -> Groups:
+def score_contributions(model: Path, statistics: Path, compute: Compute) -> Groups:
     """Bind every layer to the energies of its inputs.
 
     A contribution matrix is as large as the model: nothing is computed here, the selection works it out from
     weight and energy as it reads the weight.
     """
-    return Groups(Checkpoint(model), layer_map(model), Statistics(statistics))
+    device = choose_device(compute.device, tf32=compute.tf32, where="select")
+    return Groups(Checkpoint(model), layer_map(model), Statistics(statistics), device=device)
 
 
 def select_weights(groups: Groups, variant: Variant) -> tuple[dict[str, Tensor], pd.DataFrame, dict[str, float]]:
@@ -64,7 +66,7 @@ def _select(group: Group, selection: Selection, masks: dict[str, Tensor]) -> Gro
     for layer, rows in group.rows:
         choose = _two_of_four if selection.structure == "2of4" else _unstructured
         keep, found = choose(group.weight[rows], selection, energy, layer.name)
-        masks[f"{layer.name}.keep"] = keep
+        masks[f"{layer.name}.keep"] = keep.cpu()
         facts[layer.name] = {"metric": selection.metric, **found}
     return replace(group, facts=facts)
 

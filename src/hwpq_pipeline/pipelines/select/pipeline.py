@@ -15,7 +15,12 @@ def create_pipeline(names: Iterable[str]) -> Pipeline:
     """Scoring (lazy), then one walk over the layers."""
     return for_each_variant(
         [
-            node(score_contributions, ["model", "statistics"], "contributions", name="score_contributions"),
+            node(
+                score_contributions,
+                ["model", "statistics", "params:compute"],
+                "contributions",
+                name="score_contributions",
+            ),
             node(
                 select_weights,
                 ["contributions", "params:variant"],
