@@ -114,19 +114,27 @@ def peers() -> str:
 
 
 def inference() -> str:
-    """One token through one layer, and decoding with whole models."""
+    """One token through one layer, and decoding with whole models if they have been measured."""
     report = json.loads((RESULTS / "inference.json").read_text())
-    rows = report["models"]["rows"]
-    layers = layer_table(report["layers"]["rows"], ("2:4 int8", "2:4 float8_e4m3fn", "2:4 bfloat16"))
-    above = (
-        "Tokens a second of one sequence, in brackets × the same engine's dense model (the runtime's: transformers'):"
-    )
-    below = (
-        "The dense model in bfloat16, for which this processor has no instructions, decodes "
-        f"{speed(rows, 'transformers, bfloat16', 'dense', 'decode', 1):.1f} in transformers."
-    )
-    where = f"Layers: {measured_on(report['layers'])} Models: {measured_on(report['models'])}"
-    return "\n\n".join([layers, above, decoding_table(rows), below, where])
+    parts = [
+        layer_table(report["layers"]["rows"], ("2:4 int8", "2:4 float8_e4m3fn", "2:4 bfloat16")),
+        f"Layers: {measured_on(report['layers'])}",
+    ]
+    if "models" in report:
+        rows = report["models"]["rows"]
+        parts += [
+            (
+                "Tokens a second of one sequence, in brackets × the same engine's dense model (the runtime's: "
+                "transformers'):"
+            ),
+            decoding_table(rows),
+            (
+                "The dense model in bfloat16, for which this processor has no instructions, decodes "
+                f"{speed(rows, 'transformers, bfloat16', 'dense', 'decode', 1):.1f} in transformers. "
+                f"Models: {measured_on(report['models'])}"
+            ),
+        ]
+    return "\n\n".join(parts)
 
 
 def main() -> None:

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from benchmarks.engines import installed
 from hwpq_pipeline.calibration.samples import token_matrix
 from hwpq_pipeline.checkpoints.quiet import quiet_transformers
-from hwpq_pipeline.parameters import Calibration, Quantization, Selection, Variant
+from hwpq_pipeline.parameters import Calibration, Compute, Quantization, Selection, Variant
 from hwpq_pipeline.pipelines.compress.nodes import prune, quantize
 from hwpq_pipeline.pipelines.export.nodes import export_variant
 from tests.conftest import ROOT
@@ -95,7 +95,7 @@ def variants(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Made]:
         masked, variant = FURTHER[name]
         masks = load_file(DATA / "05_selection" / masked / "masks.safetensors") if masked else {}
         calibration = Calibration(samples=32, length=512, seed=0)
-        groups = prune(MODEL, DATA / "03_primary" / "statistics", masks, variant)
+        groups = prune(MODEL, DATA / "03_primary" / "statistics", masks, variant, Compute(device="cpu"))
         scratch = [tmp_path_factory.mktemp(name) for _ in range(2)]
         compressed, *_ = quantize(groups, name, variant, scratch[0])
         export, _ = export_variant(

@@ -28,7 +28,7 @@ def test_size_and_logits(variant, tmp_path, variants, prompts, samples):
     assert size == pytest.approx(expected, rel=0.005)
     model, theirs = load(made.export, rounding=False), load_packed(packed)
     with torch.inference_mode():
-        for ids in (samples[:1], samples[:1, :100], samples[:1, :1]):  # unpacked for a long prompt; the kernel
+        for ids in (samples[:1, :300], samples[:1, :100], samples[:1, :1]):  # unpacked for a long prompt; the kernel
             torch.testing.assert_close(theirs(ids).logits, model(ids).logits, rtol=1e-4, atol=2e-3)
     for prompt, chosen in zip(prompts, greedy(theirs, prompts), strict=True):
         assert len(chosen) == NEW_TOKENS

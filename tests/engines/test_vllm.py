@@ -25,7 +25,7 @@ from tests.engines.conftest import NEW_TOKENS, chosen_logits, greedy, load, perp
 VARIANTS = ("dense", "fp8", "int8", "int4", "2of4-fp8", "2of4-int4")
 #: Logits apart, where nothing is rounded. The logits of these models spread over some 30.
 TIE = 0.05
-SAMPLES = 2
+SAMPLES = 1
 #: What vLLM says where its build for a processor has no kernel for a scheme; `docs/engines.md` has it too.
 NO_KERNEL = {"int4": "'_OpNamespace' '_C' object has no attribute 'cpu_gemm_wna16'"}
 
