@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 import subprocess
@@ -17,6 +18,15 @@ RESULTS = ROOT / "benchmarks" / "results"
 #: Seconds that a section may take; together under ten minutes.
 SECTIONS = {"ceilings": 40, "select": 100, "recover": 140, "model": 130, "linears": 110, "tiles": 55}
 TOTAL = 575
+#: Module and function of each; imported when its turn comes, so that what one lacks stops no other.
+WORK = {
+    "ceilings": ("ceilings", "run"),
+    "select": ("selecting", "run"),
+    "recover": ("recovering", "run"),
+    "model": ("inference", "run_model"),
+    "linears": ("inference", "run_linears"),
+    "tiles": ("selecting", "run_tiles"),
+}
 
 
 def main() -> None:
@@ -68,7 +78,6 @@ def work(sections: list[str], rows: Path, dry: bool) -> None:
     """Do sections in this process."""
     import torch
 
-    from benchmarks.gpu import ceilings, inference, recovering, selecting
     from benchmarks.gpu.timing import Bench, facts
 
     if not dry and not torch.cuda.is_available():
@@ -76,18 +85,12 @@ def work(sections: list[str], rows: Path, dry: bool) -> None:
     device = torch.device("cpu" if dry else "cuda:0")
     known = {row["ceiling"]: row["rate"] for row in collect(rows)["rows"] if "ceiling" in row}
     bench = Bench(rows, device, dry, known)
-    bench.write(section="facts", method="facts", facts=facts(device))
-    every = {
-        "ceilings": ceilings.run,
-        "select": selecting.run,
-        "recover": recovering.run,
-        "linears": inference.run_linears,
-        "model": inference.run_model,
-        "tiles": selecting.run_tiles,
-    }
+    with bench.guarded(section="facts", method="facts"):
+        bench.write(section="facts", method="facts", facts=facts(device))
     for section in sections:
         with torch.no_grad(), bench.guarded(section=section, method="section"):
-            every[section](bench)
+            module, function = WORK[section]
+            getattr(importlib.import_module(f"benchmarks.gpu.{module}"), function)(bench)
 
 
 def collect(rows: Path) -> dict[str, Any]:
@@ -95,7 +98,7 @@ def collect(rows: Path) -> dict[str, Any]:
     found = [json.loads(line) for line in rows.read_text().splitlines()] if rows.exists() else []
     report: dict[str, Any] = {"machine": {}, "rows": []}
     for row in found:
-        if row.get("section") == "facts":
+        if "facts" in row:
             report["machine"] |= row["facts"]
         else:
             report["rows"].append(row)

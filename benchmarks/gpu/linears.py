@@ -45,13 +45,13 @@ class Fp8(nn.Module):
 
     def __init__(self, weight: Tensor) -> None:
         super().__init__()
-        codes, scale = fp8.quantize(weight) if weight.is_cuda else fp8.reference.quantize(weight)
+        codes, scale = fp8.quantize(weight)
+        self.round = rows_to_fp8
         self.codes, self.scale = nn.Buffer(codes), nn.Buffer(scale.T.contiguous())
 
     def forward(self, x: Tensor) -> Tensor:
         """(…, in) bfloat16 → (…, out) bfloat16."""
-        flat = x.flatten(0, -2)
-        codes, scale = rows_to_fp8(flat)
+        codes, scale = self.round(x.flatten(0, -2))
         y = torch._scaled_mm(codes, self.codes.T, scale, self.scale, out_dtype=torch.bfloat16)  # noqa: SLF001
         return y.unflatten(0, x.shape[:-1])
 
@@ -61,7 +61,7 @@ class SparseLow(nn.Module):
 
     def __init__(self, weight: Tensor, integers: bool) -> None:
         super().__init__()
-        self.round = rows_to_int8 if integers else rows_to_fp8
+        self.round, self.finish = rows_to_int8 if integers else rows_to_fp8, scaled
         codes, scale = self.round(prune(weight))
         self.packed, self.scale = nn.Buffer(torch._cslt_compress(codes)), nn.Buffer(scale.T.contiguous())  # noqa: SLF001
 
@@ -69,11 +69,14 @@ class SparseLow(nn.Module):
         """(…, in) bfloat16 → (…, out) bfloat16; tokens are padded to 16."""
         flat = x.flatten(0, -2)
         tokens = flat.shape[0]
-        padded = functional.pad(flat, (0, 0, 0, -tokens % 16))
-        codes, scale = self.round(padded)
+        codes, scale = self.round(functional.pad(flat, (0, 0, 0, -tokens % 16)))
         product = torch._cslt_sparse_mm(self.packed, codes.T, out_dtype=torch.bfloat16, transpose_result=True)  # noqa: SLF001
-        y = (product.float() * scale * self.scale).bfloat16()[:tokens]
-        return y.unflatten(0, x.shape[:-1])
+        return self.finish(product, scale, self.scale)[:tokens].unflatten(0, x.shape[:-1])
+
+
+def scaled(product: Tensor, of_tokens: Tensor, of_rows: Tensor) -> Tensor:
+    """(tokens, out) bfloat16 times both scales."""
+    return (product.float() * of_tokens * of_rows).bfloat16()
 
 
 class SparseBf16(nn.Module):

@@ -5,8 +5,10 @@ As JSON: for every kernel, options and compute capability the registers and the 
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -128,4 +130,4 @@ def every_kernel(capability: int) -> dict[str, dict[str, int]]:
 
 
 if __name__ == "__main__":
-    pass
+    sys.stdout.write(json.dumps({**every_kernel(80), **every_kernel(90)}, indent=1) + "\n")
