@@ -129,7 +129,7 @@ def inference() -> str:
             ),
             decoding_table(rows),
             (
-                "The dense model in bfloat16, for which this processor has no instructions, decodes "
+                "The dense model in bfloat16 decodes "
                 f"{speed(rows, 'transformers, bfloat16', 'dense', 'decode', 1):.1f} in transformers. "
                 f"Models: {measured_on(report['models'])}"
             ),

@@ -38,7 +38,7 @@ from benchmarks.machine import machine
 from benchmarks.output import RESULTS, write_results
 from hwpq_pipeline.compression.bits import pack_bits, unpack_bits
 from hwpq_pipeline.compression.contribution import root_factors
-from hwpq_pipeline.compression.ewma import TOLERANCE, EwmaSelection, ewma_select
+from hwpq_pipeline.compression.ewma import GAIN, TOLERANCE, EwmaSelection, ewma_select
 from hwpq_pipeline.compression.structured import select_two_of_four
 from hwpq_pipeline.kernels import ewma_select as kernels
 from hwpq_pipeline.kernels.ewma_select import reference as ewma_reference
@@ -51,7 +51,7 @@ QUICK = ("4096x4096", *SMALL)
 #: All linears of the default model, by the name of their row.
 MODEL = {"SmolLM2-135M": 30 * (*2 * ("576x576",), *2 * ("192x576",), *2 * ("1536x576",), "576x1536")}
 METRIC, SPARSITY, LAMBDA = "wanda", 0.5, -0.25
-OPTIONS: dict[str, Any] = {"alpha": 1 / 64, "beta": 1 / 64, "domain": "sqrt"}
+OPTIONS: dict[str, Any] = {"alpha": GAIN, "beta": GAIN, "domain": "sqrt"}
 CHECKED_ROWS = 24
 #: Before each repeat this memory is written, for at least so many seconds. So every method finds its weight in memory,
 #: as it is when a layer has been read, and not in what cache the one before left; and OpenMP's workers, which spin for
@@ -273,7 +273,8 @@ def table(report: dict[str, Any]) -> str:
         "# Selection: time from weight to mask",
         "",
         f"{about['processor']}, {about['cores']} cores, {about['torch_threads']} threads;",
-        f"torch {about['torch']}, numba {about['numba']}; metric {METRIC}, sparsity {SPARSITY}.",
+        f"torch {about['torch']}, numba {about['numba']}.",
+        f"Metric {METRIC}, sparsity {SPARSITY}, α = β = 1/{round(1 / GAIN)}.",
         "Medians; GB/s counts the weight's bytes once.",
         "",
         "| shape | dtype | method | ms | GB/s | × copy | repeats | × faster than |",

@@ -31,7 +31,7 @@ from hwpq_pipeline.checkpoints.layers import Layer, layer_map
 from hwpq_pipeline.checkpoints.reader import Checkpoint
 from hwpq_pipeline.compression.bits import unpack_bits
 from hwpq_pipeline.compression.contribution import contribution
-from hwpq_pipeline.compression.ewma import PAPER, ewma_select, upper_band
+from hwpq_pipeline.compression.ewma import GAIN, PAPER, ewma_select, upper_band
 from hwpq_pipeline.compression.recovery import recover
 from hwpq_pipeline.execution.groups import Groups
 
@@ -39,7 +39,7 @@ ROOT = Path(__file__).parents[1]
 METRIC, STEPS = "hwpq_weighted", 5
 SPARSITIES = (0.3, 0.5, 0.6, 0.7)
 ALPHAS = tuple(1 / 2**power for power in range(3, 9))
-RAW_ALPHAS = (1 / 8, 1 / 64)
+RAW_ALPHAS = (1 / 8, GAIN)
 Choose = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -54,7 +54,7 @@ def by_sort(sparsity: float) -> Choose:
     return choose
 
 
-def by_ewma(sparsity: float, alpha: float = 1 / 64, domain: str = "sqrt") -> Choose:
+def by_ewma(sparsity: float, alpha: float = GAIN, domain: str = "sqrt") -> Choose:
     """Keep-mask of the moving average, λ solved for the sparsity."""
 
     def choose(weight: Tensor, energy: Tensor) -> Tensor:
@@ -73,10 +73,10 @@ def cases() -> Iterator[tuple[dict[str, Any], Choose]]:
     """What is compared."""
     for sparsity in SPARSITIES:
         yield {"method": "sort", "sparsity": sparsity}, by_sort(sparsity)
-        yield {"method": "ewma", "sparsity": sparsity, "alpha": 1 / 64, "domain": "sqrt"}, by_ewma(sparsity)
+        yield {"method": "ewma", "sparsity": sparsity, "alpha": GAIN, "domain": "sqrt"}, by_ewma(sparsity)
     for domain, alphas in (("sqrt", ALPHAS), ("raw", RAW_ALPHAS)):
         for alpha in alphas:
-            if (domain, alpha) != ("sqrt", 1 / 64):
+            if (domain, alpha) != ("sqrt", GAIN):
                 case = {"method": "ewma", "sparsity": 0.5, "alpha": alpha, "domain": domain}
                 yield case, by_ewma(0.5, alpha, domain)
     yield {"method": "paper", "sparsity": None, "alpha": PAPER["alpha"], "domain": PAPER["domain"]}, by_paper
@@ -155,7 +155,7 @@ def chart(report: dict[str, Any], target: Path) -> None:
     rows = report["rows"]
     styles = {"perplexity_pruned": ("--", "mask alone"), "perplexity_recovered": ("-", "after recovery")}
     for method, colour in (("sort", "tab:gray"), ("ewma", "tab:blue")):
-        shown = [row for row in rows if row["method"] == method and row.get("alpha", 1 / 64) == 1 / 64]
+        shown = [row for row in rows if row["method"] == method and row.get("alpha", GAIN) == GAIN]
         shown = [row for row in shown if row.get("domain", "sqrt") == "sqrt"]
         for name, (style, words) in styles.items():
             left.plot(
@@ -177,7 +177,12 @@ def chart(report: dict[str, Any], target: Path) -> None:
             label=f"ewma, {words}",
         )
         right.axhline(level[name], linestyle=style, color="tab:gray", label=f"sort, {words}")
-    left.set(xlabel="weights dropped (%)", ylabel="perplexity", yscale="log", title="α = β = 1/64, domain sqrt")
+    left.set(
+        xlabel="weights dropped (%)",
+        ylabel="perplexity",
+        yscale="log",
+        title=f"α = β = 1/{round(1 / GAIN)}, domain sqrt",
+    )
     right.set(xlabel="α = β", ylabel="perplexity", title="50 % dropped, domain sqrt")
     right.set_xscale("log", base=2)
     for axes in (left, right):
@@ -191,12 +196,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Perplexity after EWMA and after an exact sort.")
     parser.add_argument("--data", type=Path, default=ROOT / "data", help="where a run left model and statistics")
     parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--resume", action="store_true", help="keep the rows that are in --out, from the same data")
     parser.add_argument("--picture", type=Path, default=ROOT / "docs" / "images" / "selection_quality.png")
     options = parser.parse_args()
     bench = Bench(options.data)
     report: dict[str, Any] = {"machine": machine(), "dense_perplexity": bench.dense, "rows": []}
+    file = options.out / "selection_quality.json"
+    earlier = json.loads(file.read_text())["rows"] if options.resume else []
     for case, choose in cases():
-        row = case | bench.measure(choose, json.dumps(case))
+        kept = [row for row in earlier if case.items() <= row.items() and ("alpha" in row) == ("alpha" in case)]
+        row = kept[0] if kept else case | bench.measure(choose, json.dumps(case))
         print(row, flush=True)
         report["rows"].append(row)
         write_results(options.out, "selection_quality", report, table(report))

@@ -106,3 +106,10 @@ def test_parameters_are_frozen():
 def test_contradictions_are_refused(model, values, message):
     with pytest.raises(ValidationError, match=message):
         model.model_validate(values)
+
+
+def test_the_gains_are_those_of_the_selection() -> None:
+    from hwpq_pipeline.compression.ewma import GAIN
+
+    selection = Selection(structure="unstructured", sparsity=0.5)
+    assert (selection.alpha, selection.beta) == (GAIN, GAIN)

@@ -74,8 +74,8 @@ def wrong_products(largest: int) -> float:
     generator = torch.Generator().manual_seed(0)
     x = torch.randint(-127, 128, (16, 576), dtype=torch.int8, generator=generator)
     weight = torch.randint(-largest, largest + 1, (192, 576), dtype=torch.int8, generator=generator)
-    handler = ops.create_onednn_scaled_mm(weight.t(), torch.ones(192, 1), torch.float32, True, False, 8)
-    found = torch.empty(16, 192)
+    scale, found = torch.ones(192, 1), torch.empty(16, 192)  # the handler keeps the scale's address, not the scale
+    handler = ops.create_onednn_scaled_mm(weight.t(), scale, torch.float32, True, False, 8)
     ops.onednn_scaled_mm(handler, x, found, torch.ones(16, 1), None, None, None)
     exact = x.double() @ weight.double().t()  # whole numbers below 2^53
     return float(((found.double() - exact).abs() > 0.5).double().mean())

@@ -12,7 +12,7 @@ from benchmarks.gpu.rivals import wanda_mask
 from benchmarks.gpu.timing import Bench
 from hwpq_pipeline.compression.bits import unpack_bits
 from hwpq_pipeline.compression.contribution import root_factors
-from hwpq_pipeline.compression.ewma import ewma_select
+from hwpq_pipeline.compression.ewma import GAIN, ewma_select
 from hwpq_pipeline.compression.structured import select_two_of_four
 from hwpq_pipeline.kernels.ewma_select import cuda as ewma
 from hwpq_pipeline.kernels.ewma_select import reference as ewma_reference
@@ -20,7 +20,7 @@ from hwpq_pipeline.kernels.ewma_select import warm_gains
 from hwpq_pipeline.kernels.two_of_four import cuda as fours
 from hwpq_pipeline.kernels.two_of_four import reference as fours_reference
 
-METRIC, LAMBDA, ALPHA = "wanda", -0.25, 1 / 64
+METRIC, LAMBDA, ALPHA = "wanda", -0.25, GAIN
 #: Of all bits of the rows that are looked at, how many may differ: those on the line (`ewma.TIE`).
 TIES = 1e-3
 ROWS_CHECKED = 4

@@ -123,8 +123,8 @@ class Selection(Parameters):
     sparsity: Fraction | None = None
     multiplier: float | None = None
     domain: Literal["sqrt", "log", "raw"] = "sqrt"
-    alpha: Fraction = 1 / 64
-    beta: Fraction = 1 / 64
+    alpha: Fraction = 1 / 128  # compression.ewma.GAIN, whose import would cost every command a second
+    beta: Fraction = 1 / 128
     scope: Literal["row", "layer"] = "row"
 
     @model_validator(mode="after")

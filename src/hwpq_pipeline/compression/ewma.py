@@ -19,8 +19,9 @@ that stand out of their neighbours, which the paper keeps at full precision (`up
 Either way at most two passes over the weight. A row whose contributions are all equal has no λ: σ is 0, all is kept,
 and the selection says so (`EwmaSelection.note`) instead of pretending.
 
-The domain matters. ``sqrt`` with α = 1/64 selects about as well as a full sort; ``raw`` with α = 1/8 lets every
-outlier shadow its neighbours: μ and σ jump, and what follows is dropped.
+The domain and the gains matter. ``sqrt`` with α = `GAIN` selects about as well as a full sort; ``raw`` with α = 1/8
+lets every outlier shadow its neighbours: μ and σ jump, and what follows is dropped. Smaller gains come closer to a
+sort and read more columns for the warm start (2/α).
 """
 
 from __future__ import annotations
@@ -41,6 +42,9 @@ Scope = Literal["row", "layer"]
 
 #: The published setting (arXiv 2501.16376): TCP's gain and multiplier on the contributions.
 PAPER: dict[str, Any] = {"multiplier": 4.0, "alpha": 1 / 8, "beta": 1 / 8, "domain": "raw"}
+
+#: α and β unless others are asked for: the largest that is as good as a sort (`make bench-selection-quality`).
+GAIN = 1 / 128
 
 #: How far a layer's sparsity may be from the wanted one, absolute.
 TOLERANCE = 1e-3
@@ -140,8 +144,8 @@ def ewma_select(
     *,
     sparsity: float | None = None,
     multiplier: float | None = None,
-    alpha: float = 1 / 64,
-    beta: float = 1 / 64,
+    alpha: float = GAIN,
+    beta: float = GAIN,
     domain: Domain = "sqrt",
     scope: Scope = "row",
     sample_rows: int = 64,
