@@ -109,8 +109,8 @@ def _wait(address: str, server: subprocess.Popen[bytes], log: Path, patience: fl
 
 def postgres_missing() -> str:
     """Why no PostgreSQL can be started here; empty where it can."""
-    if find_spec("psycopg2") is None:
-        return "psycopg2 is not installed: pip install -e '.[postgres]'"
+    if find_spec("psycopg") is None:
+        return "psycopg is not installed: pip install -e '.[postgres]'"
     if _postgres_program("initdb") is None:
         return "PostgreSQL is not installed: apt install postgresql"
     if os.geteuid() == 0 and POSTGRES_USER not in {user.pw_name for user in pwd.getpwall()}:
@@ -132,7 +132,7 @@ def postgres(patience: float = 60) -> Iterator[str]:
     Args:
         patience: seconds that it may take to answer.
     """
-    import psycopg2
+    import psycopg
 
     # Not pytest's folder: others may not enter it.
     with tempfile.TemporaryDirectory(prefix="hwpq-postgres-", ignore_cleanup_errors=True) as name:
@@ -155,9 +155,9 @@ def postgres(patience: float = 60) -> Iterator[str]:
                 end = time.monotonic() + patience
                 while True:
                     try:
-                        psycopg2.connect(host="127.0.0.1", port=port, user="mlflow", dbname="postgres").close()
+                        psycopg.connect(host="127.0.0.1", port=port, user="mlflow", dbname="postgres").close()
                         break
-                    except psycopg2.OperationalError:
+                    except psycopg.OperationalError:
                         if server.poll() is not None or time.monotonic() > end:
                             raise AssertionError(log.read_text()[-3000:]) from None
                         time.sleep(0.2)
