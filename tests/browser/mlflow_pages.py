@@ -46,5 +46,6 @@ def open_run(page: Any, server: str, experiment_id: str, run_id: str, *, tab: st
 
 def open_artifact(page: Any, server: str, experiment_id: str, run_id: str, path: str) -> None:
     """A file of a run, in the viewer that the UI has for it."""
+    page.goto("about:blank")  # the tab reads its path once: another path on the same page changes nothing
     open_run(page, server, experiment_id, run_id, tab=f"artifacts/{path}")
     page.get_by_text(f"/artifacts/{path}").first.wait_for(timeout=WAIT)
