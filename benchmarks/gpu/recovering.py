@@ -15,12 +15,12 @@ from torch import Tensor
 from benchmarks.gpu.layers import BLOCKS, SHAPES, TOKENS, Layer, make_inputs, make_layer
 from benchmarks.gpu.rivals import solve
 from benchmarks.gpu.timing import Bench
-from hwpq_pipeline.calibration.gram import Gram
 from hwpq_pipeline.compression.bits import unpack_bits
 from hwpq_pipeline.compression.grids import dequantize
 from hwpq_pipeline.compression.recovery import output_error, recover
 from hwpq_pipeline.compression.rounding import quantize
 from hwpq_pipeline.compression.structured import select_two_of_four
+from hwpq_pipeline.decoder.gram import Gram
 from hwpq_pipeline.kernels import fp8
 
 GROUP, STEPS, SWEEPS = 128, 5, 4

@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import torch
 import yaml
 from safetensors.torch import load_file
@@ -56,7 +57,8 @@ class NoStatistics:
 
 
 def variant_of(task: str, method: str) -> Variant:
-    """The variant that answers a task: `hwpq-<preset of recovery>`, `hwpq` or `nearest`."""
+    """The variant that answers a task: `hwpq-<preset of recovery>`, `hwpq` or `nearest`; `-sequential` may follow."""
+    method, sequential = method.removesuffix("-sequential"), method.endswith("-sequential")
     selection = recovery = quantization = None
     if task.startswith("2of4"):
         selection = Selection(structure="2of4")
@@ -68,16 +70,21 @@ def variant_of(task: str, method: str) -> Variant:
         quantization = Quantization(grid="fp8_e4m3")
     elif task.endswith("int4"):
         quantization = Quantization(**INT4, method="nearest" if method == "nearest" else "coordinate_descent")
-    return Variant(description=task, selection=selection, recovery=recovery, quantization=quantization)
+    return Variant(
+        description=task, selection=selection, recovery=recovery, quantization=quantization, sequential=sequential
+    )
 
 
-def compress_one(name: str, variant: Variant, model_dir: Path, statistics: Path | None, scratch: Path) -> Path:
+def compress_one(
+    name: str, variant: Variant, model_dir: Path, statistics: Path | None, tokens: Tensor, scratch: Path
+) -> Path:
     """The nodes of `select` and `compress`, one after the other; where the compressed model is."""
     if statistics is None:
         groups = Groups(Checkpoint(model_dir), layer_map(model_dir), NoStatistics())
     else:
+        samples = pd.DataFrame({"tokens": list(tokens.numpy())})
         masks, _, _ = select.select_weights(select.score_contributions(model_dir, statistics, CPU), variant)
-        groups = compress.recover(compress.prune(model_dir, statistics, masks, variant, CPU), variant)
+        groups = compress.recover(compress.prune(model_dir, statistics, samples, masks, variant, CPU), variant)
     scratch.mkdir()
     return compress.quantize(groups, name, variant, scratch)[0]
 
@@ -108,17 +115,19 @@ def round_activations(model: nn.Module) -> None:
 def run(job: dict[str, Any], calibration: Tensor, model: nn.Module, scratch: Path) -> None:
     """What is timed."""
     model_dir = Path(job["model"])
-    statistics = None
+    statistics, tokens = None, calibration[: job["samples"]]
     if job["method"] != "nearest":
         statistics = scratch / "statistics"
-        collect_statistics(model_dir, calibration[: job["samples"]], target=statistics, dtype=job["dtype"])
+        # In sequence the Gram matrices are of the compressed model's inputs: of the dense one the diagonal is enough.
+        mode = "diagonal" if job["method"].endswith("-sequential") else "gram"
+        collect_statistics(model_dir, tokens, target=statistics, mode=mode, dtype=job["dtype"])
     if job["task"] == "seven":
         shipped = yaml.safe_load(VARIANTS.read_text())["variants"]
         variants = {name: Variant(**values) for name, values in shipped.items()}
     else:
         variants = {"variant": variant_of(job["task"], job["method"])}
     compressed = [
-        compress_one(name, variant, model_dir, statistics, scratch / name) for name, variant in variants.items()
+        compress_one(name, variant, model_dir, statistics, tokens, scratch / name) for name, variant in variants.items()
     ]
     put(compressed[-1], model)
 

@@ -59,7 +59,7 @@ def variants(env: str | None) -> None:
         table.add_row(
             name,
             f"{selection['structure']} by {selection['metric']}{fraction}" if selection else "all",
-            recovery.get("preset", "none"),
+            recovery.get("preset", "none") + (", sequential" if entry["sequential"] else ""),
             f"{grid['grid']}{group}" if grid else "none",
             entry["description"],
         )

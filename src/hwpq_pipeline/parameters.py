@@ -147,12 +147,13 @@ class Recovery(Parameters):
 
     `fixed_mask` solves the masked least-squares problem on the selected mask by conjugate gradients. The others move
     the mask too: `fast` and `balanced` by a few and some more sweeps of coordinate descent, `quality` by ADMM and then
-    descent; each is better than the one before it and takes longer (docs/decisions.md).
+    descent; each is better than the one before it and takes longer (docs/decisions.md). `damping` is added to the
+    diagonal of the Gram matrix, in units of its mean; what None stands for is `Variant.damping`.
     """
 
     preset: Literal["fixed_mask", "fast", "balanced", "quality"] = "fixed_mask"
     steps: Annotated[int, Field(ge=1, le=1000)] = 5
-    damping: Annotated[float, Field(ge=0)] = 0.01
+    damping: Annotated[float, Field(ge=0)] | None = None
 
     @model_validator(mode="after")
     def _no_contradiction(self) -> Self:
@@ -186,17 +187,31 @@ class Quantization(Parameters):
 
 
 class Variant(Parameters):
-    """One compressed variant: an entry of `conf/base/parameters_variants.yml`."""
+    """One compressed variant: an entry of `conf/base/parameters_variants.yml`.
+
+    With `sequential` the layers are compressed in order, each on what the compressed ones before it give and towards
+    what the dense model has there, the residual stream included: better, for two more forward passes a variant.
+    """
 
     description: str
     selection: Selection | None = None
     recovery: Recovery | None = None
     quantization: Quantization | None = None
+    sequential: bool = False
+
+    @property
+    def damping(self) -> float:
+        """The recovery's, or what was found best: little, and 0.3 where layers make up for those before them."""
+        if self.recovery is not None and self.recovery.damping is not None:
+            return self.recovery.damping
+        return 0.3 if self.sequential else 0.01
 
     @model_validator(mode="after")
     def _no_contradiction(self) -> Self:
         if self.recovery is not None and self.selection is None:
             raise ValueError("recovery mends what selection prunes; add selection or remove recovery")
+        if self.sequential and self.recovery is None and self.quantization is None:
+            raise ValueError("sequential corrects what recovery or quantization makes; add one or remove sequential")
         return self
 
 

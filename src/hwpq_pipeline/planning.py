@@ -7,7 +7,8 @@ With n weights in the compressible layers, m other parameters and T tokens:
     on disk       the export, masks of n/8 bytes, the neutral form of about n bytes
     memory        4·(n + m) bytes for the model in float32, and about as much again
     calibrate     2·T·(n + Σ in²) operations;   evaluate 2·T·(n + 2·head) for each variant
-    compress      2·out·in² operations a layer, for each step of recovery and sweep of descent
+    compress      2·out·in² operations a layer, for each step of recovery and sweep of descent;
+                  sequential, 2·T·(2·n + 2·Σ in²) more, and the activations of two runs of a block in memory
 
 Operations become seconds by a product timed on this machine, as if nothing else were done. An estimate tells minutes
 from hours; it is no measurement.
@@ -24,6 +25,7 @@ from typing import Any
 import torch
 
 from hwpq_pipeline.checkpoints.layers import Layer, LayerMap, map_model, meta_model
+from hwpq_pipeline.compression.correction import STEPS as CORRECTION_STEPS
 
 _BITS = {None: 16, "fp8_e4m3": 8, "fp8_e5m2": 8, "int8": 8, "int4": 4}
 #: Passes over the quadratic, as steps of conjugate gradients: by preset, and for rounding by descent.
@@ -130,7 +132,7 @@ def plan_rows(
         export = export_bytes(shapes, entry)
         masks = shapes.weights // 8 if entry.get("selection") else 0
         neutral = shapes.weights * (1 if entry.get("quantization") else 2)
-        seconds = (making_operations(shapes, entry) + evaluate) / speed
+        seconds = (making_operations(shapes, entry, calibration_tokens) + evaluate) / speed
         rows.append(Row(name, export, export + masks + neutral, seconds))
     return rows
 
@@ -143,15 +145,18 @@ def export_bytes(shapes: Shapes, entry: Mapping[str, Any]) -> int:
     return shapes.weights * _BITS[grid] // 8 + 2 * (scales + shapes.others)
 
 
-def making_operations(shapes: Shapes, entry: Mapping[str, Any]) -> float:
-    """Operations of selecting and compressing a variant, its errors measured."""
+def making_operations(shapes: Shapes, entry: Mapping[str, Any], tokens: int) -> float:
+    """Operations of selecting and compressing a variant, its errors measured; `tokens` of calibration."""
     recovery, quantization = entry.get("recovery") or {}, entry.get("quantization") or {}
     passes = (1 if entry.get("selection") else 0) + (1 if quantization else 0)
     if recovery:
         passes += recovery["steps"] if recovery["preset"] == "fixed_mask" else _PRESET_STEPS[recovery["preset"]]
     if quantization.get("method") == "coordinate_descent":
         passes += _DESCENT_STEPS * quantization["sweeps"]
-    return passes * sum(2.0 * layer.shape[0] * layer.shape[1] ** 2 for layer in shapes.layers)
+    forward = 2.0 * tokens * (2 * shapes.weights + 2 * shapes.inputs) if entry.get("sequential") else 0.0
+    if entry.get("sequential"):
+        passes += CORRECTION_STEPS
+    return forward + passes * sum(2.0 * layer.shape[0] * layer.shape[1] ** 2 for layer in shapes.layers)
 
 
 def operations_a_second(size: int = 1024) -> float:

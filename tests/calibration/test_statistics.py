@@ -10,13 +10,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from hwpq_pipeline.calibration.gram import Gram
 from hwpq_pipeline.calibration.statistics import (
     Statistics,
     collect_statistics,
     merge_statistics,
     resolve_dtype,
 )
+from hwpq_pipeline.decoder.gram import Gram
 from hwpq_pipeline.errors import HwpqError
 from tests.tiny import tiny_checkpoint, tiny_config, tiny_tokens
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pandas as pd
 import pytest
 import torch
 
@@ -14,6 +15,8 @@ from hwpq_pipeline.pipelines.select.nodes import score_contributions, select_wei
 from tests.tiny import tiny_checkpoint, tiny_tokens
 
 CPU = Compute(device="cpu")
+# More of them than a layer has inputs, so that the Gram matrices are of full rank.
+TOKENS = tiny_tokens(16, 32)
 STRUCTURES = {"2of4": {"structure": "2of4"}, "unstructured": {"structure": "unstructured", "sparsity": 0.5}}
 
 
@@ -21,16 +24,16 @@ STRUCTURES = {"2of4": {"structure": "2of4"}, "unstructured": {"structure": "unst
 def places(tmp_path_factory):
     root = tmp_path_factory.mktemp("compress")
     tiny_checkpoint(root / "model")
-    # More tokens than inputs, so that the Gram matrices are of full rank.
-    collect_statistics(root / "model", tiny_tokens(16, 32), target=root / "statistics")
+    collect_statistics(root / "model", TOKENS, target=root / "statistics")
     return root
 
 
 def run(places, scratch, compute=CPU, **sections):
     variant = Variant.model_validate({"description": "d", **sections})
     model, statistics = places / "model", places / "statistics"
+    samples = pd.DataFrame({"tokens": list(TOKENS)})
     masks, selected, _ = select_weights(score_contributions(model, statistics, compute), variant)
-    groups = recover(prune(model, statistics, masks, variant, compute), variant)
+    groups = recover(prune(model, statistics, samples, masks, variant, compute), variant)
     built, compressed, seconds = quantize(groups, "v", variant, scratch)
     tensors = {}
     for file in built.glob("*.safetensors"):
@@ -65,6 +68,19 @@ def test_moving_the_mask_betters_the_model_as_a_whole(places, tmp_path):
         *_, table, _ = run(places, folder, selection=STRUCTURES["2of4"], recovery={"preset": preset})
         totals.append(table["error_recovered"].sum())
     assert totals[1] < totals[0]
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_sequential_keeps_structure_and_zeros(places, tmp_path, structure):
+    sections = {"selection": STRUCTURES[structure], "recovery": {"preset": "fast"}, "sequential": True}
+    built, tensors, _, table, _ = run(
+        places, tmp_path, **sections, quantization={"grid": "int4", "group_size": 32, "method": "coordinate_descent"}
+    )
+    codes = {name: tensor for name, tensor in tensors.items() if name.endswith(".codes")}
+    assert len(codes) == len(read_json(built / "recipe.json")["layers"]) == 14
+    assert (table["error_recovered"] < table["error_pruned"]).all()
+    if structure == "2of4":
+        assert all(bool(((code != 0).unflatten(1, (-1, 4)).sum(-1) <= 2).all()) for code in codes.values())
 
 
 def test_rounding_keeps_the_zeros(places, tmp_path):

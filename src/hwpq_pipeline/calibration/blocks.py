@@ -1,9 +1,4 @@
-"""One decoder block at a time: what goes into it, and the sums of what its linear layers are fed.
-
-`record_inputs` finds what a block gets beside the hidden states (rotary angles, masks, cache flags): it runs
-the decoder with the blocks replaced by recorders, so that sliding-window blocks and full ones each get their
-own. It is kept once for all batches when it is the same. `lm_head` does not run, and of the blocks the first
-alone, on the first batch.
+"""The sums of what one decoder block's linear layers are fed.
 
 `BlockSums` hooks the linear layers. Layers that are fed by the same tensor share one sum; which do is seen
 from the memory that they read, not assumed from their names.
@@ -19,11 +14,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from hwpq_pipeline.calibration.gram import Energy, Gram
 from hwpq_pipeline.checkpoints.layers import LayerMap
+from hwpq_pipeline.decoder.gram import Energy, Gram
 from hwpq_pipeline.errors import HwpqError
-
-Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 class BlockSums:
@@ -117,69 +110,3 @@ def _same_memory(one: torch.Tensor, other: torch.Tensor) -> bool:
         and one.is_contiguous()
         and other.is_contiguous()
     )
-
-
-def first_output(output: Any) -> torch.Tensor:
-    """A block's hidden states: its output, or the first of a tuple."""
-    state: torch.Tensor = output[0] if isinstance(output, tuple) else output
-    return state
-
-
-def record_inputs(
-    model: Any, blocks: nn.ModuleList, batches: list[torch.Tensor]
-) -> tuple[list[torch.Tensor], list[list[Inputs]]]:
-    """The first block's hidden states of each batch, and what else each block gets with each batch.
-
-    The blocks' `forward` is replaced by a recorder that passes its input on, in the form (tensor or tuple)
-    that the first block's real output has.
-    """
-    hidden: list[torch.Tensor] = []
-    calls: list[Inputs] = []
-    form: list[type] = []
-
-    def recorder(index: int) -> Callable[..., Any]:
-        real = blocks[index].forward
-
-        def record(state: torch.Tensor, *positional: Any, **keyword: Any) -> Any:
-            if index == 0:
-                hidden.append(state)
-                if not form:
-                    form.append(type(real(state, *positional, **keyword)))
-            calls.append((positional, keyword))
-            return (state,) if form[0] is tuple else state
-
-        return record
-
-    extra: list[list[Inputs]] = []
-    own = [block.__dict__.get("forward") for block in blocks]  # some wrappers hang theirs on the instance
-    try:
-        for index, block in enumerate(blocks):
-            block.forward = recorder(index)
-        for ids in batches:
-            calls.clear()
-            model.base_model(input_ids=ids, use_cache=False)
-            extra.append(_shared(list(calls), extra))
-    finally:
-        for block, forward in zip(blocks, own, strict=True):
-            del block.forward
-            if forward is not None:
-                block.forward = forward
-    return hidden, extra
-
-
-def _shared(calls: list[Inputs], earlier: list[list[Inputs]]) -> list[Inputs]:
-    """An earlier batch's inputs when they are equal to these, so that equal masks are kept once."""
-    for other in earlier:
-        if _equal(calls, other):
-            return other
-    return calls
-
-
-def _equal(one: Any, other: Any) -> bool:
-    if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
-        return one.shape == other.shape and torch.equal(one, other)
-    if isinstance(one, (tuple, list)) and isinstance(other, (tuple, list)):
-        return len(one) == len(other) and all(map(_equal, one, other))
-    if isinstance(one, dict) and isinstance(other, dict):
-        return one.keys() == other.keys() and all(_equal(one[key], other[key]) for key in one)
-    return bool(one is other or one == other)

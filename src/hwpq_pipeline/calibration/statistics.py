@@ -21,13 +21,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from hwpq_pipeline.calibration.blocks import BlockSums, first_output, record_inputs
-from hwpq_pipeline.calibration.gram import Energy, Gram, has_bfloat16
+from hwpq_pipeline.calibration.blocks import BlockSums
 from hwpq_pipeline.calibration.store import InputGroup, Statistics, StatisticsWriter, merge_statistics
 from hwpq_pipeline.checkpoints.layers import find_blocks, map_model
-from hwpq_pipeline.checkpoints.quiet import quiet_transformers
-from hwpq_pipeline.checkpoints.reader import Checkpoint
 from hwpq_pipeline.checkpoints.writer import atomic_directory
+from hwpq_pipeline.decoder.blocks import first_output, record_inputs
+from hwpq_pipeline.decoder.gram import Energy, Gram, has_bfloat16
+from hwpq_pipeline.decoder.loading import checked_ids, load_dense
 from hwpq_pipeline.errors import HwpqError
 
 __all__ = ["Collected", "InputGroup", "Statistics", "collect_statistics", "merge_statistics", "resolve_dtype"]
@@ -103,8 +103,8 @@ def collect_statistics(
     place = torch.device(device)
     precision = resolve_dtype(dtype, place)
     started = time.perf_counter()
-    model = _load(model_dir, precision, place)
-    ids = _checked_ids(token_ids, model, str(model_dir)).to(place)
+    model = load_dense(model_dir, precision, place)
+    ids = checked_ids(token_ids, model, str(model_dir)).to(place)
     loaded = time.perf_counter()
     with torch.inference_mode(), atomic_directory(target) as partial:
         writer = StatisticsWriter(partial, mode)
@@ -121,40 +121,6 @@ def collect_statistics(
         seconds_sums=clock["sums"],
         seconds_write=clock["write"],
     )
-
-
-def _load(model_dir: str | Path, dtype: torch.dtype, device: torch.device) -> Any:
-    from transformers import AutoModelForCausalLM
-
-    Checkpoint(model_dir)  # transformers' own words for a missing or truncated file are longer
-    try:
-        with quiet_transformers():
-            model = AutoModelForCausalLM.from_pretrained(
-                model_dir, dtype=dtype, trust_remote_code=False, local_files_only=True
-            )
-    except (ValueError, OSError, KeyError, RuntimeError) as error:
-        raise HwpqError(
-            f"transformers cannot load it ({str(error).splitlines()[0]})",
-            where=str(model_dir),
-            remedy="Run the fetch pipeline again.",
-        ) from error
-    return model.eval().to(device)
-
-
-def _checked_ids(token_ids: torch.Tensor | np.ndarray[Any, Any], model: Any, where: str) -> torch.Tensor:
-    ids = torch.as_tensor(np.asarray(token_ids), dtype=torch.long)
-    vocabulary = model.get_input_embeddings().weight.shape[0]
-    if ids.ndim != 2 or ids.numel() == 0:
-        raise HwpqError(
-            f"token ids have shape {tuple(ids.shape)}", where="calibration", remedy="Give (samples, length)."
-        )
-    if int(ids.min()) < 0 or int(ids.max()) >= vocabulary:
-        raise HwpqError(
-            f"token ids from {int(ids.min())} to {int(ids.max())}, the vocabulary has {vocabulary}",
-            where=where,
-            remedy="Draw the samples with this model's own tokenizer.",
-        )
-    return ids
 
 
 def _walk(model: Any, batches: list[torch.Tensor], writer: StatisticsWriter, progress: Progress) -> dict[str, float]:

@@ -178,7 +178,7 @@ def recover(
         pruned = dense * (keep - 1.0)
         gradient = pruned @ scaled
         before[rows] = _squared_error(pruned, gradient, shrink)
-        change, count = _conjugate_gradients(scaled, keep, gradient, steps, tolerance)
+        change, count = conjugate_gradients(scaled, keep, gradient, steps, tolerance)
         after[rows] = _squared_error(pruned + change, gradient, shrink)
         better = after[rows] < before[rows]
         after[rows] = torch.where(better, after[rows], before[rows])
@@ -201,10 +201,21 @@ def _squared_error(change: Tensor, gradient: Tensor, shrink: Tensor) -> Tensor:
     return (torch.linalg.vecdot(change, gradient) - change.square() @ shrink).clamp_min_(0.0)
 
 
-def _conjugate_gradients(
+def conjugate_gradients(
     scaled: Tensor, keep: Tensor, gradient: Tensor, steps: int, tolerance: float
 ) -> tuple[Tensor, int]:
-    """Change (rows, in) of the normalised weights, and steps taken; ``gradient`` is moved along in place."""
+    """Solve ``(change·Â + gradient)∘keep = 0`` for every row, in the normalised weights.
+
+    Args:
+        scaled: (in, in) Â.
+        keep: (rows, in), or what broadcasts to it: ones where a weight may change.
+        gradient: (rows, in) the output gradient where nothing has changed; moved along in place.
+        steps: at most.
+        tolerance: a row stops once its gradient norm has fallen by this factor.
+
+    Returns:
+        The change (rows, in), and the steps taken.
+    """
     change = torch.zeros_like(gradient)
     residual = -gradient * keep
     direction = residual.clone()

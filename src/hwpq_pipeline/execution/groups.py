@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from copy import copy
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Protocol
@@ -150,7 +151,9 @@ class Groups:
 
     def then(self, step: Step) -> Groups:
         """The same groups with one more step."""
-        return Groups(self.checkpoint, self.layers, self.statistics, (*self.steps, step), self.device)
+        longer = copy(self)
+        longer.steps = (*self.steps, step)
+        return longer
 
     def members(self) -> dict[str, tuple[Layer, ...]]:
         """Layers by input group, in module order."""

@@ -11,6 +11,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from hwpq_pipeline.calibration.samples import token_matrix
 from hwpq_pipeline.calibration.store import Statistics
 from hwpq_pipeline.checkpoints.layers import layer_map
 from hwpq_pipeline.checkpoints.reader import Checkpoint
@@ -23,9 +24,10 @@ from hwpq_pipeline.compression.rounding import quantize as quantize_weights
 from hwpq_pipeline.compression.structured import check_two_of_four
 from hwpq_pipeline.errors import HwpqError
 from hwpq_pipeline.execution.groups import Group, Groups
+from hwpq_pipeline.execution.sequential import SequentialGroups
 from hwpq_pipeline.execution.tables import layer_table
 from hwpq_pipeline.kernels.devices import choose_device
-from hwpq_pipeline.parameters import Compute, Quantization, Recovery, Selection, Variant
+from hwpq_pipeline.parameters import Compute, Quantization, Selection, Variant
 
 #: The presets that move the mask: where more rounds or sweeps gained little for their seconds (docs/decisions.md).
 REFINEMENTS: dict[str, dict[str, Any]] = {
@@ -36,10 +38,19 @@ REFINEMENTS: dict[str, dict[str, Any]] = {
 ERRORS = ("error_pruned", "error_recovered", "error_quantized")
 
 
-def prune(model: Path, statistics: Path, masks: dict[str, Tensor], variant: Variant, compute: Compute) -> Groups:
+def prune(
+    model: Path,
+    statistics: Path,
+    samples: pd.DataFrame,
+    masks: dict[str, Tensor],
+    variant: Variant,
+    compute: Compute,
+) -> Groups:
     """Apply the selection's masks."""
     device = choose_device(compute.device, tf32=compute.tf32, where="compress")
     groups = Groups(Checkpoint(model), layer_map(model), Statistics(statistics), device=device)
+    if variant.sequential:
+        groups = SequentialGroups.of(groups, token_matrix(samples), damping=variant.damping)
     if variant.selection is None:
         return groups
     groups = groups.then(partial(_prune, masks=masks, selection=variant.selection))
@@ -52,8 +63,11 @@ def recover(groups: Groups, variant: Variant) -> Groups:
     if variant.recovery is None or variant.selection is None:
         return groups
     if variant.recovery.preset in REFINEMENTS:
-        return groups.then(partial(_refine, recovery=variant.recovery, selection=variant.selection))
-    return groups.then(partial(_recover, recovery=variant.recovery))
+        preset = REFINEMENTS[variant.recovery.preset]
+        return groups.then(
+            partial(_refine, preset=preset, structure=variant.selection.structure, damping=variant.damping)
+        )
+    return groups.then(partial(_recover, steps=variant.recovery.steps, damping=variant.damping))
 
 
 def quantize(groups: Groups, name: str, variant: Variant, scratch: Path) -> tuple[Path, pd.DataFrame, dict[str, float]]:
@@ -67,7 +81,8 @@ def quantize(groups: Groups, name: str, variant: Variant, scratch: Path) -> tupl
     if variant.quantization is not None:
         # Scales that are numbers of the dense model's dtype mean the same in every engine (export).
         dtype = groups.checkpoint.torch_dtype
-        groups = groups.then(partial(_quantize, quantization=variant.quantization, scale_dtype=dtype))
+        rounding = partial(_quantize, quantization=variant.quantization, damping=variant.damping, scale_dtype=dtype)
+        groups = groups.then(rounding)
     facts: dict[str, dict[str, float]] = {}
     written: list[str] = []
     if variant.selection is not None or variant.quantization is not None:
@@ -102,38 +117,36 @@ def _prune(group: Group, masks: dict[str, Tensor], selection: Selection) -> Grou
     return group.with_weight(group.weight * mask, mask=mask)
 
 
-def _recover(group: Group, recovery: Recovery) -> Group:
+def _recover(group: Group, steps: int, damping: float) -> Group:
     if group.mask is None:  # nothing was pruned, so there is nothing to recover
         return group
-    recovered = recover_weights(
-        group.original, group.mask, group.gram, steps=recovery.steps, damping=recovery.damping, where=group.name
-    )
+    recovered = recover_weights(group.original, group.mask, group.gram, steps=steps, damping=damping, where=group.name)
     energy = recovered.row_energy
     pruned = group.with_error("error_pruned", recovered.row_error_before, energy)
     return pruned.with_weight(recovered.weight).with_error("error_recovered", recovered.row_error, energy)
 
 
-def _refine(group: Group, recovery: Recovery, selection: Selection) -> Group:
+def _refine(group: Group, preset: dict[str, Any], structure: str, damping: float) -> Group:
     if group.mask is None:  # nothing was pruned, so there is nothing to recover
         return group
     weight, mask, found = refine_mask(
         group.original,
         group.mask,
         group.gram,
-        structure=selection.structure,
-        **REFINEMENTS[recovery.preset],
-        damping=recovery.damping,
+        structure=structure,
+        **preset,
+        damping=damping,
         layer_rows=[layer.shape[0] for layer in group.layers],
         where=group.name,
     )
-    if selection.structure == "2of4":
+    if structure == "2of4":
         check_two_of_four(mask, where=group.name)
     pruned = group.with_error("error_pruned", found.row_error_before, found.row_energy)
     refined = pruned.with_weight(weight, mask=mask)
     return refined.with_error("error_recovered", found.row_error, found.row_energy)
 
 
-def _quantize(group: Group, quantization: Quantization, scale_dtype: torch.dtype) -> Group:
+def _quantize(group: Group, quantization: Quantization, damping: float, scale_dtype: torch.dtype) -> Group:
     descends = quantization.method == "coordinate_descent"
     quantized = quantize_weights(
         group.weight,
@@ -144,6 +157,7 @@ def _quantize(group: Group, quantization: Quantization, scale_dtype: torch.dtype
         original=group.original,
         gram=group.gram if descends else None,
         sweeps=quantization.sweeps,
+        damping=damping,
         scale_dtype=scale_dtype,
         where=group.name,
     )

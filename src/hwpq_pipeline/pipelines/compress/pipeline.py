@@ -1,4 +1,4 @@
-"""dense model, statistics, keep-masks → codes and scales, for every variant."""
+"""dense model, statistics, calibration tokens, keep-masks → codes and scales, for every variant."""
 
 from __future__ import annotations
 
@@ -15,7 +15,12 @@ def create_pipeline(names: Iterable[str]) -> Pipeline:
     """Pruning and recovery (lazy), then one walk over the layers that rounds and writes."""
     return for_each_variant(
         [
-            node(prune, ["model", "statistics", "masks", "params:variant", "params:compute"], "pruned", name="prune"),
+            node(
+                prune,
+                ["model", "statistics", "calibration", "masks", "params:variant", "params:compute"],
+                "pruned",
+                name="prune",
+            ),
             node(recover, ["pruned", "params:variant"], "recovered", name="recover"),
             node(
                 quantize,

@@ -1,0 +1,248 @@
+"""Working through a model in the order of its layers, each on what the compressed layers before it give.
+
+Every block runs twice. Run as it came on the dense model's hidden states, it tells what every layer should give. Run on
+the hidden states of the compressed model, it stops before each group of layers: its inputs are summed there
+(`G = X̃X̃ᵀ`, `B = TX̃ᵀ`), the dense weight is replaced by the corrected target (`compression.correction`), the steps of
+the variant are taken, and the run goes on with what they made. So a variant costs two forward passes and the sums.
+
+**The residual stream.** A layer whose output is added to the stream is also asked for what the stream has lost by then.
+Which layers do that is measured, not assumed from names: the change of the stream over the dense block is fitted by the
+outputs of the layers that are as wide as it. Where it is their weighted sum, the layers with a weight are the writers;
+where it is not (a norm follows the layer, say), there are none and the layers are asked for the dense outputs alone.
+
+**Memory.** All tokens run through a block at once, so that its layers can be compressed on the way and each runs only
+twice: two hidden states and the activations of two runs of one block, float32. For a model or a sample that is too
+large for this, take fewer samples. Always float32: what is summed are differences of two nearly equal streams.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from hwpq_pipeline.checkpoints.layers import Layer, find_blocks
+from hwpq_pipeline.compression.correction import corrected_target
+from hwpq_pipeline.decoder.blocks import first_output, record_inputs
+from hwpq_pipeline.decoder.gram import Gram
+from hwpq_pipeline.decoder.loading import checked_ids, load_dense
+from hwpq_pipeline.errors import HwpqError
+from hwpq_pipeline.execution.groups import Group, Groups
+from hwpq_pipeline.execution.progress import with_progress
+
+#: Tokens on which the writers of the residual stream are found, and how exactly their sum must be its change.
+PROBE, FIT = 512, 1e-3
+
+
+class SequentialGroups(Groups):
+    """The groups of a model, each on the outputs of the compressed ones before it.
+
+    Of the groups' statistics only which layers share an input is used.
+    """
+
+    token_ids: np.ndarray[Any, Any] | Tensor
+    damping: float
+
+    @classmethod
+    def of(cls, groups: Groups, token_ids: np.ndarray[Any, Any] | Tensor, *, damping: float = 0.01) -> SequentialGroups:
+        """The same groups and steps, in sequence.
+
+        Args:
+            groups: of the dense model.
+            token_ids: (samples, length) the tokens to run.
+            damping: of the correction, in units of the mean energy.
+        """
+        made = cls(groups.checkpoint, groups.layers, groups.statistics, groups.steps, groups.device)
+        made.token_ids, made.damping = token_ids, damping
+        return made
+
+    def run(self, description: str) -> Iterator[Group]:
+        """Take all steps on one group after the other, behind a progress bar.
+
+        A group's `original` is the corrected target, and its errors are relative to that.
+
+        Raises:
+            HwpqError: a weight is damaged, a step cannot be taken, or the model routes tokens by their values.
+        """
+        yield from with_progress(self._walk(), description, len(self.members()))
+
+    @torch.inference_mode()
+    def _walk(self) -> Iterator[Group]:
+        model = load_dense(self.checkpoint.path, torch.float32, self.device)
+        ids = checked_ids(self.token_ids, model, str(self.checkpoint.path)).to(self.device)
+        _, blocks = find_blocks(model)
+        (dense,), (extra,) = record_inputs(model, blocks, [ids])
+        compressed = dense
+        for number, block in enumerate(blocks):
+            forward = partial(_forward, block, extra[number])
+            members = [self._module(block, layer) for layer in self.layers.in_block(number)]
+            record = _Dense(members)
+            following = record.run(forward, dense)
+            run = _Compressed(self, members, record, record.stream_weights(dense, following), dense - compressed)
+            dense, compressed = following, run.run(forward, compressed)
+            yield from run.groups
+            block.to("meta")  # it has done its work
+
+    def _module(self, block: nn.Module, layer: Layer) -> tuple[Layer, nn.Linear]:
+        module = block.get_submodule(layer.name.removeprefix(f"{self.layers.blocks_name}.{layer.block}."))
+        return layer, cast(nn.Linear, module)
+
+
+def _forward(block: nn.Module, extra: tuple[tuple[Any, ...], dict[str, Any]], state: Tensor) -> Tensor:
+    positional, keyword = extra
+    return first_output(block(state, *positional, **keyword))
+
+
+@dataclass(frozen=True)
+class LiveStatistics:
+    """The sums of one group's inputs as they are (an `InputStatistics`)."""
+
+    name: str
+    sums: Tensor
+    mode: str = "gram"
+
+    def group_of(self, layer: str) -> str:  # noqa: ARG002
+        """The group, whichever layer it is."""
+        return self.name
+
+    def gram(self, group: str) -> Tensor:  # noqa: ARG002
+        """Σ x̃ x̃ᵀ, shape (in_features, in_features), float32."""
+        return self.sums
+
+    def energy(self, group: str) -> Tensor:  # noqa: ARG002
+        """Its diagonal."""
+        return self.sums.diagonal().clone()
+
+
+class _Dense:
+    """Inputs and outputs of the layers of one block in the dense model."""
+
+    def __init__(self, members: list[tuple[Layer, nn.Linear]]) -> None:
+        self.members = members
+        self.inputs: dict[str, Tensor] = {}
+        self.outputs: dict[str, Tensor] = {}
+
+    def run(self, forward: Callable[[Tensor], Tensor], state: Tensor) -> Tensor:
+        """The block's hidden states (samples, length, hidden), all layers' inputs and outputs kept."""
+        width = state.shape[-1]
+        with ExitStack() as stack:
+            for layer, module in self.members:
+                handle = module.register_forward_hook(partial(self._keep, layer, layer.shape[0] == width))
+                stack.callback(handle.remove)
+            return forward(state)
+
+    def _keep(self, layer: Layer, wide: bool, _: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
+        self.inputs[layer.name] = arguments[0]
+        if wide:
+            self.outputs[layer.name] = output
+
+    def stream_weights(self, before: Tensor, after: Tensor) -> dict[str, float]:
+        """Layers whose outputs make up the change of the residual stream, and each one's weight in it."""
+        names = [name for name, output in self.outputs.items() if output.shape == before.shape]
+        if not names:
+            return {}
+        change = _probe(after - before)
+        columns = torch.stack([_probe(self.outputs[name]) for name in names], dim=1)
+        weights = torch.linalg.lstsq(columns, change[:, None]).solution[:, 0]
+        missed = float((change - columns @ weights).norm() / change.norm().clamp_min(torch.finfo(torch.float64).tiny))
+        if missed > FIT:
+            return {}
+        return {name: float(weight) for name, weight in zip(names, weights, strict=True) if abs(weight) > FIT}
+
+
+def _probe(state: Tensor) -> Tensor:
+    """(values,) of the first tokens, float64 on the CPU."""
+    return state.flatten(0, -2)[:PROBE].flatten().double().cpu()
+
+
+class _Compressed:
+    """One block of the compressed model: every group is compressed when its input is there.
+
+    Attributes:
+        groups: those that are done.
+    """
+
+    def __init__(
+        self,
+        owner: SequentialGroups,
+        members: list[tuple[Layer, nn.Linear]],
+        dense: _Dense,
+        stream: dict[str, float],
+        gap: Tensor,
+    ) -> None:
+        self.owner, self.dense, self.stream, self.gap = owner, dense, stream, gap
+        self.stacks: dict[str, list[tuple[Layer, nn.Linear]]] = {}
+        for layer, module in members:
+            self.stacks.setdefault(owner.statistics.group_of(layer.name), []).append((layer, module))
+        self.groups: list[Group] = []
+        self.done: set[str] = set()
+
+    def run(self, forward: Callable[[Tensor], Tensor], state: Tensor) -> Tensor:
+        """The block's hidden states (samples, length, hidden) once its layers are compressed."""
+        with ExitStack() as stack:
+            for name, members in self.stacks.items():
+                for layer, module in members:
+                    stack.callback(module.register_forward_pre_hook(partial(self._meet, name)).remove)
+                    if layer.name in self.stream:
+                        stack.callback(module.register_forward_hook(partial(self._wrote, layer.name)).remove)
+            return forward(state)
+
+    def _meet(self, name: str, _: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+        """Before the first layer of a group runs: compress the group."""
+        if name in self.done:
+            return
+        self.done.add(name)
+        members = self.stacks[name]
+        x, own = arguments[0], self.dense.inputs.get(members[0][0].name)
+        if own is None or own.shape != x.shape:
+            raise HwpqError(
+                "it is fed by other tokens than in the dense model",
+                where=name,
+                remedy="Set sequential to false: this architecture routes tokens by their values.",
+            )
+        original = torch.cat([module.weight for _, module in members])
+        rows = x.flatten(0, -2)
+        sums = Gram(rows.shape[-1], rows.device)
+        sums.add(rows)
+        gram = sums.result().to(rows.device)
+        cross = self._cross(members, original, own.flatten(0, -2), rows)
+        target = corrected_target(original, gram, cross, damping=self.owner.damping, where=name)
+        layers = tuple(layer for layer, _ in members)
+        group = Group(name, layers, LiveStatistics(name, gram), target, target)
+        for step in self.owner.steps:
+            group = step(group)
+        modules = dict(members)
+        for layer, part in group.rows:
+            modules[layer].weight.copy_(group.weight[part])
+        self.groups.append(group)
+
+    def _cross(self, members: list[tuple[Layer, nn.Linear]], original: Tensor, own: Tensor, x: Tensor) -> Tensor:
+        """(rows, in_features) Σ t x̃ᵀ of the wanted outputs; `own` are the dense model's inputs.
+
+        A writer's outputs are at hand and few: one product (out, tokens)×(tokens, in). The others', `W₀x`, are not
+        needed themselves: `W₀ Σ x x̃ᵀ`.
+        """
+        mixed = None
+        parts = []
+        for (layer, module), part in zip(
+            members, original.split([layer.shape[0] for layer, _ in members]), strict=True
+        ):
+            if layer.name in self.stream:
+                wanted = self.dense.outputs[layer.name] + self.gap / self.stream[layer.name]
+                if module.bias is not None:
+                    wanted -= module.bias
+                parts.append(wanted.flatten(0, -2).T @ x)
+            else:
+                mixed = own.T @ x if mixed is None else mixed
+                parts.append(part @ mixed)
+        return torch.cat(parts)
+
+    def _wrote(self, name: str, _: nn.Module, __: tuple[Tensor, ...], output: Tensor) -> None:
+        """After a layer has written to the stream: what is missing there now."""
+        self.gap = self.gap + self.stream[name] * (self.dense.outputs[name] - output)

@@ -1,0 +1,71 @@
+"""Correction towards the dense outputs, against dense least squares in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from hwpq_pipeline.compression.correction import corrected_target
+from hwpq_pipeline.errors import HwpqError
+
+OUT, IN, TOKENS, DAMPING = 7, 24, 400, 0.01
+
+
+@pytest.fixture
+def problem():
+    """W₀, X̃ (tokens, in) and T (tokens, out): inputs that are off, and what the dense model gives."""
+    generator = torch.Generator().manual_seed(3)
+    weight = torch.randn(OUT, IN, generator=generator)
+    mixing = torch.randn(IN, IN, generator=generator)
+    x = torch.randn(TOKENS, IN, generator=generator) @ mixing
+    x_off = 0.7 * x + 0.3 * torch.randn(TOKENS, IN, generator=generator)
+    return weight, x_off, x @ weight.T + 0.2 * torch.randn(TOKENS, OUT, generator=generator)
+
+
+def solved(weight, x, t):
+    """The ridge solution from the formula, float64: (T X̃ᵀ + δW₀)(G + δI)⁻¹."""
+    weight, x, t = weight.double(), x.double(), t.double()
+    gram = x.T @ x
+    ridge = DAMPING * gram.diagonal().mean() * torch.eye(IN, dtype=torch.float64)
+    return torch.linalg.solve(gram + ridge, (t.T @ x + weight @ ridge).T).T
+
+
+def test_many_steps_reach_the_ridge_solution(problem):
+    weight, x, t = problem
+    found = corrected_target(weight, x.T @ x, t.T @ x, steps=200, damping=DAMPING)
+    assert torch.allclose(found.double(), solved(weight, x, t), atol=1e-3)
+
+
+def test_every_step_lowers_the_error(problem):
+    weight, x, t = problem
+    errors = []
+    for steps in (0, 1, 2, 4, 8):
+        found = corrected_target(weight, x.T @ x, t.T @ x, steps=steps, damping=0.0)
+        errors.append(float((x @ found.T - t).square().sum()))
+    assert errors == sorted(errors, reverse=True)
+    assert errors[-1] < 0.9 * errors[0]
+
+
+def test_nothing_to_correct_leaves_the_dense_weight(problem):
+    weight, x, _ = problem
+    gram = (x.T @ x).double()
+    found = corrected_target(weight, gram.float(), (weight.double() @ gram).float())
+    assert torch.allclose(found, weight, atol=1e-4)
+
+
+def test_dead_inputs_keep_their_weights(problem):
+    weight, x, t = problem
+    x = x.clone()
+    x[:, 5] = 0.0
+    found = corrected_target(weight, x.T @ x, t.T @ x)
+    assert torch.equal(found[:, 5], weight[:, 5])
+    assert bool(torch.isfinite(found).all())
+
+
+@pytest.mark.parametrize("spoil", ["shape", "nan"])
+def test_what_cannot_be_is_refused(problem, spoil):
+    weight, x, t = problem
+    cross = t.T @ x
+    cross = cross[:, 1:] if spoil == "shape" else cross.index_fill(1, torch.tensor([2]), float("nan"))
+    with pytest.raises(HwpqError, match="layer 7"):
+        corrected_target(weight, x.T @ x, cross, where="layer 7")

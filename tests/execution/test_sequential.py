@@ -1,0 +1,164 @@
+"""Compression in the order of the layers: what it sees, what it asks for, and that it pays."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from hwpq_pipeline.calibration.statistics import Statistics, collect_statistics
+from hwpq_pipeline.checkpoints.layers import find_blocks, layer_map
+from hwpq_pipeline.checkpoints.reader import Checkpoint
+from hwpq_pipeline.compression.recovery import recover
+from hwpq_pipeline.decoder.loading import load_dense
+from hwpq_pipeline.errors import HwpqError
+from hwpq_pipeline.execution import sequential
+from hwpq_pipeline.execution.groups import Groups
+from hwpq_pipeline.execution.sequential import SequentialGroups
+from tests.tiny import tiny_checkpoint, tiny_config, tiny_tokens
+
+TOKENS = tiny_tokens(32, 32)
+SIZE = {
+    "vocab_size": 260, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 4, "max_position_embeddings": 128, "initializer_range": 0.2,
+}  # fmt: skip
+
+
+def make(root, config=None) -> Groups:
+    model = tiny_checkpoint(root / "model", config)
+    collect_statistics(model, TOKENS, target=root / "statistics")
+    return Groups(Checkpoint(model), layer_map(model), Statistics(root / "statistics"))
+
+
+@pytest.fixture(scope="module")
+def groups(tmp_path_factory):
+    return make(tmp_path_factory.mktemp("sequential"))
+
+
+def halved(group):
+    """2:4 by magnitude, recovered."""
+    fours = group.original.abs().unflatten(1, (-1, 4))
+    mask = torch.zeros_like(fours, dtype=torch.bool).scatter_(2, fours.topk(2, dim=2).indices, True).flatten(1)
+    found = recover(group.original, mask, group.gram, where=group.name)
+    return replace(group, weight=found.weight, mask=mask)
+
+
+def hidden(groups, compressed=()):
+    """Final hidden states (samples, length, hidden) with the groups' weights in place."""
+    model = load_dense(groups.checkpoint.path, torch.float32, torch.device("cpu"))
+    with torch.inference_mode():
+        for group in compressed:
+            for layer, rows in group.rows:
+                model.get_submodule(layer.name).weight.copy_(group.weight[rows])
+        return model.base_model(input_ids=TOKENS, use_cache=False)[0]
+
+
+def test_without_steps_nothing_is_to_be_corrected(groups):
+    seen = list(SequentialGroups.of(groups, TOKENS).run("test"))
+    plain = list(groups.run("test"))
+    assert [group.name for group in seen] == [group.name for group in plain]
+    for one, other in zip(seen, plain, strict=True):
+        assert torch.allclose(one.weight, other.weight, atol=1e-4)
+        # Sums over the same inputs, in other batches.
+        assert torch.allclose(one.gram, other.gram, rtol=1e-3, atol=1e-2)
+
+
+def test_the_statistics_are_those_of_the_compressed_model(groups, tmp_path):
+    """The Gram matrices that a group saw, against statistics of the finished compressed model."""
+    found = list(SequentialGroups.of(groups, TOKENS).then(halved).run("test"))
+    model = load_dense(groups.checkpoint.path, torch.float32, torch.device("cpu"))
+    for group in found:
+        for layer, rows in group.rows:
+            model.get_submodule(layer.name).weight.data.copy_(group.weight[rows])
+    model.save_pretrained(tmp_path / "compressed")
+    collect_statistics(tmp_path / "compressed", TOKENS, target=tmp_path / "statistics")
+    after = Statistics(tmp_path / "statistics")
+    for group in found:
+        expected = after.gram(group.name)
+        assert torch.allclose(group.gram, expected, rtol=1e-3, atol=1e-3 * float(expected.diagonal().mean()))
+
+
+def test_the_stream_is_nearer_the_dense_one(groups):
+    dense = hidden(groups)
+    plain = (hidden(groups, groups.then(halved).run("test")) - dense).square().mean()
+    found = list(SequentialGroups.of(groups, TOKENS).then(halved).run("test"))
+    corrected = (hidden(groups, found) - dense).square().mean()
+    assert float(corrected) < 0.8 * float(plain)
+    for group in found:
+        assert bool(((group.weight != 0).unflatten(1, (-1, 4)).sum(-1) <= 2).all())
+
+
+def llama():
+    return tiny_config(), {"self_attn.o_proj": 1.0, "mlp.down_proj": 1.0}
+
+
+def granite():
+    from transformers import GraniteConfig
+
+    config = GraniteConfig(**SIZE, residual_multiplier=0.25)
+    return config, {"self_attn.o_proj": 0.25, "mlp.down_proj": 0.25}
+
+
+def gpt_neox():
+    """Attention and feed-forward part side by side, with biases."""
+    from transformers import GPTNeoXConfig
+
+    return GPTNeoXConfig(**SIZE), {"attention.dense": 1.0, "mlp.dense_4h_to_h": 1.0}
+
+
+def olmo2():
+    """Norms between the layers and the stream."""
+    from transformers import Olmo2Config
+
+    return Olmo2Config(**SIZE), {}
+
+
+@pytest.mark.parametrize("architecture", [llama, granite, gpt_neox, olmo2])
+def test_who_writes_to_the_stream_is_found(tmp_path, monkeypatch, architecture):
+    config, expected = architecture()
+    groups = make(tmp_path, config)
+    model = load_dense(groups.checkpoint.path, torch.float32, torch.device("cpu"))
+    prefix, _ = find_blocks(model)
+    streams, gaps = [], []
+    real = sequential._Compressed
+
+    class Spy(real):
+        def run(self, forward, state):
+            streams.append(self.stream)
+            after = super().run(forward, state)
+            gaps.append((self.gap, after))
+            return after
+
+    monkeypatch.setattr(sequential, "_Compressed", Spy)
+    found = list(SequentialGroups.of(groups, TOKENS).then(halved).run("test"))
+    assert len(found) == len(groups.members())
+    for number, stream in enumerate(streams):
+        assert stream == pytest.approx({f"{prefix}.{number}.{name}": weight for name, weight in expected.items()})
+    if not expected:
+        return
+    # What the last block still lacks, kept up layer by layer, is what the finished models differ by.
+    states = []
+    for compressed in ((), found):
+        model = load_dense(groups.checkpoint.path, torch.float32, torch.device("cpu"))
+        with torch.inference_mode():
+            for group in compressed:
+                for layer, rows in group.rows:
+                    model.get_submodule(layer.name).weight.copy_(group.weight[rows])
+            _, blocks = find_blocks(model)
+            blocks[-1].register_forward_hook(lambda _, __, output: states.append(output))
+            model.base_model(input_ids=TOKENS, use_cache=False)
+    dense, last = (state[0] if isinstance(state, tuple) else state for state in states)
+    assert torch.allclose(gaps[-1][0], dense - last, atol=1e-3 * float(dense.abs().max()))
+
+
+def test_tokens_that_are_routed_by_value_are_refused(tmp_path, monkeypatch):
+    groups = make(tmp_path)
+    real = sequential._Dense._keep
+
+    def shortened(self, layer, wide, module, arguments, output):
+        real(self, layer, wide, module, (arguments[0][:-1],), output)
+
+    monkeypatch.setattr(sequential._Dense, "_keep", shortened)
+    with pytest.raises(HwpqError, match=r"q_proj.*other tokens.*sequential"):
+        list(SequentialGroups.of(groups, TOKENS).then(halved).run("test"))
