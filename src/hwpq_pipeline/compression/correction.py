@@ -11,9 +11,9 @@ weights are those of the least-squares problem
 and since, without damping, ‖WX̃ − T‖² = ‖(W − W*)X̃‖² + const for every ``W``, pruning, recovery and rounding need not
 know of ``T``: they take ``W*`` for the dense weight.
 
-How far.  With little damping a few steps of conjugate gradients from ``W₀`` fit the directions with much energy, and many
-the calibration sample; with more damping more steps help (docs/decisions.md, 32: perplexity 72 towards ``W₀X̃``, 48 with
-the residual stream at 2:4, 20.6 dense).
+How far.  With little damping a few steps of conjugate gradients from ``W₀`` fit the directions with much energy, and
+many the calibration sample; with more damping more steps help (docs/decisions.md, 32: perplexity 72 towards ``W₀X̃``, 48
+with the residual stream at 2:4, 20.6 dense).
 """
 
 from __future__ import annotations
