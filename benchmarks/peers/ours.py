@@ -115,17 +115,17 @@ def round_activations(model: nn.Module) -> None:
 def run(job: dict[str, Any], calibration: Tensor, model: nn.Module, scratch: Path) -> None:
     """What is timed."""
     model_dir = Path(job["model"])
-    statistics, tokens = None, calibration[: job["samples"]]
-    if job["method"] != "nearest":
-        statistics = scratch / "statistics"
-        # In sequence the Gram matrices are of the compressed model's inputs: of the dense one the diagonal is enough.
-        mode = "diagonal" if job["method"].endswith("-sequential") else "gram"
-        collect_statistics(model_dir, tokens, target=statistics, mode=mode, dtype=job["dtype"])
     if job["task"] == "seven":
         shipped = yaml.safe_load(VARIANTS.read_text())["variants"]
         variants = {name: Variant(**values) for name, values in shipped.items()}
     else:
         variants = {"variant": variant_of(job["task"], job["method"])}
+    statistics, tokens = None, calibration[: job["samples"]]
+    if job["method"] != "nearest":
+        statistics = scratch / "statistics"
+        # In sequence the Gram matrices are of the compressed model's inputs: of the dense one the diagonal is enough.
+        mode = "diagonal" if all(variant.sequential for variant in variants.values()) else "gram"
+        collect_statistics(model_dir, tokens, target=statistics, mode=mode, dtype=job["dtype"])
     compressed = [
         compress_one(name, variant, model_dir, statistics, tokens, scratch / name) for name, variant in variants.items()
     ]

@@ -153,9 +153,10 @@ def making_operations(shapes: Shapes, entry: Mapping[str, Any], tokens: int) -> 
         passes += recovery["steps"] if recovery["preset"] == "fixed_mask" else _PRESET_STEPS[recovery["preset"]]
     if quantization.get("method") == "coordinate_descent":
         passes += _DESCENT_STEPS * quantization["sweeps"]
-    forward = 2.0 * tokens * (2 * shapes.weights + 2 * shapes.inputs) if entry.get("sequential") else 0.0
+    forward = 0.0
     if entry.get("sequential"):
         passes += CORRECTION_STEPS
+        forward = 2.0 * tokens * (2 * shapes.weights + 2 * shapes.inputs)
     return forward + passes * sum(2.0 * layer.shape[0] * layer.shape[1] ** 2 for layer in shapes.layers)
 
 

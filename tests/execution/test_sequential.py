@@ -55,7 +55,7 @@ def hidden(groups, compressed=()):
 
 
 def test_without_steps_nothing_is_to_be_corrected(groups):
-    seen = list(SequentialGroups.of(groups, TOKENS).run("test"))
+    seen = list(SequentialGroups(groups, TOKENS).run("test"))
     plain = list(groups.run("test"))
     assert [group.name for group in seen] == [group.name for group in plain]
     for one, other in zip(seen, plain, strict=True):
@@ -66,7 +66,7 @@ def test_without_steps_nothing_is_to_be_corrected(groups):
 
 def test_the_statistics_are_those_of_the_compressed_model(groups, tmp_path):
     """The Gram matrices that a group saw, against statistics of the finished compressed model."""
-    found = list(SequentialGroups.of(groups, TOKENS).then(halved).run("test"))
+    found = list(SequentialGroups(groups, TOKENS).then(halved).run("test"))
     model = load_dense(groups.checkpoint.path, torch.float32, torch.device("cpu"))
     for group in found:
         for layer, rows in group.rows:
@@ -82,7 +82,7 @@ def test_the_statistics_are_those_of_the_compressed_model(groups, tmp_path):
 def test_the_stream_is_nearer_the_dense_one(groups):
     dense = hidden(groups)
     plain = (hidden(groups, groups.then(halved).run("test")) - dense).square().mean()
-    found = list(SequentialGroups.of(groups, TOKENS).then(halved).run("test"))
+    found = list(SequentialGroups(groups, TOKENS).then(halved).run("test"))
     corrected = (hidden(groups, found) - dense).square().mean()
     assert float(corrected) < 0.8 * float(plain)
     for group in found:
@@ -131,7 +131,7 @@ def test_who_writes_to_the_stream_is_found(tmp_path, monkeypatch, architecture):
             return after
 
     monkeypatch.setattr(sequential, "_Compressed", Spy)
-    found = list(SequentialGroups.of(groups, TOKENS).then(halved).run("test"))
+    found = list(SequentialGroups(groups, TOKENS).then(halved).run("test"))
     assert len(found) == len(groups.members())
     for number, stream in enumerate(streams):
         assert stream == pytest.approx({f"{prefix}.{number}.{name}": weight for name, weight in expected.items()})
@@ -156,9 +156,9 @@ def test_tokens_that_are_routed_by_value_are_refused(tmp_path, monkeypatch):
     groups = make(tmp_path)
     real = sequential._Dense._keep
 
-    def shortened(self, layer, wide, module, arguments, output):
-        real(self, layer, wide, module, (arguments[0][:-1],), output)
+    def shortened(self, name, stream, module, arguments, output):
+        real(self, name, stream, module, (arguments[0][:-1],), output)
 
     monkeypatch.setattr(sequential._Dense, "_keep", shortened)
     with pytest.raises(HwpqError, match=r"q_proj.*other tokens.*sequential"):
-        list(SequentialGroups.of(groups, TOKENS).then(halved).run("test"))
+        list(SequentialGroups(groups, TOKENS).then(halved).run("test"))

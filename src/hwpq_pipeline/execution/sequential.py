@@ -43,24 +43,15 @@ PROBE, FIT = 512, 1e-3
 class SequentialGroups(Groups):
     """The groups of a model, each on the outputs of the compressed ones before it.
 
-    Of the groups' statistics only which layers share an input is used.
+    Args:
+        groups: of the dense model; of their statistics only which layers share an input is used.
+        token_ids: (samples, length) the tokens to run.
+        damping: of the correction, in units of the mean energy.
     """
 
-    token_ids: np.ndarray[Any, Any] | Tensor
-    damping: float
-
-    @classmethod
-    def of(cls, groups: Groups, token_ids: np.ndarray[Any, Any] | Tensor, *, damping: float = 0.01) -> SequentialGroups:
-        """The same groups and steps, in sequence.
-
-        Args:
-            groups: of the dense model.
-            token_ids: (samples, length) the tokens to run.
-            damping: of the correction, in units of the mean energy.
-        """
-        made = cls(groups.checkpoint, groups.layers, groups.statistics, groups.steps, groups.device)
-        made.token_ids, made.damping = token_ids, damping
-        return made
+    def __init__(self, groups: Groups, token_ids: np.ndarray[Any, Any] | Tensor, *, damping: float = 0.01) -> None:
+        super().__init__(groups.checkpoint, groups.layers, groups.statistics, groups.steps, groups.device)
+        self.token_ids, self.damping = token_ids, damping
 
     def run(self, description: str) -> Iterator[Group]:
         """Take all steps on one group after the other, behind a progress bar.
@@ -86,7 +77,7 @@ class SequentialGroups(Groups):
             following = record.run(forward, dense)
             run = _Compressed(self, members, record, record.stream_weights(dense, following), dense - compressed)
             dense, compressed = following, run.run(forward, compressed)
-            yield from run.groups
+            yield from run.groups.values()
             block.to("meta")  # it has done its work
 
     def _module(self, block: nn.Module, layer: Layer) -> tuple[Layer, nn.Linear]:
@@ -121,7 +112,7 @@ class LiveStatistics:
 
 
 class _Dense:
-    """Inputs and outputs of the layers of one block in the dense model."""
+    """What the layers of one block get and give in the dense model: all inputs, and outputs as wide as the stream."""
 
     def __init__(self, members: list[tuple[Layer, nn.Linear]]) -> None:
         self.members = members
@@ -129,31 +120,28 @@ class _Dense:
         self.outputs: dict[str, Tensor] = {}
 
     def run(self, forward: Callable[[Tensor], Tensor], state: Tensor) -> Tensor:
-        """The block's hidden states (samples, length, hidden), all layers' inputs and outputs kept."""
-        width = state.shape[-1]
+        """The block's hidden states (samples, length, hidden); what its layers get and give is kept."""
         with ExitStack() as stack:
             for layer, module in self.members:
-                handle = module.register_forward_hook(partial(self._keep, layer, layer.shape[0] == width))
-                stack.callback(handle.remove)
+                stack.callback(module.register_forward_hook(partial(self._keep, layer.name, state.shape)).remove)
             return forward(state)
 
-    def _keep(self, layer: Layer, wide: bool, _: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
-        self.inputs[layer.name] = arguments[0]
-        if wide:
-            self.outputs[layer.name] = output
+    def _keep(self, name: str, stream: torch.Size, _: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
+        self.inputs[name] = arguments[0]
+        if output.shape == stream:
+            self.outputs[name] = output
 
     def stream_weights(self, before: Tensor, after: Tensor) -> dict[str, float]:
         """Layers whose outputs make up the change of the residual stream, and each one's weight in it."""
-        names = [name for name, output in self.outputs.items() if output.shape == before.shape]
-        if not names:
+        if not self.outputs:
             return {}
         change = _probe(after - before)
-        columns = torch.stack([_probe(self.outputs[name]) for name in names], dim=1)
+        columns = torch.stack([_probe(output) for output in self.outputs.values()], dim=1)
         weights = torch.linalg.lstsq(columns, change[:, None]).solution[:, 0]
         missed = float((change - columns @ weights).norm() / change.norm().clamp_min(torch.finfo(torch.float64).tiny))
         if missed > FIT:
             return {}
-        return {name: float(weight) for name, weight in zip(names, weights, strict=True) if abs(weight) > FIT}
+        return {name: float(weight) for name, weight in zip(self.outputs, weights, strict=True) if abs(weight) > FIT}
 
 
 def _probe(state: Tensor) -> Tensor:
@@ -165,7 +153,7 @@ class _Compressed:
     """One block of the compressed model: every group is compressed when its input is there.
 
     Attributes:
-        groups: those that are done.
+        groups: those that are done, by name.
     """
 
     def __init__(
@@ -180,8 +168,7 @@ class _Compressed:
         self.stacks: dict[str, list[tuple[Layer, nn.Linear]]] = {}
         for layer, module in members:
             self.stacks.setdefault(owner.statistics.group_of(layer.name), []).append((layer, module))
-        self.groups: list[Group] = []
-        self.done: set[str] = set()
+        self.groups: dict[str, Group] = {}
 
     def run(self, forward: Callable[[Tensor], Tensor], state: Tensor) -> Tensor:
         """The block's hidden states (samples, length, hidden) once its layers are compressed."""
@@ -195,9 +182,8 @@ class _Compressed:
 
     def _meet(self, name: str, _: nn.Module, arguments: tuple[Tensor, ...]) -> None:
         """Before the first layer of a group runs: compress the group."""
-        if name in self.done:
+        if name in self.groups:
             return
-        self.done.add(name)
         members = self.stacks[name]
         x, own = arguments[0], self.dense.inputs.get(members[0][0].name)
         if own is None or own.shape != x.shape:
@@ -220,7 +206,7 @@ class _Compressed:
         modules = dict(members)
         for layer, part in group.rows:
             modules[layer].weight.copy_(group.weight[part])
-        self.groups.append(group)
+        self.groups[name] = group
 
     def _cross(self, members: list[tuple[Layer, nn.Linear]], original: Tensor, own: Tensor, x: Tensor) -> Tensor:
         """(rows, in_features) Σ t x̃ᵀ of the wanted outputs; `own` are the dense model's inputs.
@@ -230,9 +216,8 @@ class _Compressed:
         """
         mixed = None
         parts = []
-        for (layer, module), part in zip(
-            members, original.split([layer.shape[0] for layer, _ in members]), strict=True
-        ):
+        heights = [layer.shape[0] for layer, _ in members]
+        for (layer, module), part in zip(members, original.split(heights), strict=True):
             if layer.name in self.stream:
                 wanted = self.dense.outputs[layer.name] + self.gap / self.stream[layer.name]
                 if module.bias is not None:

@@ -50,7 +50,7 @@ def prune(
     device = choose_device(compute.device, tf32=compute.tf32, where="compress")
     groups = Groups(Checkpoint(model), layer_map(model), Statistics(statistics), device=device)
     if variant.sequential:
-        groups = SequentialGroups.of(groups, token_matrix(samples), damping=variant.damping)
+        groups = SequentialGroups(groups, token_matrix(samples), damping=variant.damping)
     if variant.selection is None:
         return groups
     groups = groups.then(partial(_prune, masks=masks, selection=variant.selection))
