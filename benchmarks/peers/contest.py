@@ -78,10 +78,10 @@ def jobs_of(task: str, samples: int) -> list[Job]:
 
 def _our_methods(task: str) -> tuple[str, ...]:
     return {
-        "2of4": ("hwpq-fast", "hwpq-balanced", "hwpq-quality", "hwpq-fixed_mask"),
-        "50": ("hwpq-fast", "hwpq-balanced", "hwpq-quality", "hwpq-fixed_mask"),
-        "int4": ("hwpq", "nearest"),
-        "2of4-int4": ("hwpq-fast", "hwpq-balanced", "hwpq-quality"),
+        "2of4": ("hwpq-fast", "hwpq-fast-sequential", "hwpq-balanced", "hwpq-quality", "hwpq-fixed_mask"),
+        "50": ("hwpq-fast", "hwpq-fast-sequential", "hwpq-balanced", "hwpq-quality", "hwpq-fixed_mask"),
+        "int4": ("hwpq", "hwpq-sequential", "nearest"),
+        "2of4-int4": ("hwpq-fast", "hwpq-fast-sequential", "hwpq-balanced", "hwpq-quality"),
         "fp8": ("nearest",),
     }[task]
 
