@@ -18,3 +18,8 @@ class HwpqError(Exception):
 
     def __str__(self) -> str:
         return " ".join(f"{self.where}: {self.what}. {self.remedy}".split())
+
+
+def first_line(error: BaseException) -> str:
+    """What a library says of its error, first line only; its class where it says nothing."""
+    return next(iter(str(error).splitlines()), "") or type(error).__name__

@@ -18,7 +18,7 @@ from typing import Any, Literal
 import numpy as np
 import pandas as pd
 
-from hwpq_pipeline.errors import HwpqError
+from hwpq_pipeline.errors import HwpqError, first_line
 
 Split = Literal["calibration", "evaluation"]
 _PARITY = {"calibration": 0, "evaluation": 1}
@@ -98,7 +98,7 @@ def load_tokenizer(directory: str | Path) -> Any:
         return AutoTokenizer.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
     except (ValueError, OSError, KeyError, TypeError) as error:
         raise HwpqError(
-            f"no usable tokenizer ({(str(error).splitlines() or [''])[0]})",
+            f"no usable tokenizer ({first_line(error)})",
             where=str(directory),
             remedy="Use a checkpoint that has its tokenizer.json beside the weights.",
         ) from error

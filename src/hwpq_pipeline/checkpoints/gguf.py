@@ -22,7 +22,7 @@ from hwpq_pipeline.checkpoints.layers import map_model
 from hwpq_pipeline.checkpoints.quiet import quiet_transformers
 from hwpq_pipeline.checkpoints.reader import read_json
 from hwpq_pipeline.checkpoints.writer import write_json, write_text, write_weights
-from hwpq_pipeline.errors import HwpqError
+from hwpq_pipeline.errors import HwpqError, first_line
 
 #: Pre-tokenizers by GGUF's name, in the `tokenizers` library's form.
 _PRE_TOKENIZERS: dict[str, dict[str, Any]] = {
@@ -110,7 +110,7 @@ def _load(file: Path, dtype: torch.dtype) -> tuple[Any, Any]:
         return model, AutoTokenizer.from_pretrained(file.parent, **where)
     except (ValueError, KeyError, OSError, RuntimeError, NotImplementedError) as error:
         raise HwpqError(
-            f"transformers cannot read this GGUF file ({str(error).splitlines()[0][:300]})",
+            f"transformers cannot read this GGUF file ({first_line(error)[:300]})",
             where=str(file),
             remedy="Use a checkpoint directory of the model, or a GGUF of a supported architecture.",
         ) from error

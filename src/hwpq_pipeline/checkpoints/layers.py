@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from hwpq_pipeline.checkpoints.reader import read_json
-from hwpq_pipeline.errors import HwpqError
+from hwpq_pipeline.errors import HwpqError, first_line
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ def meta_model(path: str | Path) -> nn.Module:
             model: nn.Module = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except (ValueError, KeyError, TypeError, OSError, AttributeError) as error:
         raise HwpqError(
-            f"not a causal LM that transformers can build ({str(error).splitlines()[0]})",
+            f"not a causal LM that transformers can build ({first_line(error)})",
             where=f"{path}/config.json",
             remedy="Use a checkpoint of an architecture that this transformers knows, without remote code.",
         ) from error

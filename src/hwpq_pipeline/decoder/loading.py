@@ -10,7 +10,7 @@ import torch
 
 from hwpq_pipeline.checkpoints.quiet import quiet_transformers
 from hwpq_pipeline.checkpoints.reader import Checkpoint
-from hwpq_pipeline.errors import HwpqError
+from hwpq_pipeline.errors import HwpqError, first_line
 
 
 def load_dense(model_dir: str | Path, dtype: torch.dtype, device: torch.device) -> Any:
@@ -29,7 +29,7 @@ def load_dense(model_dir: str | Path, dtype: torch.dtype, device: torch.device) 
             )
     except (ValueError, OSError, KeyError, RuntimeError) as error:
         raise HwpqError(
-            f"transformers cannot load it ({str(error).splitlines()[0]})",
+            f"transformers cannot load it ({first_line(error)})",
             where=str(model_dir),
             remedy="Run the fetch pipeline again.",
         ) from error

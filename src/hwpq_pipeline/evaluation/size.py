@@ -23,7 +23,7 @@ from torch import Tensor
 
 from hwpq_pipeline.checkpoints.layers import LayerMap, layer_map
 from hwpq_pipeline.checkpoints.reader import Checkpoint
-from hwpq_pipeline.errors import HwpqError
+from hwpq_pipeline.errors import HwpqError, first_line
 
 _SHAPE_BYTES = 16  # two int64
 
@@ -114,7 +114,7 @@ def _scheme(export: Checkpoint) -> Any:
         (scheme,) = config.config_groups.values()
     except ValueError as error:
         raise HwpqError(
-            f"not one compressed-tensors scheme ({str(error).splitlines()[0]})",
+            f"not one compressed-tensors scheme ({first_line(error)})",
             where=f"{export.path}/config.json",
             remedy="Run the export pipeline again.",
         ) from error
