@@ -107,7 +107,8 @@ def peers() -> str:
     ordered = sorted(best.values(), key=lambda row: (row["samples"], TASKS.index(row["task"]), row["perplexity"]))
     lines += [
         f"| {row['samples']} | {row['task']} | {row['side']} | {row['method']} | {row['perplexity']:.2f} "
-        f"| {row['perplexity'] / report['dense_perplexity']:.3f} | {row['kl_divergence']:.4f} | {row['seconds']:.0f} |"
+        f"| {row['perplexity'] / report['dense_perplexity']:.3f} | {row['kl_divergence']:.4f} | "
+        + (f"{row['seconds']:.0f} |" if "seconds" in row else "– |")
         for row in ordered
     ]
     return "\n".join(lines)

@@ -77,8 +77,12 @@ def jobs_of(task: str, samples: int) -> list[Job]:
     # bfloat16 that is emulated takes several times as long: there, 8 samples show what it gives.
     if samples == (32 if NATIVE == "bfloat16" else 8):
         other = "float32" if NATIVE == "bfloat16" else "bfloat16"
-        calibrated = {"sparsegpt", "wanda", "gptq", "sparsegpt-gptq"}
-        peers += [replace(job, dtype=other) for job in peers if job.method in calibrated and job.propagate_error]
+        best = {"sparsegpt": Job.observer, "wanda": Job.observer, "gptq": "mse", "sparsegpt-gptq": "mse"}
+        peers += [
+            replace(job, dtype=other)
+            for job in peers
+            if (job.observer, job.propagate_error, job.actorder) == (best.get(job.method), True, Job.actorder)
+        ]
     turns = [job for pair in zip(peers, ours, strict=False) for job in pair]
     return turns + peers[len(ours) :] + ours[len(peers) :]
 
@@ -195,6 +199,7 @@ def table(report: dict[str, Any]) -> str:
         f"{report['model']}, {EVALUATION_SAMPLES} × {LENGTH} evaluation tokens, dense perplexity {dense:.3f}.",
         f"{about['processor']}, {about['cores']} cores, torch {about['torch']}; peers by {report['peers']}.",
         "Seconds: model in memory to compressed model in memory, ours with calibration. One run a row.",
+        "No seconds: other work was running beside it.",
     ]
     for samples in sorted({row["samples"] for row in report["rows"]}):
         lines += [
@@ -218,7 +223,8 @@ def _line(row: dict[str, Any], dense: float) -> str:
     quality = " | | |"
     if "perplexity" in row:
         quality = f" {row['perplexity']:.2f} | {row['perplexity'] / dense:.3f} | {row['kl_divergence']:.4f} |"
-    return f"{head}{quality} {row['seconds']:.0f} | {row['peak_rss_bytes'] / 2**30:.2f} |"
+    seconds = f"{row['seconds']:.0f}" if "seconds" in row else "–"
+    return f"{head}{quality} {seconds} | {row['peak_rss_bytes'] / 2**30:.2f} |"
 
 
 def main() -> None:
@@ -229,6 +235,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", help="only these")
     parser.add_argument("--data", type=Path, default=ROOT / "data", help="where a run left model and documents")
     parser.add_argument("--peers", type=Path, required=True, help="python of the peers' environment")
+    parser.add_argument("--untimed", action="store_true", help="other work is running: keep no seconds")
     parser.add_argument("--lock", type=Path, help="file to lock while a row runs; other work may wait for it (flock)")
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
@@ -261,6 +268,8 @@ def main() -> None:
             layers = layers or row.get("zeros", {})
             row.pop("zeros", None)
             row.pop("broken_fours", None)
+            if options.untimed:
+                row.pop("seconds", None)
             row["load_before"] = os.getloadavg()[0]
             print(
                 f"     {row.get('perplexity', 0):.3f}, {row.get('seconds', 0):.1f} s {row.get('error', '')}", flush=True

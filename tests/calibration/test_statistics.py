@@ -71,14 +71,15 @@ def test_grams_of_all_layers(model: Path, expected: dict[str, np.ndarray], tmp_p
 
 
 @pytest.mark.parametrize("features", [1, 511, 513, 1030])
-def test_panels_of_odd_sizes(features: int) -> None:
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 2**-8)])
+def test_panels_of_odd_sizes(features: int, dtype: torch.dtype, tolerance: float) -> None:
     generator = torch.Generator().manual_seed(0)
-    parts = [torch.randn(rows, features, generator=generator) for rows in (3, 1)]
+    parts = [torch.randn(rows, features, generator=generator).to(dtype) for rows in (3, 1)]
     gram = Gram(features, torch.device("cpu"))
     for part in parts:
         gram.add(part)
     rows = torch.cat(parts).double().numpy()
-    assert relative(gram.result(), np.einsum("ti,tj->ij", rows, rows)) < 1e-6
+    assert relative(gram.result(), np.einsum("ti,tj->ij", rows, rows)) < tolerance
     assert torch.equal(gram.result(), gram.result().T)
 
 

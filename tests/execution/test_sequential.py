@@ -27,7 +27,7 @@ SIZE = {
 
 def make(root, config=None) -> Groups:
     model = tiny_checkpoint(root / "model", config)
-    collect_statistics(model, TOKENS, target=root / "statistics")
+    collect_statistics(model, TOKENS, target=root / "statistics", dtype="float32")
     return Groups(Checkpoint(model), layer_map(model), Statistics(root / "statistics"))
 
 
@@ -72,21 +72,41 @@ def test_the_statistics_are_those_of_the_compressed_model(groups, tmp_path):
         for layer, rows in group.rows:
             model.get_submodule(layer.name).weight.data.copy_(group.weight[rows])
     model.save_pretrained(tmp_path / "compressed")
-    collect_statistics(tmp_path / "compressed", TOKENS, target=tmp_path / "statistics")
+    collect_statistics(tmp_path / "compressed", TOKENS, target=tmp_path / "statistics", dtype="float32")
     after = Statistics(tmp_path / "statistics")
     for group in found:
         expected = after.gram(group.name)
         assert torch.allclose(group.gram, expected, rtol=1e-3, atol=1e-3 * float(expected.diagonal().mean()))
 
 
-def test_the_stream_is_nearer_the_dense_one(groups):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_stream_is_nearer_the_dense_one(groups, dtype):
     dense = hidden(groups)
     plain = (hidden(groups, groups.then(halved).run("test")) - dense).square().mean()
-    found = list(SequentialGroups(groups, TOKENS).then(halved).run("test"))
+    found = list(SequentialGroups(groups, TOKENS, dtype=dtype).then(halved).run("test"))
     corrected = (hidden(groups, found) - dense).square().mean()
     assert float(corrected) < 0.8 * float(plain)
     for group in found:
         assert bool(((group.weight != 0).unflatten(1, (-1, 4)).sum(-1) <= 2).all())
+
+
+def test_products_in_bfloat16_leave_the_steps_in_float32(groups):
+    seen = []
+
+    def step(group):
+        seen.append((group.original @ group.gram, group.original, group.gram))
+        return group
+
+    for one, other in zip(
+        SequentialGroups(groups, TOKENS, dtype=torch.bfloat16).then(step).run("test"),
+        SequentialGroups(groups, TOKENS).run("test"),
+        strict=True,
+    ):
+        assert torch.allclose(one.gram, other.gram, rtol=0.05, atol=0.02 * float(other.gram.diagonal().mean()))
+        assert not torch.equal(one.gram, other.gram)
+    for product, weight, gram in seen:
+        assert product.dtype == torch.float32
+        assert torch.allclose(product.double(), weight.double() @ gram.double(), rtol=1e-4, atol=1e-2)
 
 
 def llama():

@@ -50,6 +50,7 @@ class Statistics:
     Attributes:
         mode: `gram` or `diagonal`.
         tokens: number of tokens summed over.
+        dtype: of the forward pass that gave them, `float32` or `bfloat16`.
 
     Raises:
         HwpqError: the index or a block's file is missing, or the index is not of this format.
@@ -63,6 +64,9 @@ class Statistics:
                 raise ValueError(f"format {self.index['format']}, mode {self.index['mode']}")
             self.mode: str = self.index["mode"]
             self.tokens = int(self.index["tokens"])
+            self.dtype = str(self.index.get("dtype", "float32"))
+            if self.dtype not in ("float32", "bfloat16"):
+                raise ValueError(f"dtype {self.dtype}")
             self._files = [str(block["file"]) for block in self.index["blocks"]]
             self._groups = {
                 group["name"]: InputGroup(group["name"], int(group["features"]), tuple(group["layers"]), number)
@@ -198,5 +202,5 @@ def merge_statistics(directories: Sequence[str | Path], target: str | Path) -> P
                 groups,
                 {name: sum(read(part, name).double() for part in parts).float() for name, _ in groups},  # type: ignore[union-attr]
             )
-        writer.close(sum(part.tokens for part in parts))
+        writer.close(sum(part.tokens for part in parts), dtype=first.dtype)
     return Path(target)

@@ -3,10 +3,10 @@
 The inputs of a layer in a compressed model are not the dense model's ``X`` but ``X̃``, and what it should make of them
 is not ``W₀X̃``, the answer to wrong inputs, but the dense model's output ``T = W₀X`` (GPTAQ, Li et al. 2025, arXiv
 2504.02692).  Where the output is added to the residual stream, more can be asked: ``T = W₀X + (H − H̃)``, so that the
-layer also makes up for what the stream has lost by then.  With ``G = X̃X̃ᵀ`` and ``B = TX̃ᵀ`` the best unrestricted
-weights are those of the least-squares problem
+layer also makes up for what the stream has lost by then.  With ``G = X̃X̃ᵀ`` the best unrestricted weights are those
+of the least-squares problem
 
-    W* = argmin_W ‖WX̃ − T‖²_F + δ‖W − W₀‖²_F,        (W* − W₀)(G + δI) = B − W₀G,        δ = damping·mean(diag G),
+    W* = argmin_W ‖WX̃ − T‖²_F + δ‖W − W₀‖²_F,    (W* − W₀)(G + δI) = (T − W₀X̃)X̃ᵀ,    δ = damping·mean(diag G),
 
 and since, without damping, ‖WX̃ − T‖² = ‖(W − W*)X̃‖² + const for every ``W``, pruning, recovery and rounding need not
 know of ``T``: they take ``W*`` for the dense weight.
@@ -30,7 +30,7 @@ STEPS = 8
 def corrected_target(
     weight: Tensor,
     gram: Tensor,
-    cross: Tensor,
+    missing: Tensor,
     *,
     steps: int = STEPS,
     damping: float = 0.01,
@@ -41,7 +41,8 @@ def corrected_target(
     Args:
         weight: (out, in) the dense weight `W₀`.
         gram: (in, in) `Σ x̃ x̃ᵀ` of the inputs as they are.
-        cross: (out, in) `Σ t x̃ᵀ` of the wanted outputs with them.
+        missing: (out, in) `Σ (t − W₀x̃) x̃ᵀ` of what the dense weight's outputs lack of those that are wanted. The
+            difference is the caller's to take: a sum over tokens may be in bfloat16, a difference of two sums not.
         steps: of conjugate gradients, all rows side by side; 0 returns the dense weight.
         damping: added to the diagonal, in units of its mean.
         where: the layer's name, for errors.
@@ -53,14 +54,13 @@ def corrected_target(
         HwpqError: shapes that do not match, or values that are not finite.
     """
     check_problem(weight, gram, None, where)
-    if cross.shape != weight.shape or not bool(torch.isfinite(cross).all()):
+    if missing.shape != weight.shape or not bool(torch.isfinite(missing).all()):
         raise HwpqError(
-            f"outputs of shape {tuple(cross.shape)} for a weight of {tuple(weight.shape)}, or values not finite",
+            f"outputs of shape {tuple(missing.shape)} for a weight of {tuple(weight.shape)}, or values not finite",
             where=where,
             remedy="Check the weights of the layers before it.",
         )
     scaled, root, _ = normalised_gram(gram, damping)
-    weight = weight.float()
-    gradient = (weight @ gram.float() - cross).div_(root)
-    change, _ = conjugate_gradients(scaled, torch.ones(1, 1, device=weight.device), gradient, steps, 0.0)
-    return weight + change.div_(root)
+    ones = torch.ones(1, 1, device=weight.device)
+    change, _ = conjugate_gradients(scaled, ones, -missing / root, steps, 0.0)
+    return weight.float() + change.div_(root)

@@ -129,7 +129,7 @@ def refine_mask(
     if method == "admm":
         values, keep = _descend(problem, _admm(problem, rounds), 0, sweeps)
     else:
-        values, keep = _descend(problem, target.clone(), rounds, sweeps)
+        values, keep = _descend(problem, None, rounds, sweeps)
     refined = (values / root) * keep
     comparable = layers if structure == "unstructured" else None
     if comparable is not None:
@@ -184,28 +184,36 @@ def _wanted(mask: Tensor, sparsity: float | None) -> int:
     return int(mask.sum()) if sparsity is None else mask.numel() - round(sparsity * mask.numel())
 
 
-def _descend(problem: _Problem, values: Tensor, rounds: int, sweeps: int) -> tuple[Tensor, Tensor]:
-    """Values and keep-mask (out, in) after the sweeps, from ``values`` (changed in place)."""
+def _descend(problem: _Problem, start: Tensor | None, rounds: int, sweeps: int) -> tuple[Tensor, Tensor]:
+    """Values and keep-mask (out, in) after the sweeps, from ``start`` (changed in place) or, if None, the target."""
     from hwpq_pipeline.kernels.mask_descent import cpu  # brings numba, which a machine with a GPU need not have
 
+    values = problem.target.clone() if start is None else start
     keep = torch.ones(values.shape, dtype=torch.bool)
     shrinks = [SHRINK] * rounds + [0.0] * max(sweeps, 1)
+    final = len(shrinks) - 1
+
+    def gradient_of(rows: slice) -> Tensor:
+        if start is None:
+            return torch.zeros_like(values[rows])
+        return (values[rows] - problem.target[rows]) @ problem.gram
+
     if problem.structure == "2of4":
         inverses = cpu.pair_inverses(problem.gram)
         for first in range(0, values.shape[0], ROW_TILE):
             rows = slice(first, first + ROW_TILE)
-            gradient = (values[rows] - problem.target[rows]) @ problem.gram
-            for shrink in shrinks:
-                cpu.two_of_four(values[rows], keep[rows], gradient, problem.gram, inverses, shrink)
+            gradient = gradient_of(rows)
+            for sweep, shrink in enumerate(shrinks):
+                cpu.two_of_four(values[rows], keep[rows], gradient, problem.gram, inverses, shrink, last=sweep == final)
         return values, keep
-    gradient = (values - problem.target) @ problem.gram
+    gradient = gradient_of(slice(None))
     scores = problem.target.abs()
     settling = max(sweeps // 2, 1)
     for shrink in shrinks[:-settling] or shrinks[:1]:
         cpu.columns(values, keep, scores, gradient, problem.gram, _thresholds(problem, scores), shrink)
     torch.gt(scores, _thresholds(problem, scores)[:, None], out=keep)
-    for _ in range(settling):  # the mask stands: its weights settle
-        cpu.columns(values, keep, scores, gradient, problem.gram, None, 0.0)
+    for left in reversed(range(settling)):  # the mask stands: its weights settle
+        cpu.columns(values, keep, scores, gradient, problem.gram, None, 0.0, last=left == 0)
     return values, keep
 
 

@@ -10,6 +10,7 @@ import torch
 
 from hwpq_pipeline.checkpoints.quiet import quiet_transformers
 from hwpq_pipeline.checkpoints.reader import Checkpoint
+from hwpq_pipeline.decoder.memory import keep_freed_memory
 from hwpq_pipeline.errors import HwpqError, first_line
 
 
@@ -21,6 +22,7 @@ def load_dense(model_dir: str | Path, dtype: torch.dtype, device: torch.device) 
     """
     from transformers import AutoModelForCausalLM
 
+    keep_freed_memory()
     Checkpoint(model_dir)  # transformers' own words for a missing or truncated file are longer
     try:
         with quiet_transformers():

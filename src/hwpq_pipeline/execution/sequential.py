@@ -2,7 +2,7 @@
 
 Every block runs twice. Run as it came on the dense model's hidden states, it tells what every layer should give. Run on
 the hidden states of the compressed model, it stops before each group of layers: its inputs are summed there
-(`G = X̃X̃ᵀ`, `B = TX̃ᵀ`), the dense weight is replaced by the corrected target (`compression.correction`), the steps of
+(`X̃X̃ᵀ` and `(T − W₀X̃)X̃ᵀ`), the dense weight is replaced by the corrected target (`compression.correction`), the steps of
 the variant are taken, and the run goes on with what they made. So a variant costs two forward passes and the sums.
 
 **The residual stream.** A layer whose output is added to the stream is also asked for what the stream has lost by then.
@@ -12,7 +12,11 @@ where it is not (a norm follows the layer, say), there are none and the layers a
 
 **Memory.** All tokens run through a block at once, so that its layers can be compressed on the way and each runs only
 twice: two hidden states and the activations of two runs of one block, float32. For a model or a sample that is too
-large for this, take fewer samples. Always float32: what is summed are differences of two nearly equal streams.
+large for this, take fewer samples.
+
+**Precision.** Weights, hidden states and sums are float32. Products are of the dtype that the statistics were collected
+in: bfloat16, where the processor multiplies it, makes the walk twice as fast. Its rounding (2⁻⁹ of a value) is taken
+for what an output lacks, too, but has no part in common with the inputs, and goes as the tokens are summed.
 """
 
 from __future__ import annotations
@@ -38,6 +42,8 @@ from hwpq_pipeline.execution.progress import with_progress
 
 #: Tokens on which the writers of the residual stream are found, and how exactly their sum must be its change.
 PROBE, FIT = 512, 1e-3
+#: Tokens of a product in bfloat16, which is rounded before it is added up.
+BATCH = 4096
 
 
 class SequentialGroups(Groups):
@@ -47,11 +53,23 @@ class SequentialGroups(Groups):
         groups: of the dense model; of their statistics only which layers share an input is used.
         token_ids: (samples, length) the tokens to run.
         damping: of the correction, in units of the mean energy.
+        dtype: of products over tokens, float32 or bfloat16.
     """
 
-    def __init__(self, groups: Groups, token_ids: np.ndarray[Any, Any] | Tensor, *, damping: float = 0.01) -> None:
+    def __init__(
+        self,
+        groups: Groups,
+        token_ids: np.ndarray[Any, Any] | Tensor,
+        *,
+        damping: float = 0.01,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
         super().__init__(groups.checkpoint, groups.layers, groups.statistics, groups.steps, groups.device)
-        self.token_ids, self.damping = token_ids, damping
+        self.token_ids, self.damping, self.dtype = token_ids, damping, dtype
+
+    def products(self, *, low: bool) -> torch.autocast:
+        """A context in which matrix products are of this object's dtype, or float32 if not ``low``."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=low and self.dtype == torch.bfloat16)
 
     def run(self, description: str) -> Iterator[Group]:
         """Take all steps on one group after the other, behind a progress bar.
@@ -71,7 +89,7 @@ class SequentialGroups(Groups):
         (dense,), (extra,) = record_inputs(model, blocks, [ids])
         compressed = dense
         for number, block in enumerate(blocks):
-            forward = partial(_forward, block, extra[number])
+            forward = partial(self._forward, block, extra[number])
             members = [self._module(block, layer) for layer in self.layers.in_block(number)]
             record = _Dense(members)
             following = record.run(forward, dense)
@@ -80,14 +98,14 @@ class SequentialGroups(Groups):
             yield from run.groups.values()
             block.to("meta")  # it has done its work
 
+    def _forward(self, block: nn.Module, extra: tuple[tuple[Any, ...], dict[str, Any]], state: Tensor) -> Tensor:
+        positional, keyword = extra
+        with self.products(low=True):
+            return first_output(block(state, *positional, **keyword))
+
     def _module(self, block: nn.Module, layer: Layer) -> tuple[Layer, nn.Linear]:
         module = block.get_submodule(layer.name.removeprefix(f"{self.layers.blocks_name}.{layer.block}."))
         return layer, cast(nn.Linear, module)
-
-
-def _forward(block: nn.Module, extra: tuple[tuple[Any, ...], dict[str, Any]], state: Tensor) -> Tensor:
-    positional, keyword = extra
-    return first_output(block(state, *positional, **keyword))
 
 
 @dataclass(frozen=True)
@@ -181,11 +199,14 @@ class _Compressed:
             return forward(state)
 
     def _meet(self, name: str, _: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-        """Before the first layer of a group runs: compress the group."""
-        if name in self.groups:
-            return
+        """Before the first layer of a group runs: compress the group, in float32 whatever the forward pass is in."""
+        if name not in self.groups:
+            with self.owner.products(low=False):
+                self.groups[name] = self._compress(name, arguments[0])
+
+    def _compress(self, name: str, x: Tensor) -> Group:
         members = self.stacks[name]
-        x, own = arguments[0], self.dense.inputs.get(members[0][0].name)
+        own = self.dense.inputs.get(members[0][0].name)
         if own is None or own.shape != x.shape:
             raise HwpqError(
                 "it is fed by other tokens than in the dense model",
@@ -193,12 +214,13 @@ class _Compressed:
                 remedy="Set sequential to false: this architecture routes tokens by their values.",
             )
         original = torch.cat([module.weight for _, module in members])
-        rows = x.flatten(0, -2)
+        rows = x.flatten(0, -2).to(self.owner.dtype)
         sums = Gram(rows.shape[-1], rows.device)
-        sums.add(rows)
+        for part in rows.split(BATCH):
+            sums.add(part)
         gram = sums.result().to(rows.device)
-        cross = self._cross(members, original, own.flatten(0, -2), rows)
-        target = corrected_target(original, gram, cross, damping=self.owner.damping, where=name)
+        missing = self._missing(members, original, own, x)
+        target = corrected_target(original, gram, missing, damping=self.owner.damping, where=name)
         layers = tuple(layer for layer, _ in members)
         group = Group(name, layers, LiveStatistics(name, gram), target, target)
         for step in self.owner.steps:
@@ -206,28 +228,37 @@ class _Compressed:
         modules = dict(members)
         for layer, part in group.rows:
             modules[layer].weight.copy_(group.weight[part])
-        self.groups[name] = group
+        return group
 
-    def _cross(self, members: list[tuple[Layer, nn.Linear]], original: Tensor, own: Tensor, x: Tensor) -> Tensor:
-        """(rows, in_features) Σ t x̃ᵀ of the wanted outputs; `own` are the dense model's inputs.
+    def _missing(self, members: list[tuple[Layer, nn.Linear]], original: Tensor, own: Tensor, x: Tensor) -> Tensor:
+        """(rows, in_features) Σ (t − W₀x̃) x̃ᵀ of what the outputs lack; `own` are the dense model's inputs.
 
-        A writer's outputs are at hand and few: one product (out, tokens)×(tokens, in). The others', `W₀x`, are not
-        needed themselves: `W₀ Σ x x̃ᵀ`.
+        A writer's outputs are wanted themselves: W₀x̃ is worked out. Of the others `t − W₀x̃ = W₀(x − x̃)`, and one
+        product serves all rows: `W₀ Σ (x − x̃) x̃ᵀ`.
         """
-        mixed = None
+        shift = None
         parts = []
         heights = [layer.shape[0] for layer, _ in members]
         for (layer, module), part in zip(members, original.split(heights), strict=True):
             if layer.name in self.stream:
-                wanted = self.dense.outputs[layer.name] + self.gap / self.stream[layer.name]
-                if module.bias is not None:
-                    wanted -= module.bias
-                parts.append(wanted.flatten(0, -2).T @ x)
+                with self.owner.products(low=True):
+                    given = nn.functional.linear(x, module.weight, module.bias).float()
+                lacking = self.dense.outputs[layer.name] + self.gap / self.stream[layer.name] - given
+                parts.append(self._sum(lacking, x))
             else:
-                mixed = own.T @ x if mixed is None else mixed
-                parts.append(part @ mixed)
+                shift = self._sum(own.float() - x.float(), x) if shift is None else shift
+                parts.append(part @ shift)
         return torch.cat(parts)
+
+    def _sum(self, lacking: Tensor, x: Tensor) -> Tensor:
+        """(features of `lacking`, of `x`) Σ over tokens of their products, added up in float32."""
+        pairs = zip(*(rows.flatten(0, -2).to(self.owner.dtype).split(BATCH) for rows in (lacking, x)), strict=True)
+        first, second = next(pairs)
+        total = (first.T @ second).float()
+        for first, second in pairs:
+            total += first.T @ second
+        return total
 
     def _wrote(self, name: str, _: nn.Module, __: tuple[Tensor, ...], output: Tensor) -> None:
         """After a layer has written to the stream: what is missing there now."""
-        self.gap = self.gap + self.stream[name] * (self.dense.outputs[name] - output)
+        self.gap = self.gap + self.stream[name] * (self.dense.outputs[name].float() - output.float())

@@ -24,6 +24,7 @@ from hwpq_pipeline.kernels.contracted import jit_contracted
 from hwpq_pipeline.kernels.mask_descent import PAIRS, RIDGE
 
 BLOCK = 64
+CHUNK = 96  # rows a thread takes at once: fewer, and calling the kernel costs more than a fifth of its time
 _FIRST = np.array([pair[0] for pair in PAIRS])
 _SECOND = np.array([pair[1] for pair in PAIRS])
 _DIGITS = ((20, 11), (10, 10), (0, 10))  # of a positive float's bits: shift and width
@@ -124,15 +125,21 @@ def _columns_rows(
                     slope[k] += change * tile[j, k]
 
 
-def _sweep(values: Tensor, gradient: Tensor, gram: Tensor, kernel: Callable[[int, Any, Any], Any]) -> None:
-    """Run a kernel over all blocks; ``kernel(start, tile, moved)`` gives the work of a range of rows."""
+def _sweep(
+    values: Tensor, gradient: Tensor, gram: Tensor, kernel: Callable[[int, Any, Any], Any], *, last: bool
+) -> None:
+    """Run a kernel over all blocks; ``kernel(start, tile, moved)`` gives the work of a range of rows.
+
+    In the ``last`` sweep the gradient of the columns that are done is of no use any more: half of the product.
+    """
     rows, columns = values.shape
     for start in range(0, columns, BLOCK):
         width = min(BLOCK, columns - start)
         tile = gram[start : start + width, start : start + width].contiguous().numpy()
         moved = torch.empty(rows, width)
-        over_rows(kernel(start, tile, moved.numpy()), rows, width * width)
-        gradient.addmm_(moved, gram[start : start + width])
+        over_rows(kernel(start, tile, moved.numpy()), rows, width * width, block=CHUNK)
+        open_from = start + width if last else 0
+        gradient[:, open_from:].addmm_(moved, gram[start : start + width, open_from:])
 
 
 def pair_inverses(gram: Tensor) -> Tensor:
@@ -143,13 +150,23 @@ def pair_inverses(gram: Tensor) -> Tensor:
     return torch.stack([c, -b, a], 2) / (a * c - b * b + RIDGE)[..., None]
 
 
-def two_of_four(values: Tensor, keep: Tensor, gradient: Tensor, gram: Tensor, inverses: Tensor, shrink: float) -> None:
+def two_of_four(
+    values: Tensor,
+    keep: Tensor,
+    gradient: Tensor,
+    gram: Tensor,
+    inverses: Tensor,
+    shrink: float,
+    *,
+    last: bool = False,
+) -> None:
     """One sweep over the groups of four, in place in ``values``, ``keep`` (bool) and ``gradient``, all (out, in).
 
     Args:
         gram: (in, in) float32 with ones on its diagonal; in divisible by 4.
         inverses: ``pair_inverses(gram)``.
         shrink: factor of what does not stay.
+        last: no sweep follows; ``gradient`` is left unfinished.
     """
 
     def kernel(start: int, tile: Floats, moved: Floats) -> Any:
@@ -157,7 +174,7 @@ def two_of_four(values: Tensor, keep: Tensor, gradient: Tensor, gram: Tensor, in
         arrays = values.numpy(), keep.numpy(), gradient.numpy(), moved, tile, of_block
         return partial(_two_of_four_rows, *arrays, start, np.float32(shrink))
 
-    _sweep(values, gradient, gram, kernel)
+    _sweep(values, gradient, gram, kernel, last=last)
 
 
 def columns(
@@ -168,6 +185,8 @@ def columns(
     gram: Tensor,
     thresholds: Tensor | None,
     shrink: float,
+    *,
+    last: bool = False,
 ) -> None:
     """One sweep over the columns, in place in ``values``, ``scores`` and ``gradient``, all (out, in).
 
@@ -176,6 +195,7 @@ def columns(
         gram: (in, in) float32 with ones on its diagonal.
         thresholds: (out,) float32: what scores above its row's stays.
         shrink: factor of what does not stay.
+        last: no sweep follows; ``gradient`` is left unfinished.
     """
     free = thresholds is not None
     limits = torch.zeros(values.shape[0]) if thresholds is None else thresholds
@@ -184,7 +204,7 @@ def columns(
         arrays = values.numpy(), keep.numpy(), scores.numpy(), gradient.numpy(), moved, tile
         return partial(_columns_rows, *arrays, start, free, limits.numpy(), np.float32(shrink))
 
-    _sweep(values, gradient, gram, kernel)
+    _sweep(values, gradient, gram, kernel, last=last)
 
 
 @jit_contracted

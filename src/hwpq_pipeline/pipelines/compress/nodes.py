@@ -48,9 +48,11 @@ def prune(
 ) -> Groups:
     """Apply the selection's masks."""
     device = choose_device(compute.device, tf32=compute.tf32, where="compress")
-    groups = Groups(Checkpoint(model), layer_map(model), Statistics(statistics), device=device)
+    sums = Statistics(statistics)
+    groups = Groups(Checkpoint(model), layer_map(model), sums, device=device)
     if variant.sequential:
-        groups = SequentialGroups(groups, token_matrix(samples), damping=variant.damping)
+        dtype = getattr(torch, sums.dtype)
+        groups = SequentialGroups(groups, token_matrix(samples), damping=variant.damping, dtype=dtype)
     if variant.selection is None:
         return groups
     groups = groups.then(partial(_prune, masks=masks, selection=variant.selection))

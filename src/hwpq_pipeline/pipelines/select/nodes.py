@@ -74,7 +74,7 @@ def _select(group: Group, selection: Selection, masks: dict[str, Tensor]) -> Gro
 def _two_of_four(weight: Tensor, selection: Selection, energy: Tensor, where: str) -> tuple[Tensor, dict[str, Any]]:
     keep = select_two_of_four(weight, selection.metric, energy, where=where)
     quantiles = contribution_quantiles(weight, root_factors(selection.metric, weight, energy))
-    reached = 1 - float(unpack_bits(keep, weight.shape[1]).double().mean())
+    reached = 1 - int(unpack_bits(keep, weight.shape[1]).count_nonzero()) / weight.numel()
     return keep, {**_named(quantiles), "wanted_sparsity": 0.5, "reached_sparsity": reached}
 
 
