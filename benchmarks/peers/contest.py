@@ -233,6 +233,7 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=TASKS)
     parser.add_argument("--samples", nargs="+", type=int, default=list(SAMPLES))
     parser.add_argument("--methods", nargs="+", help="only these")
+    parser.add_argument("--dtypes", nargs="+", help="only these")
     parser.add_argument("--data", type=Path, default=ROOT / "data", help="where a run left model and documents")
     parser.add_argument("--peers", type=Path, required=True, help="python of the peers' environment")
     parser.add_argument("--untimed", action="store_true", help="other work is running: keep no seconds")
@@ -258,7 +259,7 @@ def main() -> None:
         }
         layers: dict[str, float] = {}
         for job in (job for samples in options.samples for task in options.tasks for job in jobs_of(task, samples)):
-            if options.methods and job.method not in options.methods:
+            if job.method not in (options.methods or [job.method]) or job.dtype not in (options.dtypes or [job.dtype]):
                 continue
             print(f"{job.samples:4} {job.task:10} {job.side:5} {job.method:14} {job.settings} …", flush=True)
             row = run(job, model_dir.resolve(), inputs, options.peers, options.lock or Path(folder) / "lock")
