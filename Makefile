@@ -80,8 +80,10 @@ $(VENV)/.triton: $(STAMP)
 	python -m pip install --quiet --editable '.[cuda]'
 	@touch $@
 
+# Most of the time goes into starting Python, so two workers take little more than half of it; with two threads of
+# torch each they would wait for each other.
 test: lint $(VENV)/.triton  ## linters, types, and the whole test suite with the end-to-end run on the real model
-	pytest $(ARGS)
+	OMP_NUM_THREADS=1 pytest -n 2 --dist loadfile $(ARGS)
 
 $(VENV)/.browser: $(STAMP)
 	python -m pip install --quiet --editable '.[browser]'
