@@ -109,6 +109,34 @@ def test_products_in_bfloat16_leave_the_steps_in_float32(groups):
         assert torch.allclose(product.double(), weight.double() @ gram.double(), rtol=1e-4, atol=1e-2)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_runs_on_are_the_compressed_weights(groups, monkeypatch, dtype):
+    """The hidden states of the walk, against those of the finished model."""
+    walked = []
+    real = sequential._Compressed
+
+    class Spy(real):
+        def run(self, forward, state):
+            walked.append(super().run(forward, state))
+            return walked[-1]
+
+    monkeypatch.setattr(sequential, "_Compressed", Spy)
+    found = list(SequentialGroups(groups, TOKENS, dtype=dtype).then(halved).run("test"))
+    model = load_dense(groups.checkpoint.path, torch.float32, torch.device("cpu"))
+    finished = []
+    with torch.inference_mode():
+        for group in found:
+            for layer, rows in group.rows:
+                model.get_submodule(layer.name).weight.copy_(group.weight[rows])
+        _, blocks = find_blocks(model)
+        for block in blocks:
+            block.register_forward_hook(lambda _, __, output: finished.append(output))
+        model.base_model(input_ids=TOKENS, use_cache=False)
+    for one, other in zip(walked, finished, strict=True):
+        state = other[0] if isinstance(other, tuple) else other
+        assert float((one - state).norm() / state.norm()) < (1e-4 if dtype == torch.float32 else 0.02)
+
+
 def llama():
     return tiny_config(), {"self_attn.o_proj": 1.0, "mlp.down_proj": 1.0}
 

@@ -68,8 +68,12 @@ class SequentialGroups(Groups):
         self.token_ids, self.damping, self.dtype = token_ids, damping, dtype
 
     def products(self, *, low: bool) -> torch.autocast:
-        """A context in which matrix products are of this object's dtype, or float32 if not ``low``."""
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=low and self.dtype == torch.bfloat16)
+        """A context in which matrix products are of this object's dtype, or float32 if not ``low``.
+
+        Nothing cast is kept: a weight is used before it is compressed, and after.
+        """
+        enabled = low and self.dtype == torch.bfloat16
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=enabled, cache_enabled=False)
 
     def run(self, description: str) -> Iterator[Group]:
         """Take all steps on one group after the other, behind a progress bar.
