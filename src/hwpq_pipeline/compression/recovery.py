@@ -174,7 +174,11 @@ def recover(
     shrink = delta / root.square()
     result = torch.empty_like(weight)
     before, after, energy = (torch.empty(weight.shape[0], device=weight.device) for _ in range(3))
-    taken, tile = 0, ROW_TILE_CUDA if weight.is_cuda else ROW_TILE
+    taken = 0
+    # Tiles of one size: a last tile of few rows is multiplied by another routine, whose sums were seen to differ by a
+    # bit from one process to the next.
+    tiles = max(1, -(-weight.shape[0] // (ROW_TILE_CUDA if weight.is_cuda else ROW_TILE)))
+    tile = max(1, -(-weight.shape[0] // tiles))
     for start in range(0, weight.shape[0], tile):
         rows = slice(start, start + tile)
         keep = mask[rows].to(weight.dtype)
