@@ -33,6 +33,7 @@ from hwpq_pipeline.compression.bits import unpack_bits
 from hwpq_pipeline.compression.contribution import contribution
 from hwpq_pipeline.compression.ewma import GAIN, PAPER, ewma_select, upper_band
 from hwpq_pipeline.compression.recovery import recover
+from hwpq_pipeline.decoder.memory import keep_freed_memory
 from hwpq_pipeline.execution.groups import Groups
 
 ROOT = Path(__file__).parents[1]
@@ -199,6 +200,7 @@ def main() -> None:
     parser.add_argument("--resume", action="store_true", help="keep the rows that are in --out, from the same data")
     parser.add_argument("--picture", type=Path, default=ROOT / "docs" / "images" / "selection_quality.png")
     options = parser.parse_args()
+    keep_freed_memory()
     bench = Bench(options.data)
     report: dict[str, Any] = {"machine": machine(), "dense_perplexity": bench.dense, "rows": []}
     file = options.out / "selection_quality.json"
