@@ -21,7 +21,7 @@ import yaml
 from benchmarks.inference_tables import decoding_table, layer_table, measured_on, speed
 from benchmarks.machine import machine
 from benchmarks.output import RESULTS
-from benchmarks.peers.contest import TASKS
+from benchmarks.peers.contest import TASKS, seconds
 
 ROOT = Path(__file__).resolve().parents[1]
 BEGIN, END = "<!-- {}: made by `python -m benchmarks.readme` -->", "<!-- end of {} -->"
@@ -108,7 +108,7 @@ def peers() -> str:
     lines += [
         f"| {row['samples']} | {row['task']} | {row['side']} | {row['method']} | {row['perplexity']:.2f} "
         f"| {row['perplexity'] / report['dense_perplexity']:.3f} | {row['kl_divergence']:.4f} | "
-        + (f"{row['seconds']:.0f} |" if "seconds" in row else "– |")
+        f"{seconds(row)} |"
         for row in ordered
     ]
     return "\n".join(lines)

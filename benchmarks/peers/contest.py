@@ -122,12 +122,12 @@ def _peer_jobs(task: str, samples: int) -> list[Job]:
     return [peer("nearest")]
 
 
-def make_inputs(model_dir: Path, documents: Path, target: Path, samples: int) -> dict[str, float]:
+def make_inputs(model_dir: Path, documents: Path, target: Path, samples: int, seed: int) -> dict[str, float]:
     """Token ids of both sides and the dense model's answer, in one file; the dense model's figures."""
     frame = pd.read_parquet(documents)
     calibration = draw_samples(frame, model_dir, split="calibration", samples=samples, length=LENGTH, seed=SEED)
     evaluation = draw_samples(
-        frame, model_dir, split="evaluation", samples=EVALUATION_SAMPLES, length=LENGTH, seed=SEED
+        frame, model_dir, split="evaluation", samples=EVALUATION_SAMPLES, length=LENGTH, seed=seed
     )
     model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).eval()
     ids = torch.from_numpy(token_matrix(evaluation))
@@ -215,6 +215,11 @@ def table(report: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def seconds(row: dict[str, Any]) -> str:
+    """A row's time, or a dash where none was kept."""
+    return f"{row['seconds']:.0f}" if "seconds" in row else "–"
+
+
 def _line(row: dict[str, Any], dense: float) -> str:
     settings = ", ".join(f"{name} {value}" for name, value in row["settings"].items())
     settings += f"; {row['note']}" if "note" in row else ""
@@ -224,8 +229,7 @@ def _line(row: dict[str, Any], dense: float) -> str:
     quality = " | | |"
     if "perplexity" in row:
         quality = f" {row['perplexity']:.2f} | {row['perplexity'] / dense:.3f} | {row['kl_divergence']:.4f} |"
-    seconds = f"{row['seconds']:.0f}" if "seconds" in row else "–"
-    return f"{head}{quality} {seconds} | {row['peak_rss_bytes'] / 2**30:.2f} |"
+    return f"{head}{quality} {seconds(row)} | {row['peak_rss_bytes'] / 2**30:.2f} |"
 
 
 def main() -> None:
@@ -237,6 +241,7 @@ def main() -> None:
     parser.add_argument("--dtypes", nargs="+", help="only these")
     parser.add_argument("--data", type=Path, default=ROOT / "data", help="where a run left model and documents")
     parser.add_argument("--peers", type=Path, required=True, help="python of the peers' environment")
+    parser.add_argument("--evaluation-seed", type=int, default=SEED, help="of other evaluation tokens, in a file apart")
     parser.add_argument("--untimed", action="store_true", help="other work is running: keep no seconds")
     parser.add_argument("--lock", type=Path, help="file to lock while a row runs; other work may wait for it (flock)")
     parser.add_argument("--out", type=Path, default=RESULTS)
@@ -249,8 +254,10 @@ def main() -> None:
     peers = subprocess.run([options.peers, "-c", f"{versions}; {text}"], capture_output=True, text=True, check=True)
     with tempfile.TemporaryDirectory() as folder:
         inputs = Path(folder) / "inputs.safetensors"
-        dense = make_inputs(model_dir.resolve(), documents, inputs, max(options.samples))
-        old = json.loads((options.out / "peers.json").read_text()) if (options.out / "peers.json").exists() else {}
+        dense = make_inputs(model_dir.resolve(), documents, inputs, max(options.samples), options.evaluation_seed)
+        result = "peers" if options.evaluation_seed == SEED else f"peers_seed{options.evaluation_seed}"
+        file = options.out / f"{result}.json"
+        old = json.loads(file.read_text()) if file.exists() else {}
         report = {
             "machine": machine(),
             "model": json.loads((model_dir / "source.json").read_text())["name"],
@@ -280,7 +287,7 @@ def main() -> None:
                 f"     {row.get('perplexity', 0):.3f}, {row.get('seconds', 0):.1f} s {row.get('error', '')}", flush=True
             )
             report["rows"] = [other for other in report["rows"] if key(other) != key(row)] + [row]
-            write_results(options.out, "peers", report, table(report))
+            write_results(options.out, result, report, table(report))
     print(table(report))
     if any("error" in row for row in report["rows"]):
         raise SystemExit("a row failed: see the table")
