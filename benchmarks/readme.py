@@ -5,11 +5,13 @@
     peers       benchmarks/results/peers.json (`make bench-peers`)
     inference   benchmarks/results/inference.json (`make bench-inference`)
 
-Each replaces what is between its two markers in `README.md`; the pictures are copied to `docs/images/`.
+Each replaces what is between its two markers in `README.md`; the pictures are copied to `docs/images/` with `results`.
+Names of tables as arguments narrow it to these: the line below the results names the machine that this runs on.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import shutil
 from pathlib import Path
@@ -93,25 +95,29 @@ def selection() -> str:
 
 
 def peers() -> str:
-    """For each task the best row of every method, by perplexity."""
+    """For each task the best row of every method, by perplexity; a table a machine."""
     report = json.loads((RESULTS / "peers.json").read_text())
-    best: dict[tuple[int, str, str, str], dict[str, Any]] = {}
+    best: dict[tuple[str, int, str, str, str], dict[str, Any]] = {}
     for row in report["rows"]:
-        name = (row["samples"], row["task"], row["side"], row["method"])
+        name = (row["processor"], row["samples"], row["task"], row["side"], row["method"])
         if "perplexity" in row and row["perplexity"] < best.get(name, {"perplexity": float("inf")})["perplexity"]:
             best[name] = row
-    lines = [
-        "| samples | task | side | method | perplexity | × dense | KL (nats) | seconds |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
     ordered = sorted(best.values(), key=lambda row: (row["samples"], TASKS.index(row["task"]), row["perplexity"]))
-    lines += [
-        f"| {row['samples']} | {row['task']} | {row['side']} | {row['method']} | {row['perplexity']:.2f} "
-        f"| {row['perplexity'] / report['dense_perplexity']:.3f} | {row['kl_divergence']:.4f} | "
-        f"{seconds(row)} |"
-        for row in ordered
-    ]
-    return "\n".join(lines)
+    parts = []
+    for where in sorted({row["processor"] for row in ordered}):
+        lines = [
+            "| samples | task | side | method | perplexity | × dense | KL (nats) | seconds |",
+            "|---|---|---|---|---|---|---|---|",
+        ]
+        lines += [
+            f"| {row['samples']} | {row['task']} | {row['side']} | {row['method']} | {row['perplexity']:.2f} "
+            f"| {row['perplexity'] / report['dense_perplexity']:.3f} | {row['kl_divergence']:.4f} | "
+            f"{seconds(row)} |"
+            for row in ordered
+            if row["processor"] == where
+        ]
+        parts.append(f"{report['machine']['cores']} cores of {where}:\n\n" + "\n".join(lines))
+    return "\n\n".join(parts)
 
 
 def inference() -> str:
@@ -139,17 +145,24 @@ def inference() -> str:
 
 
 def main() -> None:
-    """Rewrite the tables and the pictures."""
+    """Rewrite the tables that are asked for, and the pictures."""
+    tables = {made.__name__: made for made in (results, selection, peers, inference)}
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("tables", nargs="*", help=f"of {', '.join(tables)}; all if none is named")
+    asked = parser.parse_args().tables or list(tables)
+    if unknown := set(asked) - set(tables):
+        parser.error(f"no such table: {', '.join(sorted(unknown))}. Choose from {', '.join(tables)}.")
     readme = ROOT / "README.md"
     text = readme.read_text()
-    for made in (results, selection, peers, inference):
-        begin, end = BEGIN.format(made.__name__), END.format(made.__name__)
+    for name in asked:
+        begin, end = BEGIN.format(name), END.format(name)
         before, rest = text.split(begin)
-        text = f"{before}{begin}\n\n{made()}\n\n{end}{rest.split(end)[1]}"
+        text = f"{before}{begin}\n\n{tables[name]()}\n\n{end}{rest.split(end)[1]}"
     readme.write_text(text)
-    (ROOT / "docs/images").mkdir(exist_ok=True)
-    for source, name in PICTURES.items():
-        shutil.copyfile(ROOT / source, ROOT / "docs/images" / name)
+    if "results" in asked:
+        (ROOT / "docs/images").mkdir(exist_ok=True)
+        for source, picture in PICTURES.items():
+            shutil.copyfile(ROOT / source, ROOT / "docs/images" / picture)
 
 
 if __name__ == "__main__":

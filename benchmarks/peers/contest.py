@@ -6,7 +6,8 @@
 Every row is a process of its own (peak memory is that of the row), timed from model in memory to compressed model in
 memory; ours includes calibration. Both sides compute in bfloat16 where the processor multiplies it, else in float32.
 Each peer runs at its defaults and at the settings that make it better or faster, the other dtype among them, and the
-best of its rows counts. `benchmarks/results/peers.json` is written after every row.
+best of its rows counts. `benchmarks/results/peers.json` is written after every row. Rows of another machine stay, in
+tables of their own: seconds compare within one machine only.
 """
 
 from __future__ import annotations
@@ -160,7 +161,7 @@ def run(job: Job, model_dir: Path, inputs: Path, python: Path, lock: Path) -> di
         fcntl.flock(held, fcntl.LOCK_EX)
         code = subprocess.run(command, cwd=ROOT, stdout=sink, stderr=subprocess.STDOUT, check=False).returncode
     row = {key: value for key, value in asdict(job).items() if key in ("task", "method", "side", "dtype", "samples")}
-    row["settings"] = job.settings
+    row |= {"settings": job.settings, "processor": processor(machine())}
     if code or not answer.exists():
         return row | {"error": f"exit {code}: {log.read_text()[-600:]}"}
     return row | json.loads(answer.read_text())
@@ -187,7 +188,13 @@ def check(row: dict[str, Any], layers: dict[str, float]) -> str:
 
 def key(row: dict[str, Any]) -> str:
     """What a row is found by."""
-    return json.dumps([row[name] for name in ("task", "method", "side", "dtype", "samples", "settings")])
+    names = ("task", "method", "side", "dtype", "samples", "settings", "processor")
+    return json.dumps([row[name] for name in names])
+
+
+def processor(about: dict[str, Any]) -> str:
+    """What a machine is told from others by."""
+    return f"{about['processor']} ({about['capability']})"
 
 
 def table(report: dict[str, Any]) -> str:
@@ -197,19 +204,19 @@ def table(report: dict[str, Any]) -> str:
         "# Peers: quality and time, side by side",
         "",
         f"{report['model']}, {EVALUATION_SAMPLES} × {LENGTH} evaluation tokens, dense perplexity {dense:.3f}.",
-        f"{about['processor']}, {about['cores']} cores, torch {about['torch']}; peers by {report['peers']}.",
+        f"{about['cores']} cores, torch {about['torch']}; peers by {report['peers']}.",
         "Seconds: model in memory to compressed model in memory, ours with calibration. One run a row.",
         "No seconds: other work was running beside it.",
     ]
-    for samples in sorted({row["samples"] for row in report["rows"]}):
+    for where, samples in sorted({(row["processor"], row["samples"]) for row in report["rows"]}):
         lines += [
             "",
-            f"## {samples} × {LENGTH} calibration tokens",
+            f"## {samples} × {LENGTH} calibration tokens, {where}",
             "",
             "| task | side | method | settings | perplexity | × dense | KL (nats) | seconds | peak GiB |",
             "|---|---|---|---|---:|---:|---:|---:|---:|",
         ]
-        rows = [row for row in report["rows"] if row["samples"] == samples]
+        rows = [row for row in report["rows"] if (row["processor"], row["samples"]) == (where, samples)]
         rows.sort(key=lambda row: (TASKS.index(row["task"]), row.get("perplexity", float("inf"))))
         lines += [_line(row, dense) for row in rows]
     return "\n".join(lines) + "\n"
@@ -258,8 +265,9 @@ def main() -> None:
         result = "peers" if options.evaluation_seed == SEED else f"peers_seed{options.evaluation_seed}"
         file = options.out / f"{result}.json"
         old = json.loads(file.read_text()) if file.exists() else {}
+        about = machine()
         report = {
-            "machine": machine(),
+            "machine": about,
             "model": json.loads((model_dir / "source.json").read_text())["name"],
             "peers": peers.stdout.strip().splitlines()[-1],
             "dense_perplexity": dense["perplexity"],

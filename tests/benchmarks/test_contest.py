@@ -9,6 +9,17 @@ import pytest
 from benchmarks.peers.contest import TASKS, check, jobs_of, key, table
 from benchmarks.peers.ours import variant_of
 
+REPORT = {"machine": {"cores": 2, "torch": "t"}, "model": "m", "peers": "x", "dense_perplexity": 20.0}
+ROW = {
+    "task": "int4",
+    "side": "peer",
+    "method": "gptq",
+    "dtype": "float32",
+    "samples": 8,
+    "settings": {},
+    "processor": "p",
+}
+
 
 def row(**changes: Any) -> dict[str, Any]:
     """A row of 2:4 over two layers that are right."""
@@ -38,7 +49,7 @@ def test_a_wrong_row_is_named(changes: dict[str, Any], layers: dict[str, float],
 def test_both_sides_play_and_no_row_twice(task: str, samples: int) -> None:
     jobs = jobs_of(task, samples)
     assert {job.side for job in jobs} == {"peer", "ours"}
-    assert len({key(vars(job) | {"settings": job.settings}) for job in jobs}) == len(jobs)
+    assert len({key(vars(job) | {"settings": job.settings, "processor": "p"}) for job in jobs}) == len(jobs)
     for job in jobs:
         if job.side == "ours":
             variant = variant_of(task, job.method)
@@ -47,9 +58,16 @@ def test_both_sides_play_and_no_row_twice(task: str, samples: int) -> None:
 
 
 def test_a_failed_row_shows_its_reason_and_no_figure() -> None:
-    machine = {"processor": "p", "cores": 2, "torch": "t"}
-    failed = {"task": "int4", "side": "peer", "method": "gptq", "dtype": "float32", "samples": 8, "settings": {}}
-    report = {"machine": machine, "model": "m", "peers": "x", "dense_perplexity": 20.0}
-    text = table(report | {"rows": [failed | {"error": "exit 1: it broke"}]})
+    text = table(REPORT | {"rows": [ROW | {"error": "exit 1: it broke"}]})
     assert "it broke" in text
     assert "| int4 | peer | gptq | float32 | exit 1" in text
+
+
+def test_rows_of_two_machines_stand_in_tables_of_their_own() -> None:
+    here, there = (ROW | {"error": name, "processor": name} for name in ("here", "there"))
+    assert key(here) != key(there)
+    parts = table(REPORT | {"rows": [there, here]}).split("\n## ")[1:]
+    assert [part.splitlines()[0] for part in parts] == [
+        f"8 × 512 calibration tokens, {name}" for name in ("here", "there")
+    ]
+    assert [part.count("gptq") for part in parts] == [1, 1]
