@@ -79,6 +79,19 @@ def test_parameters_are_frozen():
         recovery.steps = 7
 
 
+TWO_OF_FOUR = {"structure": "2of4"}
+
+
+def test_preset_quality_is_in_sequence_and_no_other():
+    made = {
+        preset: Variant.model_validate({"description": "x", "selection": TWO_OF_FOUR, "recovery": {"preset": preset}})
+        for preset in ("fixed_mask", "fast", "balanced", "admm", "quality")
+    }
+    assert {preset for preset, variant in made.items() if variant.sequential} == {"quality"}
+    assert (made["quality"].damping, made["fast"].damping) == (0.3, 0.01)
+    assert not Variant(description="x").sequential
+
+
 @pytest.mark.parametrize(
     ("model", "values", "message"),
     [
@@ -94,6 +107,11 @@ def test_parameters_are_frozen():
         (Quantization, {"grid": "int4", "group_size": 64, "sweeps": 3}, "sweeps belongs to"),
         (Recovery, {"preset": "quality", "steps": 9}, "steps belongs to preset fixed_mask"),
         (Variant, {"description": "x", "recovery": {}}, "add selection or remove recovery"),
+        (
+            Variant,
+            {"description": "x", "selection": TWO_OF_FOUR, "recovery": {"preset": "quality"}, "sequential": False},
+            "preset quality compresses layers in sequence",
+        ),
         (Model, {"kind": "hub", "name": "x"}, "needs repo"),
         (Model, {"kind": "directory", "name": "x", "path": "p", "repo": "r"}, "does not take repo"),
         (Corpus, {"kind": "local", "name": "x"}, "needs path"),

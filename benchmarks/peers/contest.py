@@ -74,7 +74,7 @@ def jobs_of(task: str, samples: int) -> list[Job]:
     ours = [Job(task, method, "ours", NATIVE, samples) for method in _our_methods(task)]
     peers = _peer_jobs(task, samples)
     if samples != 32:
-        ours = [job for job in ours if job.method != "hwpq-balanced"]
+        ours = [job for job in ours if job.method not in ("hwpq-fixed_mask", "hwpq-balanced", "hwpq-admm")]
     # bfloat16 that is emulated takes several times as long: there, 8 samples show what it gives.
     if samples == (32 if NATIVE == "bfloat16" else 8):
         other = "float32" if NATIVE == "bfloat16" else "bfloat16"
@@ -90,10 +90,10 @@ def jobs_of(task: str, samples: int) -> list[Job]:
 
 def _our_methods(task: str) -> tuple[str, ...]:
     return {
-        "2of4": ("hwpq-fast", "hwpq-fast-sequential", "hwpq-balanced", "hwpq-quality", "hwpq-fixed_mask"),
-        "50": ("hwpq-fast", "hwpq-fast-sequential", "hwpq-balanced", "hwpq-quality", "hwpq-fixed_mask"),
+        "2of4": ("hwpq-fast", "hwpq-quality", "hwpq-balanced", "hwpq-admm", "hwpq-fixed_mask"),
+        "50": ("hwpq-fast", "hwpq-quality", "hwpq-balanced", "hwpq-admm", "hwpq-fixed_mask"),
         "int4": ("hwpq", "hwpq-sequential", "nearest"),
-        "2of4-int4": ("hwpq-fast", "hwpq-fast-sequential", "hwpq-balanced", "hwpq-quality"),
+        "2of4-int4": ("hwpq-fast", "hwpq-quality", "hwpq-balanced", "hwpq-admm"),
         "fp8": ("nearest",),
     }[task]
 

@@ -57,8 +57,7 @@ class NoStatistics:
 
 
 def variant_of(task: str, method: str) -> Variant:
-    """The variant that answers a task: `hwpq-<preset of recovery>`, `hwpq` or `nearest`; `-sequential` may follow."""
-    method, sequential = method.removesuffix("-sequential"), method.endswith("-sequential")
+    """The variant that answers a task: `hwpq-<preset>`, or what only rounds: `hwpq`, `hwpq-sequential`, `nearest`."""
     selection = recovery = quantization = None
     if task.startswith("2of4"):
         selection = Selection(structure="2of4")
@@ -70,9 +69,10 @@ def variant_of(task: str, method: str) -> Variant:
         quantization = Quantization(grid="fp8_e4m3")
     elif task.endswith("int4"):
         quantization = Quantization(**INT4, method="nearest" if method == "nearest" else "coordinate_descent")
-    return Variant(
-        description=task, selection=selection, recovery=recovery, quantization=quantization, sequential=sequential
-    )
+    sections = {"selection": selection, "recovery": recovery, "quantization": quantization}
+    if method == "hwpq-sequential":
+        sections["sequential"] = True
+    return Variant(description=task, **sections)
 
 
 def compress_one(

@@ -146,12 +146,13 @@ class Recovery(Parameters):
     """Moving what pruning left towards the dense layer's outputs.
 
     `fixed_mask` solves the masked least-squares problem on the selected mask by conjugate gradients. The others move
-    the mask too: `fast` and `balanced` by a few and some more sweeps of coordinate descent, `quality` by ADMM and then
-    descent; each is better than the one before it and takes longer (docs/decisions.md). `damping` is added to the
-    diagonal of the Gram matrix, in units of its mean; what None stands for is `Variant.damping`.
+    the mask too: `fast` and `balanced` by a few and some more sweeps of coordinate descent, `admm` by ADMM and then
+    descent; each is better than the one before it and takes longer. `quality` is the sweeps of `fast` with the layers
+    in sequence (`Variant.sequential`): better than `admm` by far, in less time (docs/decisions.md, 35). `damping` is
+    added to the diagonal of the Gram matrix, in units of its mean; what None stands for is `Variant.damping`.
     """
 
-    preset: Literal["fixed_mask", "fast", "balanced", "quality"] = "fixed_mask"
+    preset: Literal["fixed_mask", "fast", "balanced", "admm", "quality"] = "fixed_mask"
     steps: Annotated[int, Field(ge=1, le=1000)] = 5
     damping: Annotated[float, Field(ge=0)] | None = None
 
@@ -186,18 +187,23 @@ class Quantization(Parameters):
         return self
 
 
+def _wants_sequence(recovery: Recovery | None) -> bool:
+    return recovery is not None and recovery.preset == "quality"
+
+
 class Variant(Parameters):
     """One compressed variant: an entry of `conf/base/parameters_variants.yml`.
 
     With `sequential` the layers are compressed in order, each on what the compressed ones before it give and towards
     what the dense model has there, the residual stream included: better, for two more forward passes a variant.
+    Recovery's preset `quality` sets it.
     """
 
     description: str
     selection: Selection | None = None
     recovery: Recovery | None = None
     quantization: Quantization | None = None
-    sequential: bool = False
+    sequential: bool = Field(default_factory=lambda given: _wants_sequence(given.get("recovery")))
 
     @property
     def damping(self) -> float:
@@ -212,6 +218,8 @@ class Variant(Parameters):
             raise ValueError("recovery mends what selection prunes; add selection or remove recovery")
         if self.sequential and self.recovery is None and self.quantization is None:
             raise ValueError("sequential corrects what recovery or quantization makes; add one or remove sequential")
+        if _wants_sequence(self.recovery) and not self.sequential:
+            raise ValueError("preset quality compresses layers in sequence; remove sequential or choose preset fast")
         return self
 
 

@@ -29,7 +29,7 @@ from hwpq_pipeline.compression.correction import STEPS as CORRECTION_STEPS
 
 _BITS = {None: 16, "fp8_e4m3": 8, "fp8_e5m2": 8, "int8": 8, "int4": 4}
 #: Passes over the quadratic, as steps of conjugate gradients: by preset, and for rounding by descent.
-_PRESET_STEPS = {"fast": 6, "balanced": 8, "quality": 30}
+_PRESET_STEPS = {"fast": 6, "balanced": 8, "quality": 6, "admm": 30}
 _DESCENT_STEPS = 2
 
 

@@ -41,7 +41,7 @@ def run(places, scratch, compute=CPU, **sections):
     return built, tensors, selected, compressed, seconds
 
 
-@pytest.mark.parametrize("preset", ["fixed_mask", "fast", "balanced", "quality"])
+@pytest.mark.parametrize("preset", ["fixed_mask", "fast", "balanced", "admm", "quality"])
 @pytest.mark.parametrize("structure", STRUCTURES)
 def test_recovery_betters_every_layer_and_keeps_the_structure(places, tmp_path, structure, preset):
     built, tensors, selected, table, seconds = run(
@@ -72,7 +72,7 @@ def test_moving_the_mask_betters_the_model_as_a_whole(places, tmp_path):
 
 @pytest.mark.parametrize("structure", STRUCTURES)
 def test_sequential_keeps_structure_and_zeros(places, tmp_path, structure):
-    sections = {"selection": STRUCTURES[structure], "recovery": {"preset": "fast"}, "sequential": True}
+    sections = {"selection": STRUCTURES[structure], "recovery": {"preset": "quality"}}
     built, tensors, _, table, _ = run(
         places, tmp_path, **sections, quantization={"grid": "int4", "group_size": 32, "method": "coordinate_descent"}
     )

@@ -33,7 +33,8 @@ from hwpq_pipeline.parameters import Compute, Quantization, Selection, Variant
 REFINEMENTS: dict[str, dict[str, Any]] = {
     "fast": {"method": "descent", "rounds": 2, "sweeps": 1},
     "balanced": {"method": "descent", "rounds": 2, "sweeps": 2},
-    "quality": {"method": "admm", "rounds": 10, "sweeps": 3},
+    "quality": {"method": "descent", "rounds": 2, "sweeps": 1},  # in sequence (parameters.Variant)
+    "admm": {"method": "admm", "rounds": 10, "sweeps": 3},
 }
 ERRORS = ("error_pruned", "error_recovered", "error_quantized")
 
