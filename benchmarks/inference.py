@@ -5,10 +5,10 @@ kernel, by kind of values. Methods take turns; before each repeat other memory i
 from memory, as it does when a model's layers follow each other. A kernel whose result is wrong gets no time.
 
 **models**: tokens a second of prefill and of decoding, by batch, for every variant in transformers (float32, and the
-dense model also in bfloat16), in `hwpq_pipeline.runtime` (2:4 variants, packed), in ONNX Runtime, and in vLLM and
-llama.cpp where `make engines` has been run. Prefill is a run of one new token; decoding what a run of more takes
-beyond it. Ratios are below one for slow-downs. A row is written as soon as it is there, and replaces the row of that
-engine and variant of an earlier run: every row says when it was measured and at which load.
+dense model also in bfloat16), in `hwpq_pipeline.runtime` (2:4 variants, packed), in ONNX Runtime, and, where
+`make engines` has been run, in vLLM (bfloat16) and llama.cpp. Prefill is a run of one new token; decoding what a run
+of more takes beyond it. Ratios are below one for slow-downs. A row is written as soon as it is there, and replaces the
+row of that engine and variant of an earlier run: every row says when it was measured and at which load.
 
     python -m benchmarks.inference                                   all of it
     python -m benchmarks.inference --only layers
@@ -190,9 +190,10 @@ def in_llama(names: list[str], asked: dict[str, Any], folder: Path) -> Runs:
 
 
 def in_vllm(names: list[str], asked: dict[str, Any], _: Path) -> Runs:
-    """The exports as they are, float32."""
+    """The exports as they are, in the model's own bfloat16: vLLM's default, and the only one that its INT4 takes."""
     for name in names if installed("vllm") else []:
-        yield "vLLM, float32", name, lambda name=name: ask("vllm", {"model": EXPORTS / name, **asked})
+        request = {"model": EXPORTS / name, "dtype": "bfloat16", **asked}
+        yield "vLLM, bfloat16", name, lambda request=request: ask("vllm", request)
 
 
 MEASURED: dict[str, Callable[[list[str], dict[str, Any], Path], Runs]] = {

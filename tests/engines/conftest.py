@@ -95,7 +95,8 @@ def variants(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Made]:
         masked, variant = FURTHER[name]
         masks = load_file(DATA / "05_selection" / masked / "masks.safetensors") if masked else {}
         calibration = Calibration(samples=32, length=512, seed=0)
-        groups = prune(MODEL, DATA / "03_primary" / "statistics", masks, variant, Compute(device="cpu"))
+        tokens = pd.read_parquet(DATA / "02_intermediate" / "calibration.parquet")
+        groups = prune(MODEL, DATA / "03_primary" / "statistics", tokens, masks, variant, Compute(device="cpu"))
         scratch = [tmp_path_factory.mktemp(name) for _ in range(2)]
         compressed, *_ = quantize(groups, name, variant, scratch[0])
         export, _ = export_variant(
@@ -119,12 +120,12 @@ def perplexity_of_weights(
     return find
 
 
-def load(directory: Path, *, rounding: bool = True) -> Any:
-    """An export in stock transformers, float32; without ``rounding`` the activations stay as they are."""
+def load(directory: Path, *, rounding: bool = True, dtype: torch.dtype = torch.float32) -> Any:
+    """An export in stock transformers; without ``rounding`` the activations stay as they are."""
     from transformers import AutoModelForCausalLM
 
     with quiet_transformers(), torch.inference_mode():
-        model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+        model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype).eval()
         model(torch.tensor([[1]]))  # the first forward unpacks
     switch_rounding(model, on=rounding)
     return model
@@ -152,7 +153,7 @@ def perplexity(model: Any, samples: torch.Tensor) -> float:
 def chosen_logits(model: Any, prompt: list[int], chosen: list[int]) -> torch.Tensor:
     """Logits from which each token after the prompt is chosen, given those before it: (tokens, vocabulary)."""
     with torch.inference_mode():
-        logits: torch.Tensor = model(torch.tensor([prompt + chosen])).logits
+        logits: torch.Tensor = model(torch.tensor([prompt + chosen])).logits.float()
     return logits[0, len(prompt) - 1 : -1]
 
 
