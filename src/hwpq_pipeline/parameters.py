@@ -9,7 +9,8 @@ nothing of these classes.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -187,10 +188,6 @@ class Quantization(Parameters):
         return self
 
 
-def _wants_sequence(recovery: Recovery | None) -> bool:
-    return recovery is not None and recovery.preset == "quality"
-
-
 class Variant(Parameters):
     """One compressed variant: an entry of `conf/base/parameters_variants.yml`.
 
@@ -203,7 +200,16 @@ class Variant(Parameters):
     selection: Selection | None = None
     recovery: Recovery | None = None
     quantization: Quantization | None = None
-    sequential: bool = Field(default_factory=lambda given: _wants_sequence(given.get("recovery")))
+    sequential: bool = False
+
+    @model_validator(mode="before")
+    @classmethod
+    def _quality_is_in_sequence(cls, values: Any) -> Any:
+        if not isinstance(values, Mapping) or "sequential" in values:
+            return values
+        recovery = values.get("recovery")
+        preset = recovery.get("preset") if isinstance(recovery, Mapping) else getattr(recovery, "preset", None)
+        return {**values, "sequential": True} if preset == "quality" else values
 
     @property
     def damping(self) -> float:
@@ -218,7 +224,7 @@ class Variant(Parameters):
             raise ValueError("recovery mends what selection prunes; add selection or remove recovery")
         if self.sequential and self.recovery is None and self.quantization is None:
             raise ValueError("sequential corrects what recovery or quantization makes; add one or remove sequential")
-        if _wants_sequence(self.recovery) and not self.sequential:
+        if self.recovery is not None and self.recovery.preset == "quality" and not self.sequential:
             raise ValueError("preset quality compresses layers in sequence; remove sequential or choose preset fast")
         return self
 
