@@ -265,9 +265,8 @@ def main() -> None:
         result = "peers" if options.evaluation_seed == SEED else f"peers_seed{options.evaluation_seed}"
         file = options.out / f"{result}.json"
         old = json.loads(file.read_text()) if file.exists() else {}
-        about = machine()
         report = {
-            "machine": about,
+            "machine": machine(),
             "model": json.loads((model_dir / "source.json").read_text())["name"],
             "peers": peers.stdout.strip().splitlines()[-1],
             "dense_perplexity": dense["perplexity"],

@@ -215,7 +215,7 @@ class _Compressed:
             raise HwpqError(
                 "it is fed by other tokens than in the dense model",
                 where=name,
-                remedy="Set sequential to false: this architecture routes tokens by their values.",
+                remedy="Take preset admm, or set sequential to false: this architecture routes tokens by their values.",
             )
         original = torch.cat([module.weight for _, module in members])
         rows = x.flatten(0, -2).to(self.owner.dtype)
