@@ -6,6 +6,8 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+from benchmarks.machine import processor
+
 
 def render(results: dict[str, Any]) -> str:
     """The Markdown of `results/inference.md`."""
@@ -28,7 +30,7 @@ def measured_on(part: dict[str, Any]) -> str:
     """One line on what a part was measured on."""
     info = part["machine"]
     return (
-        f"{info['torch_threads']} of {info['cores']} cores of {info['processor']} ({info['capability']}), "
+        f"{info['torch_threads']} of {info['cores']} cores of {processor(info)}, "
         f"torch {info['torch']}, numba {info['numba']}, load {info['load_before']:.1f} before."
     )
 

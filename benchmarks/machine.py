@@ -12,6 +12,11 @@ import numpy as np
 import torch
 
 
+def processor(info: dict[str, Any]) -> str:
+    """What a machine is told from others by, of what `machine` says."""
+    return f"{info['processor']} ({info['capability']})"
+
+
 def machine() -> dict[str, Any]:
     """Processor, cores, load, versions and thread counts."""
     info = Path("/proc/cpuinfo")

@@ -21,7 +21,7 @@ import transformers
 import yaml
 
 from benchmarks.inference_tables import decoding_table, layer_table, measured_on, speed
-from benchmarks.machine import machine
+from benchmarks.machine import machine, processor
 from benchmarks.output import RESULTS
 from benchmarks.peers.contest import TASKS, seconds
 
@@ -38,7 +38,7 @@ def about() -> str:
     """One line on what this was measured on."""
     facts = machine()
     return (
-        f"{facts['cores']} cores of {facts['processor']} ({facts['capability']}), Python {facts['python']}, "
+        f"{facts['cores']} cores of {processor(facts)}, Python {facts['python']}, "
         f"torch {facts['torch'].partition('+')[0]}, transformers {transformers.__version__}, numba {facts['numba']}"
     )
 

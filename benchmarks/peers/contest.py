@@ -29,7 +29,7 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 from benchmarks.judge import hidden_states, judge
-from benchmarks.machine import machine
+from benchmarks.machine import machine, processor
 from benchmarks.output import RESULTS, write_results
 from hwpq_pipeline.calibration.samples import draw_samples, token_matrix
 from hwpq_pipeline.calibration.statistics import resolve_dtype
@@ -161,7 +161,7 @@ def run(job: Job, model_dir: Path, inputs: Path, python: Path, lock: Path) -> di
         fcntl.flock(held, fcntl.LOCK_EX)
         code = subprocess.run(command, cwd=ROOT, stdout=sink, stderr=subprocess.STDOUT, check=False).returncode
     row = {key: value for key, value in asdict(job).items() if key in ("task", "method", "side", "dtype", "samples")}
-    row |= {"settings": job.settings, "processor": processor(machine())}
+    row["settings"] = job.settings
     if code or not answer.exists():
         return row | {"error": f"exit {code}: {log.read_text()[-600:]}"}
     return row | json.loads(answer.read_text())
@@ -190,11 +190,6 @@ def key(row: dict[str, Any]) -> str:
     """What a row is found by."""
     names = ("task", "method", "side", "dtype", "samples", "settings", "processor")
     return json.dumps([row[name] for name in names])
-
-
-def processor(about: dict[str, Any]) -> str:
-    """What a machine is told from others by."""
-    return f"{about['processor']} ({about['capability']})"
 
 
 def table(report: dict[str, Any]) -> str:
@@ -278,6 +273,7 @@ def main() -> None:
                 continue
             print(f"{job.samples:4} {job.task:10} {job.side:5} {job.method:14} {job.settings} …", flush=True)
             row = run(job, model_dir.resolve(), inputs, options.peers, options.lock or Path(folder) / "lock")
+            row["processor"] = processor(report["machine"])
             wrong = row.get("error") or check(row, layers)
             if wrong and job.method == "sparsegpt-gptq" and "error" not in row:
                 row["note"] = f"mask not kept: {wrong}"  # its GPTQ writes where SparseGPT has pruned; an easier task

@@ -72,7 +72,7 @@ def test_moving_the_mask_betters_the_model_as_a_whole(places, tmp_path):
 
 @pytest.mark.parametrize("structure", STRUCTURES)
 def test_sequential_keeps_structure_and_zeros(places, tmp_path, structure):
-    sections = {"selection": STRUCTURES[structure], "recovery": {"preset": "quality"}}
+    sections = {"selection": STRUCTURES[structure], "recovery": {"preset": "fast"}, "sequential": True}
     built, tensors, _, table, _ = run(
         places, tmp_path, **sections, quantization={"grid": "int4", "group_size": 32, "method": "coordinate_descent"}
     )
