@@ -25,7 +25,6 @@ from transformers import AutoModelForCausalLM
 from benchmarks.judge import hidden_states, judge
 from benchmarks.machine import machine
 from benchmarks.output import RESULTS, write_results
-from hwpq_pipeline.calibration.samples import token_matrix
 from hwpq_pipeline.calibration.store import Statistics
 from hwpq_pipeline.checkpoints.layers import Layer, layer_map
 from hwpq_pipeline.checkpoints.reader import Checkpoint
@@ -33,8 +32,9 @@ from hwpq_pipeline.compression.bits import unpack_bits
 from hwpq_pipeline.compression.contribution import contribution
 from hwpq_pipeline.compression.ewma import GAIN, PAPER, ewma_select, upper_band
 from hwpq_pipeline.compression.recovery import recover
+from hwpq_pipeline.corpus.samples import token_matrix
 from hwpq_pipeline.decoder.memory import keep_freed_memory
-from hwpq_pipeline.execution.groups import Groups
+from hwpq_pipeline.method.groups import Groups
 
 ROOT = Path(__file__).parents[1]
 METRIC, STEPS = "hwpq_weighted", 5

@@ -17,7 +17,7 @@ VARIANTS = "conf/base/parameters_variants.yml"
 #: Their values are parameters of the stages, or they carry no result: a change here makes no stage stale.
 NO_DEPENDENCY = {
     "hwpq_pipeline", "hwpq_pipeline.errors", "hwpq_pipeline.parameters", "hwpq_pipeline.pipelines",
-    "hwpq_pipeline.pipelines.variants", "hwpq_pipeline.execution.progress",
+    "hwpq_pipeline.pipelines.variants", "hwpq_pipeline.progress",
 }  # fmt: skip
 #: The default is all stages; a gate that fails would throw away the experiment that it judges (docs/decisions.md).
 NO_STAGE = {"__default__", "gate"}

@@ -31,8 +31,8 @@ from transformers import AutoModelForCausalLM
 from benchmarks.judge import hidden_states, judge
 from benchmarks.machine import machine, processor
 from benchmarks.output import RESULTS, write_results
-from hwpq_pipeline.calibration.samples import draw_samples, token_matrix
 from hwpq_pipeline.calibration.statistics import resolve_dtype
+from hwpq_pipeline.corpus.samples import draw_samples, token_matrix
 
 ROOT = Path(__file__).parents[2]
 HERE = Path(__file__).parent

@@ -24,11 +24,11 @@ from transformers import AutoModelForCausalLM
 
 from benchmarks.judge import broken_fours, judge, linears, zeros_by_layer
 from hwpq_pipeline.calibration.statistics import collect_statistics
+from hwpq_pipeline.checkpoints.compressed import CompressedModel
 from hwpq_pipeline.checkpoints.layers import layer_map
 from hwpq_pipeline.checkpoints.reader import Checkpoint
 from hwpq_pipeline.compression.grids import Quantized, dequantize
-from hwpq_pipeline.execution.groups import Groups
-from hwpq_pipeline.export.intermediate import Intermediate
+from hwpq_pipeline.method.groups import Groups
 from hwpq_pipeline.parameters import Compute, Quantization, Recovery, Selection, Variant
 from hwpq_pipeline.pipelines.compress import nodes as compress
 from hwpq_pipeline.pipelines.select import nodes as select
@@ -91,7 +91,7 @@ def compress_one(
 
 def put(compressed: Path, model: nn.Module) -> None:
     """The compressed weights into the model."""
-    source = Intermediate(compressed)
+    source = CompressedModel(compressed)
     for layer in source.layers:
         weight = model.get_submodule(layer).weight
         if layer in source.quantized:

@@ -47,7 +47,7 @@ def variants(env: str | None) -> None:
     """List the variants of the configuration; every mistake in it is named with its line."""
     from rich.table import Table
 
-    from hwpq_pipeline.tracking.comparison import console
+    from hwpq_pipeline.reporting.comparison import console
 
     table = Table(title="Variants")
     for head in ("variant", "weights kept", "recovery", "grid", "description"):
@@ -71,7 +71,7 @@ def variants(env: str | None) -> None:
 def compare(env: str | None) -> None:
     """Print the table of the variants that have been evaluated."""
     from hwpq_pipeline.project import open_catalog, variant_names
-    from hwpq_pipeline.tracking.comparison import comparison_table, console, show_table
+    from hwpq_pipeline.reporting.comparison import comparison_table, console, show_table
 
     with plainly():
         catalog = open_catalog(env)
@@ -90,7 +90,7 @@ def plan(env: str | None) -> None:
     """Print what a run would cost: bytes on disk, memory, and about how many seconds here."""
     from hwpq_pipeline import planning
     from hwpq_pipeline.project import load_parameters, open_catalog
-    from hwpq_pipeline.tracking.comparison import console
+    from hwpq_pipeline.reporting.comparison import console
 
     entries = checked_variants(env)
     with plainly():

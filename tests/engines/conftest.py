@@ -15,8 +15,8 @@ import torch
 from safetensors.torch import load_file
 
 from benchmarks.engines import installed
-from hwpq_pipeline.calibration.samples import token_matrix
 from hwpq_pipeline.checkpoints.quiet import quiet_transformers
+from hwpq_pipeline.corpus.samples import token_matrix
 from hwpq_pipeline.parameters import Calibration, Compute, Quantization, Selection, Variant
 from hwpq_pipeline.pipelines.compress.nodes import prune, quantize
 from hwpq_pipeline.pipelines.export.nodes import export_variant

@@ -7,8 +7,8 @@ import json
 import pytest
 import torch
 
+from hwpq_pipeline.checkpoints.compressed import CompressedModel
 from hwpq_pipeline.checkpoints.layers import layer_map
-from hwpq_pipeline.export.intermediate import Intermediate
 from tests.engines.conftest import DATA, MODEL, load, perplexity, switch_rounding
 
 SHIPPED = ("fp8", "int4", "2of4-fp8", "2of4-int4", "ewma50-fp8", "paper-2of4-fp8")
@@ -21,7 +21,7 @@ def dense():
 
 @pytest.mark.parametrize("variant", [*SHIPPED, "int8", "2of4-int8"])
 def test_logits_are_those_of_codes_times_scales(variant, dense, prompts, variants):
-    source, model = Intermediate(variants(variant).compressed), load(variants(variant).export)
+    source, model = CompressedModel(variants(variant).compressed), load(variants(variant).export)
     ids = torch.tensor([prompts[3]])
     with torch.inference_mode():
         rounded = model(ids).logits

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 
 from hwpq_pipeline.tracking.description import describe, layer_series
-from tests.tracking.test_comparison import FIGURES
+from tests.reporting.test_comparison import FIGURES
 
 
 def test_headline_figures_and_the_model_stand_in_the_description():

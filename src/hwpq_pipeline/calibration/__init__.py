@@ -1,1 +1,1 @@
-"""From a text corpus to token samples, and from token samples to activation statistics."""
+"""Activation statistics: what the dense model's layers are fed, summed over the calibration tokens."""

@@ -35,6 +35,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hwpq_pipeline.checkpoints.compressed import CompressedModel, QuantizedLayer
 from hwpq_pipeline.checkpoints.layers import meta_model
 from hwpq_pipeline.checkpoints.reader import Checkpoint
 from hwpq_pipeline.checkpoints.writer import (
@@ -47,7 +48,6 @@ from hwpq_pipeline.checkpoints.writer import (
 from hwpq_pipeline.errors import HwpqError
 
 from .card import CardInfo, render_card
-from .intermediate import Intermediate, QuantizedLayer
 
 #: What goes beside the weights, as in the dense checkpoint; the rest (weights, config, card) is written here.
 SIDE_FILES = (
@@ -90,7 +90,7 @@ def export_checkpoint(
             where=f"{model_dir}/config.json",
             remedy="Start from the unquantized checkpoint.",
         )
-    compressed = Intermediate(compressed_dir)
+    compressed = CompressedModel(compressed_dir)
     scale_dtype = compressed.scale_dtype(dense.torch_dtype)
     config = dict(dense.config)
     if compressed.quantized:
@@ -145,7 +145,7 @@ def _left_alone(model_dir: str | Path, quantized: Mapping[str, Any]) -> list[str
     return [name for name in linears if name not in quantized]
 
 
-def _tensors(dense: Checkpoint, compressed: Intermediate, scale_dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+def _tensors(dense: Checkpoint, compressed: CompressedModel, scale_dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
     """The export's tensors by name, each made when it is asked for."""
     if lost := sorted(layer for layer in compressed.layers if f"{layer}.weight" not in dense):
         raise HwpqError(

@@ -37,13 +37,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hwpq_pipeline.checkpoints.compressed import CompressedModel
 from hwpq_pipeline.checkpoints.reader import Checkpoint
 from hwpq_pipeline.checkpoints.writer import atomic_directory, write_text
 from hwpq_pipeline.errors import HwpqError
 
 from .card import CardInfo, render_card
 from .gguf_tokenizer import add_tokenizer
-from .intermediate import Intermediate
 
 BLOCK = 32
 _TYPES = {"int4": "Q4_0", "int8": "Q8_0", "fp8_e4m3": "Q8_0", "fp8_e5m2": "Q8_0"}
@@ -57,7 +57,7 @@ class _Model:
     """What the tensors are made from: both sources, the type of compressed layers, and the heads."""
 
     dense: Checkpoint
-    compressed: Intermediate
+    compressed: CompressedModel
     type: str
     heads: int
     key_heads: int
@@ -86,7 +86,7 @@ def export_gguf(
     Raises:
         HwpqError: an architecture, a tokenizer or a group size that this module does not write; a damaged input.
     """
-    dense, compressed = Checkpoint(model_dir), Intermediate(compressed_dir)
+    dense, compressed = Checkpoint(model_dir), CompressedModel(compressed_dir)
     config = dense.config
     _check_architecture(config, str(model_dir))
     kind = "F16" if float16 or compressed.grid is None else _TYPES[compressed.grid]
@@ -112,7 +112,7 @@ def _check_architecture(config: dict[str, Any], where: str) -> None:
         )
 
 
-def _check_groups(dense: Checkpoint, compressed: Intermediate, kind: str) -> None:
+def _check_groups(dense: Checkpoint, compressed: CompressedModel, kind: str) -> None:
     if kind == "F16":
         return
     group = compressed.group_size or 0

@@ -38,13 +38,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hwpq_pipeline.checkpoints.compressed import CompressedModel, QuantizedLayer
 from hwpq_pipeline.checkpoints.reader import Checkpoint
 from hwpq_pipeline.checkpoints.writer import atomic_directory, write_json, write_text
 from hwpq_pipeline.errors import HwpqError
 
 from .card import CardInfo, render_card
 from .compressed_tensors import copy_side_files
-from .intermediate import Intermediate, QuantizedLayer
 
 OPSET, MICROSOFT = 21, "com.microsoft"
 LARGEST_BLOCK, SMALLEST_BLOCK = 128, 16
@@ -116,7 +116,7 @@ def export_onnx(
     Raises:
         HwpqError: an architecture that this module does not write, or a damaged input.
     """
-    dense, compressed = Checkpoint(model_dir), Intermediate(compressed_dir)
+    dense, compressed = Checkpoint(model_dir), CompressedModel(compressed_dir)
     _check_architecture(dense)
     if lost := sorted(layer for layer in compressed.layers if f"{layer}.weight" not in dense):
         raise HwpqError(
@@ -161,7 +161,7 @@ def _head_size(config: dict[str, Any]) -> int:
 class _Llama:
     """The graph of a Llama, written block by block."""
 
-    def __init__(self, dense: Checkpoint, compressed: Intermediate, graph: _Graph) -> None:
+    def __init__(self, dense: Checkpoint, compressed: CompressedModel, graph: _Graph) -> None:
         self.dense, self.compressed, self.graph = dense, compressed, graph
         config = dense.config
         self.heads = config["num_attention_heads"]

@@ -25,6 +25,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from hwpq_pipeline.checkpoints.compressed import CompressedModel
 from hwpq_pipeline.checkpoints.reader import Checkpoint
 from hwpq_pipeline.checkpoints.writer import atomic_directory, write_json, write_tensors, write_text
 from hwpq_pipeline.compression.packing import pack_two_of_four
@@ -32,7 +33,6 @@ from hwpq_pipeline.errors import HwpqError
 
 from .card import CardInfo, render_card
 from .compressed_tensors import copy_side_files
-from .intermediate import Intermediate
 
 VERSION = 1
 
@@ -54,7 +54,7 @@ def export_semi_structured(
     Raises:
         HwpqError: a variant that is not 2:4, a damaged input, or one that does not belong to the dense model.
     """
-    dense, compressed = Checkpoint(model_dir), Intermediate(compressed_dir)
+    dense, compressed = Checkpoint(model_dir), CompressedModel(compressed_dir)
     if compressed.structure != "2of4":
         raise HwpqError(
             f"structure {compressed.structure} cannot be packed",
@@ -78,7 +78,7 @@ def export_semi_structured(
     return Path(target_dir)
 
 
-def _tensors(dense: Checkpoint, compressed: Intermediate) -> Iterator[tuple[str, Tensor]]:
+def _tensors(dense: Checkpoint, compressed: CompressedModel) -> Iterator[tuple[str, Tensor]]:
     scale_dtype = compressed.scale_dtype(dense.torch_dtype)
     for name in dense.names:
         layer = name.removesuffix(".weight")

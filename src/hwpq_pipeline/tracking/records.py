@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-TIMES = "seconds"
+from hwpq_pipeline.figures import TIMES, making_seconds
 
 
 @dataclass(frozen=True)
@@ -78,11 +78,6 @@ class Record:
         # MLflow makes a section of charts from what stands before the slash.
         single |= {f"{TIMES}/{stage}": value for stage, value in stages.items()}
         return single | ({"seconds_to_make": making_seconds(self.metrics)} if stages else {})
-
-
-def making_seconds(metrics: Mapping[str, Any]) -> float:
-    """Seconds from the dense model to the export: calibrate, select, compress, export."""
-    return float(sum(value for stage, value in metrics[TIMES].items() if stage != "evaluate"))
 
 
 def flat(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from .comparison import FIGURES
+from hwpq_pipeline.figures import FIGURES
 
 SHARE_KEY = "variants"
 QUERY = f"viewStateShareKey={SHARE_KEY}"

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pandas as pd
 
-from hwpq_pipeline.calibration.samples import draw_samples, token_matrix
 from hwpq_pipeline.calibration.statistics import collect_statistics
-from hwpq_pipeline.execution.progress import progress_bar
+from hwpq_pipeline.corpus.samples import draw_samples, token_matrix
 from hwpq_pipeline.kernels.devices import choose_device
 from hwpq_pipeline.parameters import Calibration, Compute
+from hwpq_pipeline.progress import progress_bar
 
 
 def draw_calibration(model: Path, documents: pd.DataFrame, calibration: Calibration) -> pd.DataFrame:

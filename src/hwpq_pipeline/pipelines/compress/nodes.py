@@ -11,7 +11,6 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from hwpq_pipeline.calibration.samples import token_matrix
 from hwpq_pipeline.calibration.store import Statistics
 from hwpq_pipeline.checkpoints.layers import layer_map
 from hwpq_pipeline.checkpoints.reader import Checkpoint
@@ -22,12 +21,13 @@ from hwpq_pipeline.compression.recovery import recover as recover_weights
 from hwpq_pipeline.compression.refinement import refine_mask
 from hwpq_pipeline.compression.rounding import quantize as quantize_weights
 from hwpq_pipeline.compression.structured import check_two_of_four
+from hwpq_pipeline.corpus.samples import token_matrix
 from hwpq_pipeline.errors import HwpqError
-from hwpq_pipeline.execution.groups import Group, Groups
-from hwpq_pipeline.execution.sequential import SequentialGroups
-from hwpq_pipeline.execution.tables import layer_table
 from hwpq_pipeline.kernels.devices import choose_device
+from hwpq_pipeline.method.groups import Group, Groups
+from hwpq_pipeline.method.sequential import SequentialGroups
 from hwpq_pipeline.parameters import Compute, Quantization, Selection, Variant
+from hwpq_pipeline.pipelines.tables import layer_table
 
 #: The presets that move the mask: where more rounds or sweeps gained little for their seconds (docs/decisions.md).
 REFINEMENTS: dict[str, dict[str, Any]] = {

@@ -7,13 +7,13 @@ from typing import Any
 
 import pandas as pd
 
-from hwpq_pipeline.calibration.samples import token_matrix
-from hwpq_pipeline.evaluation.charts import error_by_layer, sparsity_by_layer
+from hwpq_pipeline.corpus.samples import token_matrix
 from hwpq_pipeline.evaluation.continuations import continue_prompts
 from hwpq_pipeline.evaluation.quality import evaluate_export, load_reference
 from hwpq_pipeline.evaluation.size import measure_size
-from hwpq_pipeline.execution.progress import progress_bar
 from hwpq_pipeline.parameters import Evaluation, Report
+from hwpq_pipeline.progress import progress_bar
+from hwpq_pipeline.reporting.charts import error_by_layer, sparsity_by_layer
 
 
 def evaluate(

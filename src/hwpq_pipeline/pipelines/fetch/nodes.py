@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pandas as pd
 
-from hwpq_pipeline.calibration.corpus import CorpusSource, read_corpus
-from hwpq_pipeline.calibration.corpus import fetch_corpus as fetch_corpus_into
 from hwpq_pipeline.checkpoints.sources import ModelSource
 from hwpq_pipeline.checkpoints.sources import fetch_model as fetch_model_into
-from hwpq_pipeline.execution.progress import progress_bar
+from hwpq_pipeline.corpus.documents import CorpusSource, read_corpus
+from hwpq_pipeline.corpus.documents import fetch_corpus as fetch_corpus_into
 from hwpq_pipeline.parameters import Corpus, Model
+from hwpq_pipeline.progress import progress_bar
 
 
 def fetch_model(model: Model, downloads: Path, scratch: Path) -> Path:

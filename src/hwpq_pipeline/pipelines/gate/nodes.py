@@ -7,7 +7,7 @@ from typing import Any
 
 from hwpq_pipeline.parameters import QualityGates
 from hwpq_pipeline.pipelines.variants import by_variant
-from hwpq_pipeline.tracking.gates import broken_gates, count_gates
+from hwpq_pipeline.reporting.gates import broken_gates, count_gates
 
 logger = logging.getLogger(__name__)
 

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pandas as pd
 
-from hwpq_pipeline.calibration.samples import draw_samples, token_matrix
+from hwpq_pipeline.corpus.samples import draw_samples, token_matrix
 from hwpq_pipeline.evaluation.quality import make_reference
-from hwpq_pipeline.execution.progress import progress_bar
 from hwpq_pipeline.parameters import Evaluation
+from hwpq_pipeline.progress import progress_bar
 
 
 def draw_evaluation(model: Path, documents: pd.DataFrame, evaluation: Evaluation) -> pd.DataFrame:

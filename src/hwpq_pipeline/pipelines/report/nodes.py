@@ -8,8 +8,8 @@ import yaml
 
 from hwpq_pipeline.parameters import Calibration, Evaluation, Variant
 from hwpq_pipeline.pipelines.variants import by_variant
+from hwpq_pipeline.reporting.comparison import comparison_table
 from hwpq_pipeline.reporting.page import Reported, render
-from hwpq_pipeline.tracking.comparison import comparison_table
 
 
 def page(

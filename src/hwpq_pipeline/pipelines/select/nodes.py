@@ -19,10 +19,10 @@ from hwpq_pipeline.compression.bits import unpack_bits
 from hwpq_pipeline.compression.contribution import contribution_quantiles, root_factors
 from hwpq_pipeline.compression.ewma import ewma_select
 from hwpq_pipeline.compression.structured import select_two_of_four
-from hwpq_pipeline.execution.groups import Group, Groups
-from hwpq_pipeline.execution.tables import layer_table
 from hwpq_pipeline.kernels.devices import choose_device
+from hwpq_pipeline.method.groups import Group, Groups
 from hwpq_pipeline.parameters import Compute, Selection, Variant
+from hwpq_pipeline.pipelines.tables import layer_table
 
 FACTS = (
     "metric",

@@ -10,13 +10,13 @@ from typing import Any
 
 import pandas as pd
 
-from hwpq_pipeline.calibration.samples import token_matrix
 from hwpq_pipeline.checkpoints.digest import sha256_directory
-from hwpq_pipeline.evaluation.charts import pareto
+from hwpq_pipeline.corpus.samples import token_matrix
 from hwpq_pipeline.parameters import Calibration, Evaluation, Track, Variant
 from hwpq_pipeline.pipelines.variants import by_variant
-from hwpq_pipeline.tracking.comparison import comparison_table, show
-from hwpq_pipeline.tracking.connection import resolve_uri
+from hwpq_pipeline.reporting.charts import pareto
+from hwpq_pipeline.reporting.comparison import comparison_table, console, show_table
+from hwpq_pipeline.tracking.connection import masked, resolve_uri
 from hwpq_pipeline.tracking.description import describe, layer_series
 from hwpq_pipeline.tracking.models import log_model
 from hwpq_pipeline.tracking.records import Dataset, Record
@@ -97,11 +97,11 @@ def announce(comparison: pd.DataFrame, track: Track, **new_runs: bool) -> None:
         track: names the experiment.
         new_runs: of each variant, whether its run is new, keyed likewise.
     """
-    show(
-        comparison,
-        experiment=track.experiment,
-        tracking_uri=resolve_uri(track.tracking_uri),
-        new_runs=sum(by_variant(new_runs, "new_run").values()),
+    show_table(comparison)
+    console().print(
+        f"{sum(by_variant(new_runs, 'new_run').values())} new runs in MLflow experiment {track.experiment!r}. Compare "
+        f"them with `make ui`, or: mlflow ui --backend-store-uri {masked(resolve_uri(track.tracking_uri))}",
+        soft_wrap=True,
     )
 
 

@@ -13,9 +13,9 @@ from hwpq_pipeline.checkpoints.reader import Checkpoint
 from hwpq_pipeline.compression.recovery import recover
 from hwpq_pipeline.decoder.loading import load_dense
 from hwpq_pipeline.errors import HwpqError
-from hwpq_pipeline.execution import sequential
-from hwpq_pipeline.execution.groups import Groups
-from hwpq_pipeline.execution.sequential import SequentialGroups
+from hwpq_pipeline.method import sequential
+from hwpq_pipeline.method.groups import Groups
+from hwpq_pipeline.method.sequential import SequentialGroups
 from tests.tiny import tiny_checkpoint, tiny_config, tiny_tokens
 
 TOKENS = tiny_tokens(32, 32)

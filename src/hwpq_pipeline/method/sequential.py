@@ -37,8 +37,8 @@ from hwpq_pipeline.decoder.blocks import first_output, record_inputs
 from hwpq_pipeline.decoder.gram import Gram
 from hwpq_pipeline.decoder.loading import checked_ids, load_dense
 from hwpq_pipeline.errors import HwpqError
-from hwpq_pipeline.execution.groups import Group, Groups
-from hwpq_pipeline.execution.progress import with_progress
+from hwpq_pipeline.method.groups import Group, Groups
+from hwpq_pipeline.progress import with_progress
 
 #: Tokens on which the writers of the residual stream are found, and how exactly their sum must be its change.
 PROBE, FIT = 512, 1e-3

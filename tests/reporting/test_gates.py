@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from hwpq_pipeline.tracking.gates import LIMITS, broken_gates, count_gates
+from hwpq_pipeline.reporting.gates import LIMITS, broken_gates, count_gates
 
 FIGURES = {"perplexity_ratio": 3.3, "top1_agreement": 0.48, "size_bytes": 163_227_736}
 

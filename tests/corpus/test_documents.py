@@ -9,7 +9,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from hwpq_pipeline.calibration.corpus import CorpusSource, fetch_corpus, read_corpus, strip_markup
+from hwpq_pipeline.corpus.documents import CorpusSource, fetch_corpus, read_corpus, strip_markup
 from hwpq_pipeline.errors import HwpqError
 from tests.checkpoints.hub import hub  # noqa: F401 (a fixture)
 

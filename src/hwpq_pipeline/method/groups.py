@@ -32,7 +32,7 @@ from hwpq_pipeline.checkpoints.reader import Checkpoint
 from hwpq_pipeline.compression.grids import Quantized
 from hwpq_pipeline.compression.recovery import output_error, relative_error, squared_error
 from hwpq_pipeline.errors import HwpqError
-from hwpq_pipeline.execution.progress import with_progress
+from hwpq_pipeline.progress import with_progress
 
 
 class InputStatistics(Protocol):

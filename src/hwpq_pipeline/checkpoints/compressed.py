@@ -31,7 +31,7 @@ class QuantizedLayer:
     scale: Tensor
 
 
-class Intermediate:
+class CompressedModel:
     """A variant's compressed model, read a tensor at a time.
 
     Args:

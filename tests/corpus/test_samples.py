@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from hwpq_pipeline.calibration.samples import draw_samples, token_matrix
+from hwpq_pipeline.corpus.samples import draw_samples, token_matrix
 from hwpq_pipeline.errors import HwpqError
 from tests.tiny import tiny_documents, tiny_tokenizer
 

@@ -14,8 +14,8 @@ from hwpq_pipeline.calibration.statistics import Statistics, collect_statistics
 from hwpq_pipeline.checkpoints.layers import layer_map
 from hwpq_pipeline.checkpoints.reader import Checkpoint
 from hwpq_pipeline.errors import HwpqError
-from hwpq_pipeline.execution.groups import Groups
-from hwpq_pipeline.execution.tables import IDENTITY, layer_table
+from hwpq_pipeline.method.groups import Groups
+from hwpq_pipeline.pipelines.tables import IDENTITY, layer_table
 from tests.tiny import tiny_checkpoint, tiny_tokens
 
 

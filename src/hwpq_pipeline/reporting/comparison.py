@@ -10,18 +10,7 @@ import rich
 from rich.console import Console
 from rich.table import Table
 
-from .connection import masked
-from .records import making_seconds
-
-FIGURES = (
-    "perplexity",
-    "perplexity_ratio",
-    "kl_divergence",
-    "top1_agreement",
-    "sparsity",
-    "size_bytes",
-    "compression_ratio",
-)
+from hwpq_pipeline.figures import FIGURES, making_seconds
 
 TABLE_WIDTH = 140
 
@@ -41,16 +30,6 @@ def comparison_table(metrics: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:
             {"variant": name, **{figure: values[figure] for figure in FIGURES}, "seconds": making_seconds(values)}
             for name, values in metrics.items()
         ]
-    )
-
-
-def show(table: pd.DataFrame, *, experiment: str, tracking_uri: str, new_runs: int) -> None:
-    """Print the table, and how to open the MLflow UI."""
-    show_table(table)
-    console().print(
-        f"{new_runs} new runs in MLflow experiment {experiment!r}. "
-        f"Compare them with `make ui`, or: mlflow ui --backend-store-uri {masked(tracking_uri)}",
-        soft_wrap=True,
     )
 
 

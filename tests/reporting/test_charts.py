@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 
 from hwpq_pipeline.errors import HwpqError
-from hwpq_pipeline.evaluation.charts import error_by_layer, pareto, pareto_front, sparsity_by_layer
+from hwpq_pipeline.reporting.charts import error_by_layer, pareto, pareto_front, sparsity_by_layer
 
 KINDS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 ERRORS = ["error_pruned", "error_recovered", "error_quantized"]

@@ -1,0 +1,1 @@
+"""Text: from a source to documents, and from documents to token samples."""

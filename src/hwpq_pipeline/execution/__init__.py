@@ -1,1 +1,0 @@
-"""Mapping the method over a model's layers, on this machine."""

@@ -1,0 +1,1 @@
+"""The method: what to do (recipe), on what (groups), each group's steps, and the two ways through a model."""
