@@ -1,12 +1,17 @@
-"""The README's tables, made from what commands left on disk: `python -m benchmarks.readme`.
+"""The tables and sentences of `README.md` and `docs/` that are made from measured files: `python -m benchmarks.readme`.
 
-    results     data/08_reporting/*/metrics.json (`make run` or `make repro`), in the order of the variants
-    selection   benchmarks/results/selection.json (`make bench-selection`)
-    peers       benchmarks/results/peers.json (`make bench-peers`)
-    inference   benchmarks/results/inference.json (`make bench-inference`)
+    name        page                        made from
+    headline    README.md                   data/08_reporting/*/metrics.json and benchmarks/results/peers.json
+    results     README.md                   data/08_reporting/*/metrics.json (`make run` or `make repro`)
+    claims      docs/results.md             data/08_reporting/*/metrics.json and benchmarks/results/*.json
+    peers       docs/results.md             benchmarks/results/peers.json (`make bench-peers`)
+    selection   docs/results.md             benchmarks/results/selection.json (`make bench-selection`)
+    inference   docs/results.md             benchmarks/results/inference.json (`make bench-inference`)
+    presets     docs/choosing-a-variant.md  benchmarks/results/peers.json and the presets themselves
 
-Each replaces what is between its two markers in `README.md`; the pictures are copied to `docs/images/` with `results`.
-Names of tables as arguments narrow it to these: the line below the results names the machine that this runs on.
+Each replaces what stands between its two markers on its page. `results` also copies the pictures to `docs/images/`.
+Name tables as arguments to make only these. `headline` and `results` name the machine that this command runs on: make
+them where the run was.
 """
 
 from __future__ import annotations
@@ -14,12 +19,14 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import transformers
 import yaml
 
+from benchmarks.claims import claims, headline, presets
 from benchmarks.inference_tables import decoding_table, layer_table, measured_on, speed
 from benchmarks.machine import machine, processor
 from benchmarks.output import RESULTS
@@ -91,6 +98,11 @@ def selection() -> str:
             f"| {ewma['times_faster_than']['wanda']:.0f} | {fours['ratio_to_copy']:.2f} "
             f"| {fours['times_faster_than']['topk_groups']:.0f} |"
         )
+    where = report["machine"]
+    lines += [
+        "",
+        f"{where['cores']} cores of {processor(where)}, torch {where['torch']}, numba {where['numba']}; bfloat16.",
+    ]
     return "\n".join(lines)
 
 
@@ -144,21 +156,42 @@ def inference() -> str:
     return "\n\n".join(parts)
 
 
+#: Each name's page, and what makes it.
+PAGES: dict[str, tuple[str, Callable[[], str]]] = {
+    "headline": ("README.md", headline),
+    "results": ("README.md", results),
+    "claims": ("docs/results.md", claims),
+    "peers": ("docs/results.md", peers),
+    "selection": ("docs/results.md", selection),
+    "inference": ("docs/results.md", inference),
+    "presets": ("docs/choosing-a-variant.md", presets),
+}
+
+
+def replaced(text: str, name: str, made: str) -> str:
+    """A page's text with what stands between the markers of `name` replaced.
+
+    Raises:
+        ValueError: the page lacks a marker, or has it twice.
+    """
+    begin, end = BEGIN.format(name), END.format(name)
+    if (text.count(begin), text.count(end)) != (1, 1):
+        raise ValueError(f"{begin} and {end} must each stand on the page once")
+    before, rest = text.split(begin)
+    return f"{before}{begin}\n\n{made}\n\n{end}{rest.split(end)[1]}"
+
+
 def main() -> None:
     """Rewrite the tables that are asked for, and the pictures."""
-    tables = {made.__name__: made for made in (results, selection, peers, inference)}
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("tables", nargs="*", help=f"of {', '.join(tables)}; all if none is named")
-    asked = parser.parse_args().tables or list(tables)
-    if unknown := set(asked) - set(tables):
-        parser.error(f"no such table: {', '.join(sorted(unknown))}. Choose from {', '.join(tables)}.")
-    readme = ROOT / "README.md"
-    text = readme.read_text()
+    parser.add_argument("tables", nargs="*", help=f"of {', '.join(PAGES)}; all if none is named")
+    asked = parser.parse_args().tables or list(PAGES)
+    if unknown := set(asked) - set(PAGES):
+        parser.error(f"no such table: {', '.join(sorted(unknown))}. Choose from {', '.join(PAGES)}.")
     for name in asked:
-        begin, end = BEGIN.format(name), END.format(name)
-        before, rest = text.split(begin)
-        text = f"{before}{begin}\n\n{tables[name]()}\n\n{end}{rest.split(end)[1]}"
-    readme.write_text(text)
+        page, make = PAGES[name]
+        text = (ROOT / page).read_text()
+        (ROOT / page).write_text(replaced(text, name, make()))
     if "results" in asked:
         (ROOT / "docs/images").mkdir(exist_ok=True)
         for source, picture in PICTURES.items():
