@@ -65,7 +65,7 @@ def test_compare_shows_what_was_evaluated(small):
 @pytest.mark.slow
 def test_plan_knows_the_bytes_before_they_are_there(small_project):
     from hwpq_pipeline.checkpoints.reader import Checkpoint
-    from hwpq_pipeline.parameters import Variant
+    from hwpq_pipeline.method.recipe import Recipe
     from hwpq_pipeline.planning import export_bytes, read_shapes
 
     shown = ok(hwpq(small_project, "plan")).stdout
@@ -78,7 +78,7 @@ def test_plan_knows_the_bytes_before_they_are_there(small_project):
         exported = Checkpoint(small_project / "data" / "07_export" / name)
         tensors = sum(exported.tensor(tensor).nbytes for tensor in exported.names)
         stored = exported.tensor("model.embed_tokens.weight").element_size()
-        planned = export_bytes(shapes, Variant.model_validate(entry).model_dump())
+        planned = export_bytes(shapes, Recipe.from_variant(entry))
         planned += (stored - 2) * (shapes.others + (0 if name != "dense" else shapes.weights))
         assert planned == pytest.approx(tensors, rel=0.05)
 

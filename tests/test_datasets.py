@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pandas as pd
 import pytest
-import torch
 from kedro.io import DatasetError
 
 from hwpq_pipeline.datasets import (
@@ -12,7 +11,6 @@ from hwpq_pipeline.datasets import (
     CacheDataset,
     DirectoryDataset,
     FileDataset,
-    SafetensorsDataset,
     ScratchDataset,
 )
 from hwpq_pipeline.errors import HwpqError
@@ -40,21 +38,6 @@ def test_atomic_dataset_keeps_the_old_file_when_a_save_fails(tmp_path):
         dataset.save({"a": {1, 2}})  # a set is no JSON: fails half-way
     assert dataset.load() == {"a": 1}
     assert listing(tmp_path) == ["m.json"]
-
-
-def test_safetensors_round_trip(tmp_path):
-    dataset = SafetensorsDataset(filepath=str(tmp_path / "x" / "t.safetensors"))
-    tensors = {"a": torch.arange(6).reshape(2, 3), "b": torch.ones(1, dtype=torch.bfloat16)}
-    dataset.save(tensors)
-    loaded = dataset.load()
-    assert set(loaded) == {"a", "b"}
-    assert all(torch.equal(loaded[name], tensors[name]) for name in tensors)
-
-
-def test_no_tensors_at_all_is_a_file_too(tmp_path):
-    dataset = SafetensorsDataset(filepath=str(tmp_path / "t.safetensors"))
-    dataset.save({})
-    assert dataset.load() == {}
 
 
 def test_directory_is_swapped_whole(tmp_path):
@@ -89,7 +72,7 @@ def test_working_space_is_no_output(tmp_path, dataset):
         dataset(filepath=str(tmp_path)).save(1)
 
 
-@pytest.mark.parametrize("dataset", [FileDataset, DirectoryDataset, SafetensorsDataset])
+@pytest.mark.parametrize("dataset", [FileDataset, DirectoryDataset])
 def test_what_is_missing_is_named_with_the_remedy(tmp_path, dataset):
     with pytest.raises(DatasetError, match="nothing") as caught:
         dataset(filepath=str(tmp_path / "nothing")).load()

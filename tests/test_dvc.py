@@ -14,21 +14,27 @@ from kedro.framework.startup import bootstrap_project
 ROOT = Path(__file__).resolve().parents[1]
 BASE = "conf/base/parameters.yml"
 VARIANTS = "conf/base/parameters_variants.yml"
-#: Their values are parameters of the stages, or they carry no result: a change here makes no stage stale.
+#: A change here changes no result, so it makes no stage stale. Two of them need a reason. `parameters`: what it fills
+#: in stands in conf/base in full (tests/test_parameters.py), or in the recipes. `method.recipe`: its numbers reach the
+#: stages as `data/04_recipes`; the stage that writes these depends on both.
 NO_DEPENDENCY = {
     "hwpq_pipeline", "hwpq_pipeline.errors", "hwpq_pipeline.parameters", "hwpq_pipeline.pipelines",
-    "hwpq_pipeline.pipelines.variants", "hwpq_pipeline.progress",
+    "hwpq_pipeline.pipelines.variants", "hwpq_pipeline.progress", "hwpq_pipeline.method.recipe",
 }  # fmt: skip
+#: Stages that take a variant's entry and depend on its recipe instead: the entry with every number written out.
+BY_RECIPE = ("select", "compress")
+RECIPES_DEPEND_ON = {"hwpq_pipeline.parameters", "hwpq_pipeline.method.recipe"}
 #: The default is all stages; a gate that fails would throw away the experiment that it judges (docs/decisions.md).
 NO_STAGE = {"__default__", "gate"}
 #: Stages over all variants, and the directories of the variants' files that they read.
-OVER_ALL = {
+OVER_ALL: dict[str, set[str]] = {
+    "recipes": set(),
     "track": {"data/07_export", "data/08_reporting"},
     "report": {"data/08_reporting"},
     "publish": {"data/07_export", "data/08_reporting"},
 }
-#: A directory that one stage writes for all variants.
-WRITTEN_OVER_ALL = "data/10_publish"
+#: Directories that one stage writes for all variants.
+WRITTEN_OVER_ALL = ("data/10_publish", "data/04_recipes")
 #: Catalog entries that are working space, not data.
 WORKING_SPACE = {"data/.cache", "data/.scratch"}
 
@@ -107,6 +113,10 @@ def test_command(stage):
 def test_data_dependencies(project, stage):
     pipeline = part(project, stage)
     wanted = files(project, pipeline.inputs())
+    name, _, variant = stage.partition("@")
+    if name in BY_RECIPE:
+        assert f"params:variants.{variant}" in pipeline.inputs()
+        wanted |= files(project, [f"variants.{variant}.recipe"])
     listed = (
         {path for path in entries(STAGES[stage]["deps"]) if path.startswith("data/")}
         if "deps" in STAGES[stage]
@@ -125,8 +135,9 @@ def test_outputs(project, stage):
     written = {name for node in part(project, stage).nodes for name in node.outputs}
     listed = [path for section in ("outs", "metrics", "plots") for path in entries(STAGES[stage].get(section, []))]
     wanted = files(project, written)
-    if any(path.startswith(f"{WRITTEN_OVER_ALL}/") for path in wanted):
-        wanted = {path for path in wanted if not path.startswith(f"{WRITTEN_OVER_ALL}/")} | {WRITTEN_OVER_ALL}
+    for folder in WRITTEN_OVER_ALL:
+        inside = {path for path in wanted if path.startswith(f"{folder}/")}
+        wanted = (wanted - inside) | ({folder} if inside else set())
     assert sorted(listed) == sorted(wanted)
 
 
@@ -134,9 +145,11 @@ def test_outputs(project, stage):
 def test_parameters(project, stage):
     wanted = {name.removeprefix("params:") for name in part(project, stage).inputs() if name.startswith("params:")}
     wanted -= {"compute"}  # of the machine, not of what is made
+    name, _, variant = stage.partition("@")
+    if name in BY_RECIPE:
+        wanted.remove(f"variants.{variant}")
     listed = {key for section in STAGES[stage].get("params", []) for keys in section.values() for key in keys}
-    if stage == "track":
-        assert {name for name in wanted if name.startswith("variants.")}
+    if stage in OVER_ALL and {name for name in wanted if name.startswith("variants.")}:
         wanted = {name for name in wanted if not name.startswith("variants.")} | {"variants"}
     assert listed == wanted
     for section in STAGES[stage].get("params", []):
@@ -149,7 +162,8 @@ def test_code_dependencies_cover_what_the_pipeline_imports(name):
     graph = grimp.build_graph("hwpq_pipeline", cache_dir=None)
     nodes = f"hwpq_pipeline.pipelines.{name}.nodes"
     modules = {nodes} | graph.find_upstream_modules(nodes)
-    modules = {module for module in modules if not is_package(module)} - NO_DEPENDENCY
+    free = NO_DEPENDENCY - RECIPES_DEPEND_ON if name == "recipes" else NO_DEPENDENCY
+    modules = {module for module in modules if not is_package(module)} - free
     stage = next(stage for stage in STAGES if stage.partition("@")[0] == name)
     listed = {path for path in entries(STAGES[stage]["deps"]) if path.startswith("src/")}
     sources = {f"src/{module.replace('.', '/')}.py" for module in modules}

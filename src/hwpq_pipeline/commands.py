@@ -47,20 +47,22 @@ def variants(env: str | None) -> None:
     """List the variants of the configuration; every mistake in it is named with its line."""
     from rich.table import Table
 
+    from hwpq_pipeline.method.recipe import Recipe
     from hwpq_pipeline.reporting.comparison import console
 
     table = Table(title="Variants")
     for head in ("variant", "weights kept", "recovery", "grid", "description"):
         table.add_column(head)
     for name, entry in checked_variants(env).items():
-        selection, recovery, grid = entry["selection"] or {}, entry["recovery"] or {}, entry["quantization"] or {}
-        fraction = f", {selection['sparsity']:.0%} dropped" if selection.get("sparsity") else ""
-        group = f", groups of {grid['group_size']}" if grid.get("group_size") else ""
+        recipe = Recipe.from_variant(entry)
+        selection, recovery, grid = recipe.selection, recipe.recovery, recipe.quantization
+        fraction = f", {selection.sparsity:.0%} dropped" if selection and selection.sparsity else ""
+        group = f", groups of {grid.group_size}" if grid and grid.group_size else ""
         table.add_row(
             name,
-            f"{selection['structure']} by {selection['metric']}{fraction}" if selection else "all",
-            recovery.get("preset", "none") + (", sequential" if entry["sequential"] else ""),
-            f"{grid['grid']}{group}" if grid else "none",
+            f"{selection.structure} by {selection.metric}{fraction}" if selection else "all",
+            (recovery.preset if recovery else "none") + (", sequential" if recipe.sequence else ""),
+            f"{grid.grid}{group}" if grid else "none",
             entry["description"],
         )
     console().print(table)
@@ -89,6 +91,7 @@ def compare(env: str | None) -> None:
 def plan(env: str | None) -> None:
     """Print what a run would cost: bytes on disk, memory, and about how many seconds here."""
     from hwpq_pipeline import planning
+    from hwpq_pipeline.method.recipe import Recipe
     from hwpq_pipeline.project import load_parameters, open_catalog
     from hwpq_pipeline.reporting.comparison import console
 
@@ -102,9 +105,12 @@ def plan(env: str | None) -> None:
         parameters[part]["samples"] * parameters[part]["length"] for part in ("calibration", "evaluation")
     )
     rows = planning.plan_rows(
-        shapes, entries, calibration_tokens=calibration, evaluation_tokens=evaluation,
+        shapes,
+        {name: Recipe.from_variant(entry) for name, entry in entries.items()},
+        calibration_tokens=calibration,
+        evaluation_tokens=evaluation,
         speed=planning.operations_a_second(),
-    )  # fmt: skip
+    )
     console().print(_plan_table(rows))
     console().print(
         f"Memory: about {shapes.parameters * 4 / 1e9:.1f} GB for the model in float32, as much again for activations "

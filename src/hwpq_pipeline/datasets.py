@@ -18,8 +18,6 @@ from typing import Any
 from kedro.io import AbstractDataset, DatasetError
 from kedro.io.core import parse_dataset_definition
 
-from hwpq_pipeline.checkpoints.reader import read_tensors
-from hwpq_pipeline.checkpoints.writer import write_tensors
 from hwpq_pipeline.errors import HwpqError
 
 
@@ -80,19 +78,6 @@ class AtomicDataset(_PathDataset):
             os.replace(partial, self._filepath)
         finally:
             partial.unlink(missing_ok=True)
-
-
-class SafetensorsDataset(_PathDataset):
-    """A mapping of tensor names to torch tensors in one safetensors file."""
-
-    def load(self) -> dict[str, Any]:
-        """Load all tensors."""
-        return read_tensors(self._existing())
-
-    def save(self, data: dict[str, Any]) -> None:
-        """Write all tensors atomically."""
-        self._filepath.parent.mkdir(parents=True, exist_ok=True)
-        write_tensors(self._filepath, data)
 
 
 class FileDataset(_PathDataset):

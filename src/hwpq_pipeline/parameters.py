@@ -9,10 +9,11 @@ nothing of these classes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from hwpq_pipeline.method.recipe import PRESETS
 
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 SHA256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
@@ -112,21 +113,21 @@ class Evaluation(Parameters):
 
 
 class Selection(Parameters):
-    """Which weights stay.
+    """Which weights stay. What is left out takes the default of `method.recipe`.
 
-    `2of4` keeps two of every aligned four inputs. `unstructured` walks the rows with the moving average:
-    with `sparsity` the multiplier λ is solved for, with `multiplier` it is fixed (the paper's mode) and the
-    sparsity falls out.
+    `2of4` keeps two of every four consecutive inputs. `unstructured` walks the rows with the moving average: with
+    `sparsity` the multiplier λ is solved for; with `multiplier` it is given (the paper's mode) and the sparsity
+    follows.
     """
 
     structure: Literal["2of4", "unstructured"]
-    metric: Literal["hwpq", "hwpq_weighted", "wanda", "ria", "magnitude"] = "hwpq_weighted"
+    metric: Literal["hwpq", "hwpq_weighted", "wanda", "ria", "magnitude"] | None = None
     sparsity: Fraction | None = None
     multiplier: float | None = None
-    domain: Literal["sqrt", "log", "raw"] = "sqrt"
-    alpha: Fraction = 1 / 128  # compression.ewma.GAIN, whose import would cost every command a second
-    beta: Fraction = 1 / 128
-    scope: Literal["row", "layer"] = "row"
+    domain: Literal["sqrt", "log", "raw"] | None = None
+    alpha: Fraction | None = None
+    beta: Fraction | None = None
+    scope: Literal["row", "layer"] | None = None
 
     @model_validator(mode="after")
     def _no_contradiction(self) -> Self:
@@ -144,22 +145,20 @@ class Selection(Parameters):
 
 
 class Recovery(Parameters):
-    """Moving what pruning left towards the dense layer's outputs.
+    """How the weights that stay make up for those that go (weight update, mask search).
 
-    `fixed_mask` solves the masked least-squares problem on the selected mask by conjugate gradients. The others move
-    the mask too: `fast` and `balanced` by a few and some more sweeps of coordinate descent, `admm` by ADMM and then
-    descent; each is better than the one before it and takes longer. `quality` is the sweeps of `fast` with the layers
-    in sequence (`Variant.sequential`): better than `admm` by far, in less time (docs/decisions.md, 35). `damping` is
-    added to the diagonal of the Gram matrix, in units of its mean; what None stands for is `Variant.damping`.
+    `preset` names a method with its numbers (`method.recipe.PRESETS`; docs/choosing-a-variant.md compares them).
+    `fixed_mask`, the default, keeps the selected mask and takes `steps` of conjugate gradients. `damping` is added to
+    the diagonal of the Gram matrix, in units of its mean; it holds for the rounding and the sequence too.
     """
 
-    preset: Literal["fixed_mask", "fast", "balanced", "admm", "quality"] = "fixed_mask"
-    steps: Annotated[int, Field(ge=1, le=1000)] = 5
+    preset: Literal["fixed_mask", "fast", "balanced", "admm", "quality"] | None = None
+    steps: Annotated[int, Field(ge=1, le=1000)] | None = None
     damping: Annotated[float, Field(ge=0)] | None = None
 
     @model_validator(mode="after")
     def _no_contradiction(self) -> Self:
-        if self.preset != "fixed_mask" and "steps" in self.model_fields_set:
+        if self.steps is not None and self.preset is not None and PRESETS[self.preset].steps is None:
             raise ValueError("steps belongs to preset fixed_mask; remove it")
         return self
 
@@ -170,7 +169,7 @@ class Quantization(Parameters):
     grid: Literal["fp8_e4m3", "fp8_e5m2", "int8", "int4"]
     group_size: Literal[32, 64, 128] | None = None
     method: Literal["nearest", "coordinate_descent"] = "nearest"
-    sweeps: Annotated[int, Field(ge=1, le=100)] = 4
+    sweeps: Annotated[int, Field(ge=1, le=100)] | None = None
 
     @model_validator(mode="after")
     def _no_contradiction(self) -> Self:
@@ -183,49 +182,34 @@ class Quantization(Parameters):
             raise ValueError(
                 f"method coordinate_descent is for {', '.join(FOUR_BIT_GRIDS)}; grid {self.grid} rounds to nearest"
             )
-        if self.method == "nearest" and "sweeps" in self.model_fields_set:
+        if self.method == "nearest" and self.sweeps is not None:
             raise ValueError("sweeps belongs to method coordinate_descent; remove it")
         return self
 
 
 class Variant(Parameters):
-    """One compressed variant: an entry of `conf/base/parameters_variants.yml`.
+    """One compressed variant: an entry of `conf/base/parameters_variants.yml`. `method.recipe.Recipe` writes it out.
 
-    With `sequential` the layers are compressed in order, each on what the compressed ones before it give and towards
-    what the dense model has there, the residual stream included: better, for two more forward passes a variant.
-    Recovery's preset `quality` sets it.
+    With `sequential` the layers are compressed in order, each on what the compressed layers before it give and
+    towards what the dense model has there, the residual stream included. That is better, and costs two more forward
+    passes a variant. Some presets set it.
     """
 
     description: str
     selection: Selection | None = None
     recovery: Recovery | None = None
     quantization: Quantization | None = None
-    sequential: bool = False
-
-    @model_validator(mode="before")
-    @classmethod
-    def _quality_is_in_sequence(cls, values: Any) -> Any:
-        if not isinstance(values, Mapping) or "sequential" in values:
-            return values
-        recovery = values.get("recovery")
-        preset = recovery.get("preset") if isinstance(recovery, Mapping) else getattr(recovery, "preset", None)
-        return {**values, "sequential": True} if preset == "quality" else values
-
-    @property
-    def damping(self) -> float:
-        """The recovery's, or what was found best: little, and 0.3 where layers make up for those before them."""
-        if self.recovery is not None and self.recovery.damping is not None:
-            return self.recovery.damping
-        return 0.3 if self.sequential else 0.01
+    sequential: bool | None = None
 
     @model_validator(mode="after")
     def _no_contradiction(self) -> Self:
+        preset = self.recovery.preset if self.recovery else None
         if self.recovery is not None and self.selection is None:
             raise ValueError("recovery mends what selection prunes; add selection or remove recovery")
         if self.sequential and self.recovery is None and self.quantization is None:
             raise ValueError("sequential corrects what recovery or quantization makes; add one or remove sequential")
-        if self.recovery is not None and self.recovery.preset == "quality" and not self.sequential:
-            raise ValueError("preset quality compresses layers in sequence; remove sequential or choose preset fast")
+        if self.sequential is False and preset is not None and PRESETS[preset].sequential:
+            raise ValueError(f"preset {preset} compresses layers in sequence; remove sequential or choose preset fast")
         return self
 
 

@@ -25,12 +25,10 @@ from typing import Any
 import torch
 
 from hwpq_pipeline.checkpoints.layers import Layer, LayerMap, map_model, meta_model
-from hwpq_pipeline.compression.correction import STEPS as CORRECTION_STEPS
+from hwpq_pipeline.compression.grids import GRIDS
+from hwpq_pipeline.method.recipe import PRESETS, ROUNDING_COST, Recipe
 
-_BITS = {None: 16, "fp8_e4m3": 8, "fp8_e5m2": 8, "int8": 8, "int4": 4}
-#: Passes over the quadratic, as steps of conjugate gradients: by preset, and for rounding by descent.
-_PRESET_STEPS = {"fast": 6, "balanced": 8, "quality": 6, "admm": 30}
-_DESCENT_STEPS = 2
+UNROUNDED_BITS = 16
 
 
 @dataclass(frozen=True)
@@ -107,7 +105,7 @@ def read_shapes(model: str | Path) -> Shapes:
 
 def plan_rows(
     shapes: Shapes,
-    variants: Mapping[str, Mapping[str, Any]],
+    recipes: Mapping[str, Recipe],
     *,
     calibration_tokens: int,
     evaluation_tokens: int,
@@ -117,7 +115,7 @@ def plan_rows(
 
     Args:
         shapes: of the dense model.
-        variants: parameters by name, defaults filled in.
+        recipes: of the variants, by name.
         calibration_tokens: tokens of calibration.
         evaluation_tokens: tokens of evaluation.
         speed: operations a second.
@@ -128,34 +126,34 @@ def plan_rows(
         Row("fetch", 0, 2 * shapes.parameters, 0.0),
         Row("calibrate, reference", 0, 4 * shapes.inputs, (calibrate + evaluate) / speed),
     ]
-    for name, entry in variants.items():
-        export = export_bytes(shapes, entry)
-        masks = shapes.weights // 8 if entry.get("selection") else 0
-        neutral = shapes.weights * (1 if entry.get("quantization") else 2)
-        seconds = (making_operations(shapes, entry, calibration_tokens) + evaluate) / speed
+    for name, recipe in recipes.items():
+        export = export_bytes(shapes, recipe)
+        masks = shapes.weights // 8 if recipe.selection else 0
+        neutral = shapes.weights * (1 if recipe.quantization else 2)
+        seconds = (making_operations(shapes, recipe, calibration_tokens) + evaluate) / speed
         rows.append(Row(name, export, export + masks + neutral, seconds))
     return rows
 
 
-def export_bytes(shapes: Shapes, entry: Mapping[str, Any]) -> int:
+def export_bytes(shapes: Shapes, recipe: Recipe) -> int:
     """Bytes of a variant's safetensors files, headers left out."""
-    quantization = entry.get("quantization") or {}
-    grid, group = quantization.get("grid"), quantization.get("group_size")
-    scales = sum(layer.shape[0] * (layer.shape[1] // group if group else 1) for layer in shapes.layers) if grid else 0
-    return shapes.weights * _BITS[grid] // 8 + 2 * (scales + shapes.others)
+    if recipe.quantization is None:
+        return shapes.weights * UNROUNDED_BITS // 8 + 2 * shapes.others
+    group = recipe.quantization.group_size
+    scales = sum(layer.shape[0] * (layer.shape[1] // group if group else 1) for layer in shapes.layers)
+    return shapes.weights * GRIDS[recipe.quantization.grid].bits // 8 + 2 * (scales + shapes.others)
 
 
-def making_operations(shapes: Shapes, entry: Mapping[str, Any], tokens: int) -> float:
+def making_operations(shapes: Shapes, recipe: Recipe, tokens: int) -> float:
     """Operations of selecting and compressing a variant, its errors measured; `tokens` of calibration."""
-    recovery, quantization = entry.get("recovery") or {}, entry.get("quantization") or {}
-    passes = (1 if entry.get("selection") else 0) + (1 if quantization else 0)
-    if recovery:
-        passes += recovery["steps"] if recovery["preset"] == "fixed_mask" else _PRESET_STEPS[recovery["preset"]]
-    if quantization.get("method") == "coordinate_descent":
-        passes += _DESCENT_STEPS * quantization["sweeps"]
+    passes = (1 if recipe.selection else 0) + (1 if recipe.quantization else 0)
+    if recipe.recovery:
+        passes += recipe.recovery.steps or PRESETS[recipe.recovery.preset].cost
+    if recipe.quantization and recipe.quantization.sweeps:
+        passes += ROUNDING_COST * recipe.quantization.sweeps
     forward = 0.0
-    if entry.get("sequential"):
-        passes += CORRECTION_STEPS
+    if recipe.sequence:
+        passes += recipe.sequence.steps
         forward = 2.0 * tokens * (2 * shapes.weights + 2 * shapes.inputs)
     return forward + passes * sum(2.0 * layer.shape[0] * layer.shape[1] ** 2 for layer in shapes.layers)
 

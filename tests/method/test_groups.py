@@ -35,7 +35,7 @@ def make(places, statistics="gram") -> Groups:
 
 def test_every_layer_once_with_its_own_rows(places):
     seen = {}
-    for group in make(places).run("test"):
+    for group in make(places):
         for layer, rows in group.rows:
             assert layer.name not in seen
             seen[layer.name] = group.original[rows]
@@ -45,24 +45,8 @@ def test_every_layer_once_with_its_own_rows(places):
 
 
 def test_layers_of_one_input_are_one_group(places):
-    names = [tuple(layer.name.rpartition(".")[2] for layer in group.layers) for group in make(places).run("test")]
+    names = [tuple(layer.name.rpartition(".")[2] for layer in group.layers) for group in make(places)]
     assert names == [("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",)] * 2
-
-
-def test_steps_run_in_order_and_lazily(places):
-    calls = []
-
-    def step(name):
-        def take(group):
-            calls.append(name)
-            return group
-
-        return take
-
-    groups = make(places).then(step("a")).then(step("b"))
-    assert calls == []
-    next(groups.run("test"))
-    assert calls == ["a", "b"]
 
 
 def test_the_next_group_is_read_meanwhile_and_one_at_most(places):
@@ -70,7 +54,7 @@ def test_the_next_group_is_read_meanwhile_and_one_at_most(places):
     real = groups._read
     groups._read = lambda name, layers: (read.append(name), real(name, layers))[1]
     names = list(groups.members())
-    for done, group in enumerate(groups.run("test")):
+    for done, group in enumerate(groups):
         deadline = time.monotonic() + 10
         while len(read) < min(done + 2, len(names)) and time.monotonic() < deadline:
             time.sleep(0.001)
@@ -89,7 +73,7 @@ def test_a_group_that_cannot_be_read_stops_the_walk_at_its_turn(places):
 
     groups._read, seen = fail_third, []
     with pytest.raises(HwpqError, match="no such tensor"):
-        seen.extend(group.name for group in groups.run("test"))
+        seen.extend(group.name for group in groups)
     assert len(seen) == 2
 
 
@@ -98,15 +82,15 @@ def test_groups_are_worked_on_where_they_are_wanted(places):
     groups = Groups(
         *(getattr(make(places), name) for name in ("checkpoint", "layers", "statistics")), device=torch.device("cuda")
     )
-    (first, *_) = groups.then(lambda group: group.with_measured_error("a")).run("test")
+    first = next(iter(groups))
     assert first.original.is_cuda
     assert first.gram.is_cuda
 
 
 def test_errors_by_the_formula(places):
     """‖(W−W₀)X‖²/‖W₀X‖² in float64, row by row, column pair by column pair."""
-    halved = make(places).then(lambda group: group.with_weight(group.weight.round(decimals=1)))
-    for group in halved.then(lambda group: group.with_measured_error("error_pruned")).run("test"):
+    for group in make(places):
+        group = group.with_weight(group.weight.round(decimals=1)).with_measured_error("error_pruned")
         gram = group.gram.double().numpy()
         for layer, rows in group.rows:
             dense = group.original[rows].double().numpy()
@@ -116,7 +100,7 @@ def test_errors_by_the_formula(places):
 
 
 def test_energy_is_computed_once_and_gives_the_same(places):
-    (first, *_) = make(places).then(lambda group: group.with_measured_error("a").with_measured_error("b")).run("test")
+    first = next(iter(make(places))).with_measured_error("a").with_measured_error("b")
     assert first.energy is not None
     moved = first.with_weight(first.weight * 0.5)
     known, fresh = moved.with_measured_error("c"), replace(moved, energy=None).with_measured_error("c")
@@ -126,8 +110,17 @@ def test_energy_is_computed_once_and_gives_the_same(places):
 
 
 def test_diagonal_statistics_know_no_errors(places):
-    (first, *_) = make(places, "diagonal").then(lambda group: group.with_measured_error("a")).run("test")
+    first = next(iter(make(places, "diagonal"))).with_measured_error("a")
     assert first.facts == {}
+    with pytest.raises(HwpqError, match="no Gram matrix"):
+        first.gram  # noqa: B018
+
+
+def test_without_statistics_every_layer_is_a_group_of_its_own(places):
+    model = places / "model"
+    groups = list(Groups(Checkpoint(model), layer_map(model), None))
+    assert [group.name for group in groups] == layer_map(model).names
+    assert groups[0].with_measured_error("a").facts == {}
 
 
 def test_a_damaged_weight_stops_the_walk(places, tmp_path):
@@ -137,7 +130,7 @@ def test_a_damaged_weight_stops_the_walk(places, tmp_path):
     save_file(weights, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
     groups = Groups(Checkpoint(tmp_path / "model"), layer_map(tmp_path / "model"), Statistics(places / "gram"))
     with pytest.raises(HwpqError, match=r"model\.layers\.1\.mlp\.down_proj"):
-        list(groups.run("test"))
+        list(groups)
 
 
 def test_table_has_a_row_a_layer_and_gaps_for_what_is_not_known(places):

@@ -15,10 +15,11 @@ from hwpq_pipeline.decoder.loading import load_dense
 from hwpq_pipeline.errors import HwpqError
 from hwpq_pipeline.method import sequential
 from hwpq_pipeline.method.groups import Groups
-from hwpq_pipeline.method.sequential import SequentialGroups
+from hwpq_pipeline.method.recipe import Sequence
 from tests.tiny import tiny_checkpoint, tiny_config, tiny_tokens
 
 TOKENS = tiny_tokens(32, 32)
+SEQUENCE = Sequence(steps=8, damping=0.01)
 SIZE = {
     "vocab_size": 260, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 4, "max_position_embeddings": 128, "initializer_range": 0.2,
@@ -36,11 +37,28 @@ def groups(tmp_path_factory):
     return make(tmp_path_factory.mktemp("sequential"))
 
 
+def walk(groups, step=lambda group: group, dtype=torch.float32):
+    return list(sequential.walk_in_sequence(groups, TOKENS, step, SEQUENCE, dtype=dtype))
+
+
+def spied(monkeypatch, look):
+    """Call ``look(state, hidden states after)`` whenever a block of the compressed model has run."""
+    real = sequential.run_compressed
+
+    def run(walk, state, forward, hidden):
+        stream = state.stream
+        after = real(walk, state, forward, hidden)
+        look(stream, state.gap, after)
+        return after
+
+    monkeypatch.setattr(sequential, "run_compressed", run)
+
+
 def halved(group):
     """2:4 by magnitude, recovered."""
     fours = group.original.abs().unflatten(1, (-1, 4))
     mask = torch.zeros_like(fours, dtype=torch.bool).scatter_(2, fours.topk(2, dim=2).indices, True).flatten(1)
-    found = recover(group.original, mask, group.gram, where=group.name)
+    found = recover(group.original, mask, group.gram, steps=5, damping=0.01, where=group.name)
     return replace(group, weight=found.weight, mask=mask)
 
 
@@ -55,8 +73,7 @@ def hidden(groups, compressed=()):
 
 
 def test_without_steps_nothing_is_to_be_corrected(groups):
-    seen = list(SequentialGroups(groups, TOKENS).run("test"))
-    plain = list(groups.run("test"))
+    seen, plain = walk(groups), list(groups)
     assert [group.name for group in seen] == [group.name for group in plain]
     for one, other in zip(seen, plain, strict=True):
         assert torch.allclose(one.weight, other.weight, atol=1e-4)
@@ -66,7 +83,7 @@ def test_without_steps_nothing_is_to_be_corrected(groups):
 
 def test_the_statistics_are_those_of_the_compressed_model(groups, tmp_path):
     """The Gram matrices that a group saw, against statistics of the finished compressed model."""
-    found = list(SequentialGroups(groups, TOKENS).then(halved).run("test"))
+    found = walk(groups, halved)
     model = load_dense(groups.checkpoint.path, torch.float32, torch.device("cpu"))
     for group in found:
         for layer, rows in group.rows:
@@ -82,8 +99,8 @@ def test_the_statistics_are_those_of_the_compressed_model(groups, tmp_path):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_stream_is_nearer_the_dense_one(groups, dtype):
     dense = hidden(groups)
-    plain = (hidden(groups, groups.then(halved).run("test")) - dense).square().mean()
-    found = list(SequentialGroups(groups, TOKENS, dtype=dtype).then(halved).run("test"))
+    plain = (hidden(groups, map(halved, groups)) - dense).square().mean()
+    found = walk(groups, halved, dtype)
     corrected = (hidden(groups, found) - dense).square().mean()
     assert float(corrected) < 0.8 * float(plain)
     for group in found:
@@ -97,11 +114,7 @@ def test_products_in_bfloat16_leave_the_steps_in_float32(groups):
         seen.append((group.original @ group.gram, group.original, group.gram))
         return group
 
-    for one, other in zip(
-        SequentialGroups(groups, TOKENS, dtype=torch.bfloat16).then(step).run("test"),
-        SequentialGroups(groups, TOKENS).run("test"),
-        strict=True,
-    ):
+    for one, other in zip(walk(groups, step, torch.bfloat16), walk(groups), strict=True):
         assert torch.allclose(one.gram, other.gram, rtol=0.05, atol=0.02 * float(other.gram.diagonal().mean()))
         assert not torch.equal(one.gram, other.gram)
     for product, weight, gram in seen:
@@ -113,15 +126,8 @@ def test_products_in_bfloat16_leave_the_steps_in_float32(groups):
 def test_what_runs_on_are_the_compressed_weights(groups, monkeypatch, dtype):
     """The hidden states of the walk, against those of the finished model."""
     walked = []
-    real = sequential._Compressed
-
-    class Spy(real):
-        def run(self, forward, state):
-            walked.append(super().run(forward, state))
-            return walked[-1]
-
-    monkeypatch.setattr(sequential, "_Compressed", Spy)
-    found = list(SequentialGroups(groups, TOKENS, dtype=dtype).then(halved).run("test"))
+    spied(monkeypatch, lambda stream, gap, after: walked.append(after))
+    found = walk(groups, halved, dtype)
     model = load_dense(groups.checkpoint.path, torch.float32, torch.device("cpu"))
     finished = []
     with torch.inference_mode():
@@ -169,17 +175,8 @@ def test_who_writes_to_the_stream_is_found(tmp_path, monkeypatch, architecture):
     model = load_dense(groups.checkpoint.path, torch.float32, torch.device("cpu"))
     prefix, _ = find_blocks(model)
     streams, gaps = [], []
-    real = sequential._Compressed
-
-    class Spy(real):
-        def run(self, forward, state):
-            streams.append(self.stream)
-            after = super().run(forward, state)
-            gaps.append((self.gap, after))
-            return after
-
-    monkeypatch.setattr(sequential, "_Compressed", Spy)
-    found = list(SequentialGroups(groups, TOKENS).then(halved).run("test"))
+    spied(monkeypatch, lambda stream, gap, after: (streams.append(stream), gaps.append(gap)))
+    found = walk(groups, halved)
     assert len(found) == len(groups.members())
     for number, stream in enumerate(streams):
         assert stream == pytest.approx({f"{prefix}.{number}.{name}": weight for name, weight in expected.items()})
@@ -197,16 +194,17 @@ def test_who_writes_to_the_stream_is_found(tmp_path, monkeypatch, architecture):
             blocks[-1].register_forward_hook(lambda _, __, output: states.append(output))
             model.base_model(input_ids=TOKENS, use_cache=False)
     dense, last = (state[0] if isinstance(state, tuple) else state for state in states)
-    assert torch.allclose(gaps[-1][0], dense - last, atol=1e-3 * float(dense.abs().max()))
+    assert torch.allclose(gaps[-1], dense - last, atol=1e-3 * float(dense.abs().max()))
 
 
 def test_tokens_that_are_routed_by_value_are_refused(tmp_path, monkeypatch):
     groups = make(tmp_path)
-    real = sequential._Dense._keep
+    real = sequential.run_dense
 
-    def shortened(self, name, stream, module, arguments, output):
-        real(self, name, stream, module, (arguments[0][:-1],), output)
+    def shortened(members, forward, hidden):
+        seen, after = real(members, forward, hidden)
+        return replace(seen, inputs={name: x[:-1] for name, x in seen.inputs.items()}), after
 
-    monkeypatch.setattr(sequential._Dense, "_keep", shortened)
+    monkeypatch.setattr(sequential, "run_dense", shortened)
     with pytest.raises(HwpqError, match=r"q_proj.*other tokens.*sequential"):
-        list(SequentialGroups(groups, TOKENS).then(halved).run("test"))
+        walk(groups, halved)

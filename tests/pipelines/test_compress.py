@@ -10,8 +10,8 @@ from hwpq_pipeline.calibration.statistics import collect_statistics
 from hwpq_pipeline.checkpoints.reader import read_json, read_tensors
 from hwpq_pipeline.errors import HwpqError
 from hwpq_pipeline.parameters import Compute, Variant
-from hwpq_pipeline.pipelines.compress.nodes import prune, quantize, recover
-from hwpq_pipeline.pipelines.select.nodes import score_contributions, select_weights
+from hwpq_pipeline.pipelines.compress.nodes import compress_weights
+from hwpq_pipeline.pipelines.select.nodes import select_weights
 from tests.tiny import tiny_checkpoint, tiny_tokens
 
 CPU = Compute(device="cpu")
@@ -32,9 +32,8 @@ def run(places, scratch, compute=CPU, **sections):
     variant = Variant.model_validate({"description": "d", **sections})
     model, statistics = places / "model", places / "statistics"
     samples = pd.DataFrame({"tokens": list(TOKENS)})
-    masks, selected, _ = select_weights(score_contributions(model, statistics, compute), variant)
-    groups = recover(prune(model, statistics, samples, masks, variant, compute), variant)
-    built, compressed, seconds = quantize(groups, "v", variant, scratch)
+    masks, selected, _ = select_weights(model, statistics, variant, compute, scratch)
+    built, compressed, seconds = compress_weights(model, statistics, samples, masks, "v", variant, compute, scratch)
     tensors = {}
     for file in built.glob("*.safetensors"):
         tensors |= read_tensors(file)
@@ -57,7 +56,10 @@ def test_recovery_betters_every_layer_and_keeps_the_structure(places, tmp_path, 
             assert bool(((weight != 0).unflatten(1, (-1, 4)).sum(-1) == 2).all())
     zeros = sum(int((weight == 0).sum()) for weight in tensors.values())
     assert zeros / sum(weight.numel() for weight in tensors.values()) == pytest.approx(0.5, abs=0.002)
-    assert read_json(built / "recipe.json")["structure"] == structure
+    written = read_json(built / "recipe.json")
+    assert written["structure"] == structure
+    assert written["recipe"]["recovery"]["preset"] == preset
+    assert written["recipe"]["recovery"]["damping"] == (0.3 if preset == "quality" else 0.01)
 
 
 def test_moving_the_mask_betters_the_model_as_a_whole(places, tmp_path):

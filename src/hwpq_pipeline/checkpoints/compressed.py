@@ -1,12 +1,18 @@
-"""Reading the compressed model as the compression leaves it, in no deployment format.
+"""A variant's files between our stages: what was selected (`05_selection`) and what was compressed (`06_models`).
 
-`recipe.json` says `grid` (null where nothing is rounded), `group_size`, `structure` and `layers`; one or more
-safetensors files beside it hold, for each layer, `codes` (out, in) and `scale` (out, groups), or a `weight`
-(out, in) where it was pruned only. What comes from disk is checked here: names, shapes, ranges, finiteness.
+**Masks.** One safetensors file holds `<layer>.keep` for each layer: uint8, one bit a weight, set where it is kept
+(`compression.bits`).
+
+**Compressed model.** It is in no deployment format. `recipe.json` says how the tensors read: `grid` (null where
+nothing is rounded), `group_size`, `structure` and `layers`; and how they were made: `variant` and the `recipe` in
+plain numbers. Beside it is one safetensors file an input group. For each layer it holds `<layer>.codes` (out, in) and
+`<layer>.scale` (out, groups), or `<layer>.weight` (out, in) where the layer was pruned only. What comes from disk is
+checked here: names, shapes, ranges, finiteness.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +21,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from hwpq_pipeline.checkpoints.reader import read_json
+from hwpq_pipeline.checkpoints.reader import read_json, read_names, read_tensors
+from hwpq_pipeline.checkpoints.writer import write_json, write_tensors
 from hwpq_pipeline.errors import HwpqError
 
 GRIDS = ("fp8_e4m3", "fp8_e5m2", "int8", "int4")
@@ -169,3 +176,72 @@ class CompressedModel:
             if not torch.equal(scale.to(dtype).to(scale.dtype), scale):
                 return torch.float32
         return dtype
+
+
+class CompressedWriter:
+    """Writes a variant's compressed model a group at a time.
+
+    Args:
+        directory: an existing, empty directory.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self._layers: list[str] = []
+
+    def add(self, group: str, layers: Iterable[str], tensors: Mapping[str, Tensor]) -> None:
+        """Write an input group's layers.
+
+        Args:
+            group: its name, which names the file.
+            layers: names of its layers.
+            tensors: `<layer>.codes` and `<layer>.scale`, or `<layer>.weight`, of each.
+        """
+        write_tensors(self.directory / f"{group}.safetensors", tensors)
+        self._layers += layers
+
+    def close(self, variant: str, recipe: Mapping[str, Any]) -> None:
+        """Write `recipe.json`.
+
+        Args:
+            variant: the variant's name.
+            recipe: in plain numbers, sections `selection` and `quantization` among them.
+        """
+        selection, quantization = recipe["selection"] or {}, recipe["quantization"] or {}
+        header = {
+            "variant": variant,
+            "grid": quantization.get("grid"),
+            "group_size": quantization.get("group_size"),
+            "structure": selection.get("structure", "dense"),
+            "recipe": recipe,
+            "layers": self._layers,
+        }
+        write_json(self.directory / "recipe.json", header)
+
+
+class Masks(Mapping[str, Tensor]):
+    """A variant's packed keep-masks by layer name, each read when it is asked for.
+
+    Args:
+        path: the file that `write_masks` wrote.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self._names = [name.removesuffix(".keep") for name in read_names(self.path)]
+
+    def __getitem__(self, layer: str) -> Tensor:
+        if layer not in self._names:
+            raise KeyError(layer)
+        return read_tensors(self.path, [f"{layer}.keep"])[f"{layer}.keep"]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+def write_masks(path: str | Path, masks: Mapping[str, Tensor]) -> Path:
+    """Write packed keep-masks, uint8 (out, ⌈in / 8⌉) by layer name, whole or not at all."""
+    return write_tensors(path, {f"{layer}.keep": keep for layer, keep in masks.items()})

@@ -61,6 +61,16 @@ def read_tensors(path: str | Path, names: Sequence[str] | None = None) -> dict[s
         return {name: stream.get_tensor(name) for name in (sorted(held) if names is None else names)}
 
 
+def read_names(path: str | Path) -> list[str]:
+    """Names of the tensors in one safetensors file; only its header is read.
+
+    Raises:
+        HwpqError: the file is missing or corrupt.
+    """
+    with _open(Path(path)) as stream:
+        return list(stream.keys())
+
+
 def read_metadata(path: str | Path) -> dict[str, str]:
     """The string pairs in a safetensors file's header."""
     with _open(Path(path)) as stream:

@@ -1,55 +1,68 @@
-"""Working through a model one input group at a time.
+"""A model's input groups, one at a time: the method's unit of work.
 
-Layers fed by the same tensor share one Gram matrix `G` (q/k/v; gate/up). Stacked along their rows they are
-one matrix `W` of shape (Σ out_features, in_features), and every step of the method (select, prune, recover,
-round) treats the rows of `W` independently given `G`. A *group* is therefore the unit of work: small enough
-that memory is bounded by one `(W, G)`, whole enough that `G` is read once, and independent of every other,
-so that any number of workers may share them.
+Layers that read the same tensor share one Gram matrix `G` (q/k/v; gate/up). Stacked along their rows they are one
+matrix `W` of shape (Σ out_features, in_features), and every step of the method (select, prune, recover, round) treats
+the rows of `W` independently given `G`. A *group* is therefore the unit of work. It is small enough that memory is
+bounded by one `(W, G)`. It is whole enough that `G` is read once. It depends on no other group, so that any number of
+workers may share them.
 
-**Reading ahead.** A thread reads the next group while this one is worked on: safetensors' reading lets go of the
-interpreter's lock, and so do products. For a GPU the group is read into pinned memory and copied without waiting, so
-that reading, copying and working overlap; what a step's results cost to bring back is paid where they are written. One
-group is read ahead and no more: memory is bounded by two groups.
+**Reading ahead.** A thread reads the next group while this one is worked on: safetensors releases the interpreter's
+lock while it reads, and so do matrix products. For a GPU the group is read into pinned memory and copied without
+waiting, so that reading, copying and working overlap; results are copied to the host when they are written. One group
+is read ahead and no more: memory is bounded by two groups.
 
-`Groups` is lazy: `then` composes steps and computes nothing; `run` takes all steps on one group and lets it go
-before the next. The nodes of a pipeline hand it on in memory.
+**Executors.** An executor maps a step over groups and yields the results in the groups' order. `serial` does it here
+and now; another one may hand groups to other processes, since steps and groups pickle.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from copy import copy
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, Protocol
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
-from hwpq_pipeline.checkpoints.layers import Layer, LayerMap
+from hwpq_pipeline.calibration.store import Statistics
+from hwpq_pipeline.checkpoints.layers import Layer, LayerMap, layer_map
 from hwpq_pipeline.checkpoints.reader import Checkpoint
 from hwpq_pipeline.compression.grids import Quantized
 from hwpq_pipeline.compression.recovery import output_error, relative_error, squared_error
 from hwpq_pipeline.errors import HwpqError
-from hwpq_pipeline.progress import with_progress
+
+R = TypeVar("R")
+#: Columns of the layer table by layer name.
+Facts = dict[str, Mapping[str, Any]]
 
 
-class InputStatistics(Protocol):
-    """What the steps need to know of a layer's inputs (`calibration.statistics.Statistics`)."""
+class InputSums(Protocol):
+    """What is known of one group's inputs."""
 
-    @property
-    def mode(self) -> str:
-        """`gram`, or `diagonal` where only the energies were collected."""
+    def gram(self) -> Tensor | None:
+        """Σ x xᵀ, shape (in_features, in_features), float32; None where it is not known."""
 
-    def group_of(self, layer: str) -> str:
-        """Name of the input group that feeds a layer."""
+    def energy(self) -> Tensor:
+        """Its diagonal (the inputs' second moments), shape (in_features,), float32."""
 
-    def gram(self, group: str) -> Tensor:
-        """Σ x xᵀ over the calibration tokens, shape (in_features, in_features), float32."""
 
-    def energy(self, group: str) -> Tensor:
-        """Its diagonal, shape (in_features,), float32."""
+@dataclass(frozen=True)
+class StoredSums:
+    """A group's sums in the statistics, read when they are asked for."""
+
+    statistics: Statistics
+    group: str
+
+    def gram(self) -> Tensor | None:
+        """Σ x xᵀ; None where only its diagonal was collected."""
+        return None if self.statistics.mode == "diagonal" else self.statistics.gram(self.group)
+
+    def energy(self) -> Tensor:
+        """Its diagonal."""
+        return self.statistics.energy(self.group)
 
 
 @dataclass(frozen=True)
@@ -59,7 +72,8 @@ class Group:
     Attributes:
         name: of the input group.
         layers: in module order.
-        statistics: of the inputs.
+        sums: of the inputs; None where a recipe needs no data.
+        dtype: that the dense checkpoint stores, which scales are rounded to.
         original: the dense weights, stacked, shape (rows, in_features), float32.
         weight: the weights as the last step left them, same shape.
         mask: bool, same shape, true where a weight is kept; None when nothing is pruned.
@@ -70,13 +84,14 @@ class Group:
 
     name: str
     layers: tuple[Layer, ...]
-    statistics: InputStatistics
+    sums: InputSums | None
+    dtype: torch.dtype
     original: Tensor
     weight: Tensor
     mask: Tensor | None = None
     quantized: Quantized | None = None
     energy: Tensor | None = None
-    facts: dict[str, dict[str, Any]] = field(default_factory=dict)
+    facts: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     @cached_property
     def rows(self) -> tuple[tuple[Layer, slice], ...]:
@@ -92,16 +107,32 @@ class Group:
         return replace(self, weight=weight, **changes)
 
     @cached_property
+    def known_gram(self) -> Tensor | None:
+        """The Gram matrix where it is known; see `gram`."""
+        found = None if self.sums is None else self.sums.gram()
+        return None if found is None else found.to(self.original.device)
+
+    @property
     def gram(self) -> Tensor:
-        """The Gram matrix of the inputs, shape (in_features, in_features), float32; read once a step."""
-        return self.statistics.gram(self.name).to(self.original.device)
+        """The Gram matrix of the inputs, shape (in_features, in_features), float32; read once a step.
+
+        Raises:
+            HwpqError: only its diagonal, or nothing, is known of the inputs.
+        """
+        if self.known_gram is None:
+            raise HwpqError(
+                "the statistics hold no Gram matrix of its inputs",
+                where=self.name,
+                remedy="Set calibration mode to gram and run the calibrate pipeline again.",
+            )
+        return self.known_gram
 
     def with_measured_error(self, column: str) -> Group:
         """Note the weight's error as it stands; see `with_error`. It costs a matrix product, two the first time.
 
-        Without a Gram matrix (statistics of mode `diagonal`) the error is not known and nothing is noted.
+        Without a Gram matrix the error is not known and nothing is noted.
         """
-        if self.statistics.mode == "diagonal":
+        if self.known_gram is None:
             return self
         if self.energy is None:
             error, energy = output_error(self.weight, self.original, self.gram)
@@ -124,17 +155,13 @@ class Group:
         return replace(self, facts=facts, energy=energy)
 
 
-Step = Callable[[Group], Group]
-
-
 class Groups:
-    """The groups of a model, in module order, with the steps to take on each.
+    """A model's groups in module order, each read when its turn comes.
 
     Args:
         checkpoint: the dense model.
         layers: its compressible layers.
-        statistics: of their inputs.
-        steps: composed by `then`.
+        statistics: of their inputs; None where nothing is known of them: every layer is then a group of its own.
         device: where the groups are worked on.
     """
 
@@ -142,43 +169,27 @@ class Groups:
         self,
         checkpoint: Checkpoint,
         layers: LayerMap,
-        statistics: InputStatistics,
-        steps: Sequence[Step] = (),
+        statistics: Statistics | None,
         device: torch.device | None = None,
     ) -> None:
-        self.checkpoint, self.layers, self.statistics, self.steps = checkpoint, layers, statistics, tuple(steps)
+        self.checkpoint, self.layers, self.statistics = checkpoint, layers, statistics
         self.device = device or torch.device("cpu")
-
-    def then(self, step: Step) -> Groups:
-        """The same groups with one more step."""
-        longer = copy(self)
-        longer.steps = (*self.steps, step)
-        return longer
 
     def members(self) -> dict[str, tuple[Layer, ...]]:
         """Layers by input group, in module order."""
         members: dict[str, tuple[Layer, ...]] = {}
         for layer in self.layers:
-            name = self.statistics.group_of(layer.name)
+            name = layer.name if self.statistics is None else self.statistics.group_of(layer.name)
             members[name] = (*members.get(name, ()), layer)
         return members
 
-    def run(self, description: str) -> Iterator[Group]:
-        """Take all steps on one group after the other, behind a progress bar.
+    def __iter__(self) -> Iterator[Group]:
+        """The groups in order; while one is worked on, the next is read.
 
         Raises:
-            HwpqError: a weight is damaged, or a step cannot be taken.
+            HwpqError: a weight is damaged.
         """
-        members = self.members()
-        with torch.inference_mode():
-            for group in with_progress(self._read_ahead(members.items()), description, len(members)):
-                for step in self.steps:
-                    group = step(group)
-                yield group
-
-    def _read_ahead(self, members: Iterable[tuple[str, tuple[Layer, ...]]]) -> Iterator[Group]:
-        """The groups in order, the next one being read meanwhile."""
-        waiting = iter(members)
+        waiting = iter(self.members().items())
         with ThreadPoolExecutor(1, thread_name_prefix="groups") as reader:
 
             def begin() -> Future[Group] | None:
@@ -210,4 +221,31 @@ class Groups:
             weight = torch.cat([self.checkpoint.weight(layer.name) for layer in layers])
             if self.device.type == "cuda":
                 weight = weight.pin_memory()
-        return Group(name, layers, self.statistics, weight, weight)
+        sums = None if self.statistics is None else StoredSums(self.statistics, name)
+        return Group(name, layers, sums, self.checkpoint.torch_dtype, weight, weight)
+
+
+class Executor(Protocol):
+    """Maps a step over groups, results in the groups' order."""
+
+    def __call__(self, step: Callable[[Group], R], groups: Iterable[Group]) -> Iterator[R]:
+        """`step(group)` of every group."""
+
+
+def serial(step: Callable[[Group], R], groups: Iterable[Group]) -> Iterator[R]:
+    """One group after the other, in this process."""
+    with torch.inference_mode():
+        for group in groups:
+            yield step(group)
+
+
+def open_groups(model: str | Path, statistics: str | Path | None, device: torch.device | None = None) -> Groups:
+    """A checkpoint's input groups.
+
+    Args:
+        model: the dense checkpoint.
+        statistics: directory of its inputs' sums; None for a recipe that needs none.
+        device: where they are worked on; the CPU by default.
+    """
+    known = None if statistics is None else Statistics(statistics)
+    return Groups(Checkpoint(model), layer_map(model), known, device)

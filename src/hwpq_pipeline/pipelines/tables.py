@@ -10,6 +10,19 @@ import pandas as pd
 from hwpq_pipeline.checkpoints.layers import Layer
 
 IDENTITY = ("layer", "block", "kind", "rows", "columns")
+#: What `select` and `compress` tell of a layer; `schemas.SelectedLayers` and `CompressedLayers` say what each is.
+SELECTED = (
+    "metric",
+    "contribution_q01",
+    "contribution_q50",
+    "contribution_q99",
+    "mean",
+    "deviation",
+    "multiplier",
+    "wanted_sparsity",
+    "reached_sparsity",
+)
+COMPRESSED = ("error_pruned", "error_recovered", "error_quantized")
 
 
 def layer_table(

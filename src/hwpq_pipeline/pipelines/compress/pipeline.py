@@ -8,25 +8,18 @@ from kedro.pipeline import Pipeline, node
 
 from hwpq_pipeline.pipelines.variants import for_each_variant
 
-from .nodes import prune, quantize, recover
+from .nodes import compress_weights
 
 
 def create_pipeline(names: Iterable[str]) -> Pipeline:
-    """Pruning and recovery (lazy), then one walk over the layers that rounds and writes."""
+    """One walk over the layers."""
     return for_each_variant(
         [
             node(
-                prune,
-                ["model", "statistics", "calibration", "masks", "params:variant", "params:compute"],
-                "pruned",
-                name="prune",
-            ),
-            node(recover, ["pruned", "params:variant"], "recovered", name="recover"),
-            node(
-                quantize,
-                ["recovered", "name", "params:variant", "scratch"],
+                compress_weights,
+                ["model", "statistics", "calibration", "masks", "name", "params:variant", "params:compute", "scratch"],
                 ["compressed", "compressed_layers", "compress_seconds"],
-                name="quantize",
+                name="compress_weights",
             ),
         ],
         names,

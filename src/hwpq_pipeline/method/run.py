@@ -1,0 +1,76 @@
+"""Compressing a whole model, group by group.
+
+Two schedules, one method. *Independent*: the sums of the dense model are there and the groups have no order between
+them, so that an executor may hand them to any workers. *In sequence*: block after block, each group on what the
+compressed ones before it give (`method.sequential`). Both take the same pure steps on a group.
+
+A sink gets each result as soon as it is there, so that memory is bounded by the groups at work.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hwpq_pipeline.errors import HwpqError
+from hwpq_pipeline.method.groups import Executor, Facts, Groups, serial
+from hwpq_pipeline.method.recipe import Recipe
+from hwpq_pipeline.method.sequential import walk_in_sequence
+from hwpq_pipeline.method.steps import CompressedGroup, compress_group, packed, take_steps
+from hwpq_pipeline.progress import with_progress
+
+
+def compress_model(
+    groups: Groups,
+    masks: Mapping[str, Tensor],
+    recipe: Recipe,
+    *,
+    sink: Callable[[CompressedGroup], None],
+    tokens: np.ndarray[Any, Any] | Tensor | None = None,
+    executor: Executor = serial,
+) -> Facts:
+    """Prune, recover and round every group.
+
+    Args:
+        groups: of the dense model (`open_groups`).
+        masks: packed keep-masks by layer name (`select_model`); read only if the recipe selects.
+        recipe: what to do.
+        sink: gets each group's compressed layers.
+        tokens: (samples, length) calibration tokens, for a recipe in sequence.
+        executor: where the groups are worked on; a recipe in sequence works in this process.
+
+    Returns:
+        Columns of the layer table by layer name.
+
+    Raises:
+        HwpqError: a damaged weight, a missing mask, or a step that cannot be taken.
+    """
+    facts: Facts = {}
+    if not recipe.changes_weights:
+        return facts
+    results: Iterator[CompressedGroup]
+    if recipe.sequence is None:
+        results = executor(partial(compress_group, masks=masks, recipe=recipe), groups)
+    else:
+        results = _in_sequence(groups, masks, recipe, tokens)
+    for compressed in with_progress(results, "compress: input groups", len(groups.members())):
+        sink(compressed)
+        facts.update(compressed.facts)
+    return facts
+
+
+def _in_sequence(
+    groups: Groups, masks: Mapping[str, Tensor], recipe: Recipe, tokens: np.ndarray[Any, Any] | Tensor | None
+) -> Iterator[CompressedGroup]:
+    if tokens is None or recipe.sequence is None or groups.statistics is None:
+        raise HwpqError(
+            "layers in sequence need calibration tokens and statistics", where="compress", remedy="Run calibrate first."
+        )
+    dtype = getattr(torch, groups.statistics.dtype)
+    step = partial(take_steps, masks=masks, recipe=recipe)
+    return map(packed, walk_in_sequence(groups, tokens, step, recipe.sequence, dtype=dtype))

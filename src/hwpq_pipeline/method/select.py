@@ -1,0 +1,123 @@
+"""Choosing which weights of a group stay: contribution (saliency) scored and compared layer by layer.
+
+A contribution matrix is as large as the model, so none is ever kept: the kernels work it out from the weight and the
+inputs' energies while they read the weight. A step is a pure function of the group and the recipe, and it pickles: a
+worker in another process may take it.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from torch import Tensor
+
+from hwpq_pipeline.compression.ewma import ewma_select
+from hwpq_pipeline.compression.structured import SPARSITY, select_two_of_four
+from hwpq_pipeline.errors import HwpqError
+from hwpq_pipeline.method.groups import Executor, Facts, Group, Groups, serial
+from hwpq_pipeline.method.recipe import Recipe, Selection
+from hwpq_pipeline.progress import with_progress
+
+#: Fields of a recipe's selection that the moving average takes.
+MOVING_AVERAGE = ("sparsity", "multiplier", "domain", "alpha", "beta", "scope")
+
+
+@dataclass(frozen=True)
+class SelectedGroup:
+    """What was selected in a group.
+
+    Attributes:
+        name: of the input group.
+        masks: by layer name, one bit a weight, true where it is kept (`compression.bits`), on the CPU.
+        facts: by layer name: columns of the layer table.
+    """
+
+    name: str
+    masks: Mapping[str, Tensor]
+    facts: Mapping[str, Mapping[str, Any]]
+
+
+def select_group(group: Group, recipe: Recipe) -> SelectedGroup:
+    """The keep-masks of a group's layers.
+
+    Args:
+        group: with the dense weights and the sums of their inputs.
+        recipe: with a selection.
+
+    Raises:
+        HwpqError: a layer that the structure does not fit, values that are not finite, or inputs of which nothing is
+            known.
+    """
+    if recipe.selection is None or group.sums is None:
+        raise HwpqError(
+            "nothing to select by",
+            where=group.name,
+            remedy="Give a recipe with a selection, and calibration statistics.",
+        )
+    energy = group.sums.energy()
+    choose = _two_of_four if recipe.selection.structure == "2of4" else _unstructured
+    masks, facts = {}, {}
+    for layer, rows in group.rows:
+        keep, found = choose(group.weight[rows], recipe.selection, energy, layer.name)
+        masks[layer.name] = keep.cpu()
+        facts[layer.name] = {"metric": recipe.selection.metric, **found}
+    return SelectedGroup(group.name, masks, facts)
+
+
+def _two_of_four(weight: Tensor, selection: Selection, energy: Tensor, where: str) -> tuple[Tensor, dict[str, Any]]:
+    chosen = select_two_of_four(weight, selection.metric, energy, where=where)
+    return chosen.keep, {
+        **_named(chosen.quantiles),
+        "wanted_sparsity": SPARSITY,
+        "reached_sparsity": chosen.reached,
+    }
+
+
+def _unstructured(weight: Tensor, selection: Selection, energy: Tensor, where: str) -> tuple[Tensor, dict[str, Any]]:
+    settings = {name: getattr(selection, name) for name in MOVING_AVERAGE}
+    chosen = ewma_select(weight, selection.metric, energy, where=where, **settings)
+    if chosen.note:
+        logging.getLogger(__name__).warning("%s: %s", where, chosen.note)
+    return chosen.keep, {
+        **_named(chosen.quantiles),
+        "mean": chosen.mean,
+        "deviation": chosen.deviation,
+        "multiplier": chosen.multiplier_mean,
+        "wanted_sparsity": chosen.wanted,
+        "reached_sparsity": chosen.reached,
+    }
+
+
+def _named(quantiles: Mapping[str, float]) -> dict[str, float]:
+    return {f"contribution_{name}": value for name, value in quantiles.items()}
+
+
+def select_model(
+    groups: Groups, recipe: Recipe, *, sink: Callable[[SelectedGroup], None], executor: Executor = serial
+) -> Facts:
+    """Select in every group.
+
+    Args:
+        groups: of the dense model (`open_groups`).
+        recipe: what to select by; without a selection nothing is done.
+        sink: gets the masks of each group.
+        executor: where the groups are worked on.
+
+    Returns:
+        Columns of the layer table by layer name; without a selection a reached sparsity of 0.
+
+    Raises:
+        HwpqError: a damaged weight, or a layer that the structure does not fit.
+    """
+    facts: Facts = {layer.name: {"reached_sparsity": 0.0} for layer in groups.layers}
+    if recipe.selection is None:
+        return facts
+    results = executor(partial(select_group, recipe=recipe), groups)
+    for selected in with_progress(results, "select: input groups", len(groups.members())):
+        sink(selected)
+        facts.update(selected.facts)
+    return facts
