@@ -1,4 +1,4 @@
-"""One run of ours: model in memory, the pipeline's own nodes, the judge. Runs in the project's environment.
+"""One run of ours: model in memory, the method, the judge. Runs in the project's environment.
 
 Called by the contest with one JSON argument (see `contest.Job`); the answer goes to the file that it names. The clock
 runs over calibration (which reads the checkpoint and writes statistics to disk), selection, recovery, rounding,
@@ -15,7 +15,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import torch
 import yaml
 from safetensors.torch import load_file
@@ -25,68 +24,28 @@ from transformers import AutoModelForCausalLM
 from benchmarks.judge import broken_fours, judge, linears, zeros_by_layer
 from hwpq_pipeline.calibration.statistics import collect_statistics
 from hwpq_pipeline.checkpoints.compressed import CompressedModel
-from hwpq_pipeline.checkpoints.layers import layer_map
-from hwpq_pipeline.checkpoints.reader import Checkpoint
 from hwpq_pipeline.compression.grids import Quantized, dequantize
-from hwpq_pipeline.method.groups import Groups
-from hwpq_pipeline.parameters import Compute, Quantization, Recovery, Selection, Variant
-from hwpq_pipeline.pipelines.compress import nodes as compress
-from hwpq_pipeline.pipelines.select import nodes as select
+from hwpq_pipeline.method.recipe import Recipe
+from hwpq_pipeline.method.run import write_model
 
-CPU = Compute(device="cpu")  # where the peers run, too
 INT4 = {"grid": "int4", "group_size": 64}
 VARIANTS = Path(__file__).parents[2] / "conf" / "base" / "parameters_variants.yml"
 
 
-class NoStatistics:
-    """For what needs no data: every layer a group of its own, of which nothing is known."""
-
-    mode = "diagonal"
-
-    def group_of(self, layer: str) -> str:
-        """The layer itself."""
-        return layer
-
-    def gram(self, group: str) -> Tensor:
-        """There is none."""
-        raise LookupError(group)
-
-    def energy(self, group: str) -> Tensor:
-        """There is none."""
-        raise LookupError(group)
-
-
-def variant_of(task: str, method: str) -> Variant:
-    """The variant that answers a task: `hwpq-<preset>`, or what only rounds: `hwpq`, `hwpq-sequential`, `nearest`."""
-    selection = recovery = quantization = None
+def recipe_of(task: str, method: str) -> Recipe:
+    """The recipe that answers a task: `hwpq-<preset>`, or what only rounds: `hwpq`, `hwpq-sequential`, `nearest`."""
+    variant: dict[str, Any] = {"sequential": method == "hwpq-sequential"}
     if task.startswith("2of4"):
-        selection = Selection(structure="2of4")
+        variant["selection"] = {"structure": "2of4"}
     elif task == "50":
-        selection = Selection(structure="unstructured", sparsity=0.5)
-    if selection is not None:
-        recovery = Recovery(preset=method.removeprefix("hwpq-"))
+        variant["selection"] = {"structure": "unstructured", "sparsity": 0.5}
+    if "selection" in variant:
+        variant["recovery"] = {"preset": method.removeprefix("hwpq-")}
     if task == "fp8":
-        quantization = Quantization(grid="fp8_e4m3")
+        variant["quantization"] = {"grid": "fp8_e4m3"}
     elif task.endswith("int4"):
-        quantization = Quantization(**INT4, method="nearest" if method == "nearest" else "coordinate_descent")
-    sections = {"selection": selection, "recovery": recovery, "quantization": quantization}
-    if method == "hwpq-sequential":
-        sections["sequential"] = True
-    return Variant(description=task, **sections)
-
-
-def compress_one(
-    name: str, variant: Variant, model_dir: Path, statistics: Path | None, tokens: Tensor, scratch: Path
-) -> Path:
-    """The nodes of `select` and `compress`, one after the other; where the compressed model is."""
-    if statistics is None:
-        groups = Groups(Checkpoint(model_dir), layer_map(model_dir), NoStatistics())
-    else:
-        samples = pd.DataFrame({"tokens": list(tokens.numpy())})
-        masks, _, _ = select.select_weights(select.score_contributions(model_dir, statistics, CPU), variant)
-        groups = compress.recover(compress.prune(model_dir, statistics, samples, masks, variant, CPU), variant)
-    scratch.mkdir()
-    return compress.quantize(groups, name, variant, scratch)[0]
+        variant["quantization"] = {**INT4, "method": "nearest" if method == "nearest" else "coordinate_descent"}
+    return Recipe.from_variant(variant)
 
 
 def put(compressed: Path, model: nn.Module) -> None:
@@ -117,18 +76,18 @@ def run(job: dict[str, Any], calibration: Tensor, model: nn.Module, scratch: Pat
     model_dir = Path(job["model"])
     if job["task"] == "seven":
         shipped = yaml.safe_load(VARIANTS.read_text())["variants"]
-        variants = {name: Variant(**values) for name, values in shipped.items()}
+        recipes = {name: Recipe.from_variant(values) for name, values in shipped.items()}
     else:
-        variants = {"variant": variant_of(job["task"], job["method"])}
+        recipes = {"variant": recipe_of(job["task"], job["method"])}
     statistics, tokens = None, calibration[: job["samples"]]
-    if job["method"] != "nearest":
+    if any(recipe.needs_text for recipe in recipes.values()):
         statistics = scratch / "statistics"
-        # In sequence the Gram matrices are of the compressed model's inputs: of the dense one the diagonal is enough.
-        mode = "diagonal" if all(variant.sequential for variant in variants.values()) else "gram"
+        mode = "gram" if any(recipe.needs_gram for recipe in recipes.values()) else "diagonal"
         collect_statistics(model_dir, tokens, target=statistics, mode=mode, dtype=job["dtype"])
-    compressed = [
-        compress_one(name, variant, model_dir, statistics, tokens, scratch / name) for name, variant in variants.items()
-    ]
+    for name, recipe in recipes.items():
+        (scratch / name).mkdir()
+        write_model(model_dir, statistics, recipe, scratch / name, name=name, tokens=tokens)
+    compressed = [scratch / name for name in recipes]
     put(compressed[-1], model)
 
 

@@ -12,14 +12,13 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from benchmarks.engines import installed
 from hwpq_pipeline.checkpoints.quiet import quiet_transformers
 from hwpq_pipeline.corpus.samples import token_matrix
-from hwpq_pipeline.parameters import Calibration, Compute, Quantization, Selection, Variant
-from hwpq_pipeline.pipelines.compress.nodes import prune, quantize
-from hwpq_pipeline.pipelines.export.nodes import export_variant
+from hwpq_pipeline.export.compressed_tensors import export_checkpoint
+from hwpq_pipeline.method.recipe import Recipe
+from hwpq_pipeline.method.run import write_model
 from tests.conftest import ROOT
 
 DATA = ROOT / "data"
@@ -70,39 +69,25 @@ class Made:
 
 
 #: What `make run` does not make, and engines have a scheme or this project a format for.
-FURTHER = {
-    "int8": (None, Variant(description="8-bit integers.", quantization=Quantization(grid="int8"))),
-    "2of4-int8": (
-        "2of4-fp8",
-        Variant(
-            description="2:4 in 8-bit integers.",
-            selection=Selection(structure="2of4"),
-            quantization=Quantization(grid="int8"),
-        ),
-    ),
-    "2of4": ("2of4-fp8", Variant(description="2:4 in bfloat16.", selection=Selection(structure="2of4"))),
+FURTHER: dict[str, dict[str, Any]] = {
+    "int8": {"quantization": {"grid": "int8"}},
+    "2of4-int8": {"selection": {"structure": "2of4"}, "quantization": {"grid": "int8"}},
+    "2of4": {"selection": {"structure": "2of4"}},
 }
 
 
 @pytest.fixture(scope="session")
 def variants(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Made]:
-    """Variants by name: those of `make run`, and `FURTHER` ones, made by the pipelines' nodes when first asked for."""
+    """Variants by name: those of `make run`, and `FURTHER` ones, made when they are first asked for."""
 
     @functools.cache
     def find(name: str) -> Made:
         if name not in FURTHER:
             return Made(DATA / "06_models" / name / "model", DATA / "07_export" / name)
-        masked, variant = FURTHER[name]
-        masks = load_file(DATA / "05_selection" / masked / "masks.safetensors") if masked else {}
-        calibration = Calibration(samples=32, length=512, seed=0)
-        tokens = pd.read_parquet(DATA / "02_intermediate" / "calibration.parquet")
-        groups = prune(MODEL, DATA / "03_primary" / "statistics", tokens, masks, variant, Compute(device="cpu"))
-        scratch = [tmp_path_factory.mktemp(name) for _ in range(2)]
-        compressed, *_ = quantize(groups, name, variant, scratch[0])
-        export, _ = export_variant(
-            MODEL, DATA / "01_raw" / "corpus", compressed, name, variant, calibration, scratch[1]
-        )
-        return Made(compressed, export)
+        compressed, export = tmp_path_factory.mktemp(name), tmp_path_factory.mktemp("exports") / name
+        recipe = Recipe.from_variant(FURTHER[name])
+        write_model(MODEL, DATA / "03_primary" / "statistics", recipe, compressed, name=name)
+        return Made(compressed, export_checkpoint(MODEL, compressed, export))
 
     return find
 

@@ -83,7 +83,9 @@ def make_compressed(
         names = sorted(tensors)
         save_file({name: tensors[name] for name in names[:half]}, target / "block_000.safetensors")
         save_file({name: tensors[name] for name in names[half:]}, target / "block_001.safetensors")
-    recipe = {"variant": "test", "grid": grid, "group_size": group_size, "structure": structure,
-              "layers": list(shapes)}  # fmt: skip
+    recipe = {
+        "variant": "test", "grid": grid, "group_size": group_size, "structure": structure, "recipe": {},
+        "layers": list(shapes),
+    }  # fmt: skip
     (target / "recipe.json").write_text(json.dumps(recipe))
     return weights

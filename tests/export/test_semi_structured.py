@@ -39,7 +39,10 @@ def make_two_of_four(target: Path, grid: str | None, group_size: int | None) -> 
         weights[layer] = code.float() * scale.repeat_interleave(shape[1] // scale.shape[1], dim=1)
     target.mkdir()
     save_file(tensors, target / "layers.safetensors")
-    recipe = {"variant": "t", "grid": grid, "group_size": group_size, "structure": "2of4", "layers": list(weights)}
+    recipe = {
+        "variant": "t", "grid": grid, "group_size": group_size, "structure": "2of4", "recipe": {},
+        "layers": list(weights),
+    }  # fmt: skip
     (target / "recipe.json").write_text(json.dumps(recipe))
     return weights
 

@@ -48,6 +48,8 @@ class CompressedModel:
         grid: a name in `GRIDS`, or None.
         group_size: columns that share a scale; None for one scale a row.
         structure: `dense`, `2of4` or `unstructured`.
+        variant: the variant's name.
+        recipe: what was done, in plain numbers.
         layers: names of all layers in it.
         quantized: names of those with codes and scales.
 
@@ -62,6 +64,8 @@ class CompressedModel:
             self.grid: str | None = recipe["grid"]
             self.group_size: int | None = recipe["group_size"]
             self.structure: str = recipe["structure"]
+            self.variant: str = recipe["variant"]
+            self.recipe: dict[str, Any] = recipe["recipe"]
             self.layers: dict[str, None] = dict.fromkeys(recipe["layers"])
         except (KeyError, TypeError) as error:
             raise HwpqError(f"it lacks {error}", where=f"{self.path}/recipe.json", remedy=_AGAIN) from error

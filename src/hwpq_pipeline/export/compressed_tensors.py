@@ -99,6 +99,7 @@ def export_checkpoint(
         )
     with atomic_directory(target_dir) as partial:
         write_json(partial / "config.json", config)
+        write_json(partial / "recipe.json", {"variant": compressed.variant, "recipe": compressed.recipe})
         _write_shards(partial, _tensors(dense, compressed, scale_dtype), shard_bytes)
         copy_side_files(Path(model_dir), partial)
         if card is not None:

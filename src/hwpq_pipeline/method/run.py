@@ -11,15 +11,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from hwpq_pipeline.checkpoints.compressed import CompressedWriter
 from hwpq_pipeline.errors import HwpqError
-from hwpq_pipeline.method.groups import Executor, Facts, Groups, serial
+from hwpq_pipeline.method.groups import Executor, Facts, Groups, open_groups, serial
 from hwpq_pipeline.method.recipe import Recipe
+from hwpq_pipeline.method.select import select_model
 from hwpq_pipeline.method.sequential import walk_in_sequence
 from hwpq_pipeline.method.steps import CompressedGroup, compress_group, packed, take_steps
 from hwpq_pipeline.progress import with_progress
@@ -74,3 +77,48 @@ def _in_sequence(
     dtype = getattr(torch, groups.statistics.dtype)
     step = partial(take_steps, masks=masks, recipe=recipe)
     return map(packed, walk_in_sequence(groups, tokens, step, recipe.sequence, dtype=dtype))
+
+
+def write_model(
+    model: str | Path,
+    statistics: str | Path | None,
+    recipe: Recipe,
+    target: Path,
+    *,
+    name: str,
+    tokens: np.ndarray[Any, Any] | Tensor | None = None,
+    device: torch.device | None = None,
+    executor: Executor = serial,
+) -> Facts:
+    """Select and compress a model in one go, and write the compressed model; the pipelines do it in two stages.
+
+    Args:
+        model: the dense checkpoint.
+        statistics: directory of its inputs' sums; None for a recipe that needs no data.
+        recipe: what to do.
+        target: an existing, empty directory (`checkpoints.compressed`).
+        name: of the variant, which the compressed model names.
+        tokens: (samples, length) calibration tokens, for a recipe in sequence.
+        device: where the groups are worked on; the CPU by default.
+        executor: maps steps over groups.
+
+    Returns:
+        Columns of the layer table by layer name.
+
+    Raises:
+        HwpqError: as `select_model` and `compress_model`.
+    """
+    groups = open_groups(model, statistics, device)
+    masks: dict[str, Tensor] = {}
+    selected = select_model(groups, recipe, sink=lambda group: masks.update(group.masks), executor=executor)
+    writer = CompressedWriter(target)
+    compressed = compress_model(
+        groups,
+        masks,
+        recipe,
+        sink=lambda group: writer.add(group.name, group.layers, group.tensors),
+        tokens=tokens,
+        executor=executor,
+    )
+    writer.close(name, recipe.to_json())
+    return {layer: {**selected[layer], **compressed.get(layer, {})} for layer in selected}

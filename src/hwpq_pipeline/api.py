@@ -1,0 +1,162 @@
+"""The door for Python: compress a checkpoint, load what came out.
+
+    from hwpq_pipeline import compress, load
+
+    small = compress("models/mine", {"quantization": {"grid": "int8"}}, out="models/mine-int8")
+    model = load(small.path)
+
+`compress` takes the steps of the pipelines `calibrate`, `select`, `compress` and `export` on one model, without
+Kedro. It writes the same bytes. What it does not do is evaluate: for figures, compare variants with `kedro run`.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from hwpq_pipeline.calibration.statistics import collect_statistics
+from hwpq_pipeline.corpus.documents import CorpusSource, fetch_corpus, read_corpus
+from hwpq_pipeline.corpus.samples import draw_samples, token_matrix
+from hwpq_pipeline.errors import HwpqError
+from hwpq_pipeline.export.compressed_tensors import export_checkpoint
+from hwpq_pipeline.kernels.devices import choose_device
+from hwpq_pipeline.method.recipe import Recipe
+from hwpq_pipeline.method.run import write_model
+
+Tokens = np.ndarray[Any, Any] | torch.Tensor
+
+
+@dataclass(frozen=True)
+class Compressed:
+    """What `compress` made.
+
+    Attributes:
+        path: the export, which `load`, transformers and vLLM open.
+        recipe: what was done, every number written out; the export's `recipe.json` holds it too.
+        layers: facts by layer name: `reached_sparsity`, `error_recovered`, …
+        seconds: it took.
+    """
+
+    path: Path
+    recipe: Recipe
+    layers: Mapping[str, Mapping[str, Any]]
+    seconds: float
+
+
+def compress(
+    model_dir: str | Path,
+    recipe: Recipe | Mapping[str, Any],
+    *,
+    out: str | Path,
+    calibration: str | Path | Tokens | None = None,
+    samples: int = 32,
+    length: int = 512,
+    seed: int = 0,
+    device: str = "auto",
+    dtype: str = "auto",
+) -> Compressed:
+    """Compress a Hugging Face checkpoint into one that stock engines load.
+
+    Args:
+        model_dir: the dense checkpoint: config, safetensors, tokenizer.
+        recipe: a `Recipe`, or a variant as in `conf/base/parameters_variants.yml` (`selection`, `recovery`,
+            `quantization`, `sequential`).
+        out: directory of the export; an earlier one is replaced only by a complete new one.
+        calibration: text to calibrate on (a `.txt`, `.jsonl` or `.parquet` file, or a directory of them), or token
+            ids of shape (samples, length). Needed by recipes that select, recover, round by coordinate descent or run
+            in sequence.
+        samples, length, seed: what is drawn from the text: windows of `length` tokens from every second document.
+        device: `auto`, `cpu` or `cuda`.
+        dtype: of the calibration's forward pass: `auto` (bfloat16 where the hardware multiplies it), `float32`,
+            `bfloat16`.
+
+    Raises:
+        HwpqError: a variant that contradicts itself, a model or text that cannot be used, no calibration where it is
+            needed.
+    """
+    begun = time.perf_counter()
+    made = recipe if isinstance(recipe, Recipe) else _resolved(recipe)
+    place = choose_device(device, where="compress")
+    target = Path(out)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as folder:
+        scratch = Path(folder)
+        statistics = tokens = None
+        if made.needs_text:
+            tokens = _tokens(model_dir, calibration, scratch, samples=samples, length=length, seed=seed)
+            mode = "gram" if made.needs_gram else "diagonal"
+            statistics = scratch / "statistics"
+            collect_statistics(model_dir, tokens, target=statistics, mode=mode, dtype=dtype, device=place)
+        neutral = scratch / "compressed"
+        neutral.mkdir()
+        facts = write_model(model_dir, statistics, made, neutral, name=target.name, tokens=tokens, device=place)
+        export_checkpoint(model_dir, neutral, target)
+    return Compressed(target, made, facts, time.perf_counter() - begun)
+
+
+def load(directory: str | Path, *, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Any:
+    """An export as a causal LM in evaluation mode; `generate` works as with any other.
+
+    Args:
+        directory: a compressed-tensors export, or a packed 2:4 one (`semi-structured`).
+        device: where it runs.
+        dtype: that it runs in; packed weights stay packed on the CPU.
+
+    Raises:
+        HwpqError: no such checkpoint, or a damaged one.
+    """
+    directory = Path(directory)
+    if (directory / "packed.json").is_file():
+        from hwpq_pipeline.runtime import load_packed
+
+        return load_packed(directory, device, dtype)
+    from hwpq_pipeline.decoder.loading import load_dense
+
+    return load_dense(directory, dtype, torch.device(device))
+
+
+def _resolved(variant: Mapping[str, Any]) -> Recipe:
+    from pydantic import ValidationError
+
+    from hwpq_pipeline.parameters import Variant
+
+    try:
+        checked = Variant.model_validate({"description": "", **variant})
+    except ValidationError as error:
+        problem = error.errors()[0]
+        where = ".".join(map(str, ("recipe", *problem["loc"])))
+        raise HwpqError(
+            problem["msg"].removeprefix("Value error, "), where=where, remedy="Mend the variant."
+        ) from error
+    return Recipe.from_variant(checked.model_dump())
+
+
+def _tokens(
+    model_dir: str | Path,
+    calibration: str | Path | Tokens | None,
+    scratch: Path,
+    *,
+    samples: int,
+    length: int,
+    seed: int,
+) -> Tokens:
+    """Token ids, shape (samples, length): those given, or drawn from the text."""
+    if calibration is None:
+        raise HwpqError(
+            "this recipe needs text to calibrate on",
+            where="compress",
+            remedy="Give calibration=: a text file, a directory of them, or token ids of shape (samples, length).",
+        )
+    if not isinstance(calibration, str | Path):
+        return calibration
+    corpus = fetch_corpus(CorpusSource(kind="local", path=str(calibration)), scratch / "corpus", scratch)
+    return token_matrix(
+        draw_samples(read_corpus(corpus), model_dir, split="calibration", samples=samples, length=length, seed=seed)
+    )
