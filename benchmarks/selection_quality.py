@@ -25,16 +25,16 @@ from transformers import AutoModelForCausalLM
 from benchmarks.judge import hidden_states, judge
 from benchmarks.machine import machine
 from benchmarks.output import RESULTS, write_results
-from hwpq_pipeline.calibration.store import Statistics
-from hwpq_pipeline.checkpoints.layers import Layer, layer_map
-from hwpq_pipeline.checkpoints.reader import Checkpoint
+from hwpq_pipeline.checkpoints.layers import Layer
 from hwpq_pipeline.compression.bits import unpack_bits
 from hwpq_pipeline.compression.contribution import contribution
 from hwpq_pipeline.compression.ewma import GAIN, PAPER, ewma_select, upper_band
 from hwpq_pipeline.compression.recovery import recover
 from hwpq_pipeline.corpus.samples import token_matrix
 from hwpq_pipeline.decoder.memory import keep_freed_memory
-from hwpq_pipeline.method.groups import Groups
+from hwpq_pipeline.method.groups import open_groups
+from hwpq_pipeline.method.recipe import DAMPING
+from hwpq_pipeline.progress import with_progress
 
 ROOT = Path(__file__).parents[1]
 METRIC, STEPS = "hwpq_weighted", 5
@@ -89,9 +89,7 @@ class Bench:
     def __init__(self, data: Path) -> None:
         directory = data / "01_raw" / "model"
         self.ids = torch.from_numpy(token_matrix(pd.read_parquet(data / "02_intermediate" / "evaluation.parquet")))
-        self.groups = Groups(
-            Checkpoint(directory), layer_map(directory), Statistics(data / "03_primary" / "statistics")
-        )
+        self.groups = open_groups(directory, data / "03_primary" / "statistics")
         self.model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
         self.head = self.model.lm_head.weight.detach().clone()
         self.hidden = hidden_states(self.model, self.ids)
@@ -105,12 +103,13 @@ class Bench:
         """Prune every layer, judge; recover, judge."""
         recovered = []
         dropped = count = 0
-        for group in self.groups.run(label):
-            energy = group.statistics.energy(group.name)
+        for group in with_progress(self.groups, label, len(self.groups.members())):
+            assert group.sums is not None  # noqa: S101 (Bench gives the statistics)
+            energy = group.sums.energy()
             mask = torch.cat([choose(group.weight[rows], energy) for _, rows in group.rows])
             dropped, count = dropped + int((~mask).sum()), count + mask.numel()
             self._put(group.rows, group.weight * mask)
-            kept = recover(group.original, mask, group.gram, steps=STEPS, where=group.name)
+            kept = recover(group.original, mask, group.gram, steps=STEPS, damping=DAMPING, where=group.name)
             recovered.append((group.rows, kept.weight))
         before = self.judge()
         for rows, weight in recovered:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from benchmarks.peers.contest import TASKS, check, jobs_of, key, table
-from benchmarks.peers.ours import variant_of
+from benchmarks.peers.ours import recipe_of
 
 REPORT = {"machine": {"cores": 2, "torch": "t"}, "model": "m", "peers": "x", "dense_perplexity": 20.0}
 ROW = {
@@ -52,9 +52,9 @@ def test_both_sides_play_and_no_row_twice(task: str, samples: int) -> None:
     assert len({key(vars(job) | {"settings": job.settings, "processor": "p"}) for job in jobs}) == len(jobs)
     for job in jobs:
         if job.side == "ours":
-            variant = variant_of(task, job.method)
-            assert (variant.selection is not None) == (task in ("2of4", "50", "2of4-int4"))
-            assert (variant.quantization is not None) == (task in ("int4", "2of4-int4", "fp8"))
+            recipe = recipe_of(task, job.method)
+            assert (recipe.selection is not None) == (task in ("2of4", "50", "2of4-int4"))
+            assert (recipe.quantization is not None) == (task in ("int4", "2of4-int4", "fp8"))
 
 
 def test_a_failed_row_shows_its_reason_and_no_figure() -> None:
