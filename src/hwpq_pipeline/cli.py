@@ -1,7 +1,7 @@
 """`kedro run` with errors for people: one line that says what is wrong, where, and what to do.
 
-Kedro prints a traceback of its own machinery for a misspelt parameter. Here the errors a user can mend end
-in one line and exit status 1; everything else keeps its traceback.
+Kedro prints a traceback of its own machinery for a misspelt parameter. Here an error that the user can mend ends in one
+line and exit status 1. Every other error keeps its traceback.
 """
 
 from __future__ import annotations
@@ -25,7 +25,11 @@ def cli() -> None:
 @cli.command(name="run", params=kedro_run.params, help=kedro_run.help)
 @click.pass_context
 def run(context: click.Context, /, **options: Any) -> Any:
-    """Kedro's `run`, with its errors made plain."""
+    """Kedro's `run` with its errors in one line each.
+
+    Raises:
+        PlainError: the user can mend what ended the run.
+    """
     try:
         return context.forward(kedro_run, **options)
     except Exception as error:
@@ -39,11 +43,11 @@ cli.add_command(hwpq)
 
 
 def explain(error: BaseException, env: str | None = None) -> list[str]:
-    """Lines for a user, or none when the error is not the user's.
+    """Lines that tell the user what to mend; none for an error that the user cannot mend.
 
     Args:
-        error: that ended the run.
-        env: Kedro environment of the run.
+        error: the error that ended the run.
+        env: the run's Kedro environment.
     """
     chain: list[BaseException] = []
     link: BaseException | None = error

@@ -1,7 +1,7 @@
-"""`hwpq`, also `kedro hwpq`: what Kedro has no command for.
+"""`hwpq`, also `kedro hwpq`: the commands that Kedro lacks.
 
-`hwpq variants` lists them, each entry checked before anything runs; `hwpq compare` prints the table of what has been
-evaluated; `hwpq plan` says what a run would cost, before it does.
+`hwpq variants` lists the variants and checks their entries. `hwpq compare` prints the table of the variants that have
+been evaluated. `hwpq plan` estimates what a run would cost.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ ENVIRONMENT = click.option("--env", default=None, help="Kedro environment, as in
 
 
 class PlainError(click.ClickException):
-    """Printed as it is, exit status 1."""
+    """An error for the user: printed as it is, exit status 1."""
 
     def __init__(self, lines: Iterable[str]) -> None:
         super().__init__("\n".join(lines))
 
     def show(self, file: IO[str] | None = None) -> None:
-        """One `error:` line a problem, on standard error."""
+        """Print one `error:` line for each problem, on standard error."""
         for line in self.message.splitlines():
             click.secho(f"error: {line}", file=file, err=file is None, fg="red")
 
@@ -44,7 +44,7 @@ def hwpq() -> None:
 @hwpq.command()
 @ENVIRONMENT
 def variants(env: str | None) -> None:
-    """List the variants of the configuration; every mistake in it is named with its line."""
+    """List the configured variants; show each mistake in the configuration with its line."""
     from rich.table import Table
 
     from hwpq_pipeline.method.recipe import Recipe
@@ -80,7 +80,7 @@ def compare(env: str | None) -> None:
         names = variant_names()
         done = [name for name in names if catalog.exists(f"variants.{name}.metrics")]
         if not done:
-            raise HwpqError("no variant has been evaluated", where="data/08_reporting", remedy="Start with `kedro run`")
+            raise HwpqError("no variant has been evaluated", where="data/08_reporting", remedy="Run `kedro run` first")
         show_table(comparison_table({name: catalog.load(f"variants.{name}.metrics") for name in done}))
         if missing := [name for name in names if name not in done]:
             console().print(f"Not evaluated yet: {', '.join(missing)}")
@@ -89,7 +89,7 @@ def compare(env: str | None) -> None:
 @hwpq.command()
 @ENVIRONMENT
 def plan(env: str | None) -> None:
-    """Print what a run would cost: bytes on disk, memory, and about how many seconds here."""
+    """Estimate what a run would cost: bytes on disk, memory, and seconds on this machine."""
     from hwpq_pipeline import planning
     from hwpq_pipeline.method.recipe import Recipe
     from hwpq_pipeline.project import load_parameters, open_catalog
@@ -99,7 +99,9 @@ def plan(env: str | None) -> None:
     with plainly():
         catalog, parameters = open_catalog(env), load_parameters(env)
         if not catalog.exists("model"):
-            raise HwpqError("no model to plan for", where="data/01_raw/model", remedy="`kedro run --pipelines fetch`")
+            raise HwpqError(
+                "no model to plan for", where="data/01_raw/model", remedy="Run `kedro run --pipelines fetch`"
+            )
         shapes = planning.read_shapes(catalog.load("model"))
     calibration, evaluation = (
         parameters[part]["samples"] * parameters[part]["length"] for part in ("calibration", "evaluation")
@@ -113,8 +115,8 @@ def plan(env: str | None) -> None:
     )
     console().print(_plan_table(rows))
     console().print(
-        f"Memory: about {shapes.parameters * 4 / 1e9:.1f} GB for the model in float32, as much again for activations "
-        "and one layer's work. Seconds are estimated from a product timed here: minutes or hours, no more than that."
+        f"Memory: about {shapes.parameters * 4 / 1e9:.1f} GB for the model in float32, and as much again for "
+        "activations and one layer's work. The seconds come from a product timed here: they tell minutes from hours."
     )
 
 
@@ -129,15 +131,15 @@ def _plan_table(rows: Sequence[Row]) -> Table:
         table.add_row(row.name, export, f"{row.disk_bytes / 1e6:.1f}", f"{row.seconds:.0f}")
     table.add_section()
     disk, seconds = sum(row.disk_bytes for row in rows), sum(row.seconds for row in rows)
-    table.add_row("in all", "", f"{disk / 1e6:.1f}", f"{seconds:.0f}")
+    table.add_row("total", "", f"{disk / 1e6:.1f}", f"{seconds:.0f}")
     return table
 
 
 def checked_variants(env: str | None) -> dict[str, dict[str, Any]]:
-    """The variants with their defaults filled in.
+    """The configured variants, checked and with their defaults.
 
     Raises:
-        PlainError: an entry is wrong; a line a mistake.
+        PlainError: an entry is wrong; it has one line for each mistake.
     """
     from pydantic import ValidationError
 
@@ -162,14 +164,18 @@ def checked_variants(env: str | None) -> dict[str, dict[str, Any]]:
 
 
 def located(path: tuple[str, ...], message: str, env: str | None) -> str:
-    """A mistake in the configuration in a line: where in the YAML, which parameter, what."""
+    """One line for a mistake in the configuration: the line in the YAML, the parameter, what is wrong."""
     place = find_line(path, [Path("conf", env or "local"), Path("conf", "base")]) or "conf"
     return f"{place}: {'.'.join(path)}: {message.removeprefix('Value error, ')}"
 
 
 @contextmanager
 def plainly() -> Iterator[None]:
-    """An `HwpqError` ends the command in one line."""
+    """End the command in one line on an `HwpqError`.
+
+    Raises:
+        PlainError: in the place of the `HwpqError`.
+    """
     try:
         yield
     except HwpqError as error:
@@ -177,7 +183,11 @@ def plainly() -> Iterator[None]:
 
 
 def main() -> None:
-    """The `hwpq` command; start it in the project's root."""
+    """The `hwpq` command, to be run in the project's root.
+
+    Raises:
+        SystemExit: with status 1, where there is no project.
+    """
     from hwpq_pipeline.project import bootstrap
 
     try:

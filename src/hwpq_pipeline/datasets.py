@@ -1,9 +1,9 @@
-"""Kedro datasets whose save is all or nothing.
+"""Kedro datasets that save all or nothing.
 
-Kedro's own datasets write into the target, so a killed run leaves half a file under the final name, which
-the next run then trusts. Here everything is written beside its place and moved in with one rename:
-`AtomicDataset` wraps any file dataset, `FileDataset` and `DirectoryDataset` take what a node built in a
-scratch directory. The cost is that the disk holds old and new for a moment.
+Kedro's own datasets write into the target. A killed run then leaves half a file under the final name, and the next run
+trusts it. Here everything is written beside the target and renamed into place. `AtomicDataset` wraps any file dataset;
+`FileDataset` and `DirectoryDataset` take a file or a directory that a node built in a scratch directory. The price: for
+a moment the disk holds the old version and the new one.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from hwpq_pipeline.errors import HwpqError
 
 
 class _PathDataset(AbstractDataset[Any, Any]):
-    """A dataset that lives at one path of the local file system."""
+    """A dataset at one path of the local file system."""
 
     def __init__(self, *, filepath: str, metadata: dict[str, Any] | None = None) -> None:
         self._filepath = Path(filepath)
@@ -30,7 +30,7 @@ class _PathDataset(AbstractDataset[Any, Any]):
 
     @property
     def path(self) -> Path:
-        """Where the data lies."""
+        """The file or directory that holds the data."""
         return self._filepath
 
     def _describe(self) -> dict[str, Any]:
@@ -42,15 +42,15 @@ class _PathDataset(AbstractDataset[Any, Any]):
     def _existing(self) -> Path:
         if not self._filepath.exists():
             raise HwpqError(
-                "it does not exist",
+                "no such file or directory",
                 where=str(self._filepath),
-                remedy="Run the pipeline that makes it first, or the whole with `kedro run`",
+                remedy="Run the pipeline that makes it, or all of them with `kedro run`",
             )
         return self._filepath
 
 
 class AtomicDataset(_PathDataset):
-    """Any Kedro file dataset, saved beside its place and renamed into it.
+    """Any Kedro file dataset, saved beside the target and renamed into place.
 
     Args:
         filepath: the file.
@@ -81,7 +81,7 @@ class AtomicDataset(_PathDataset):
 
 
 class FileDataset(_PathDataset):
-    """A file that a node built in a scratch directory; loads as its path."""
+    """A file that a node built in a scratch directory. It loads as its path."""
 
     def load(self) -> Path:
         """The path of the file."""
@@ -93,11 +93,11 @@ class FileDataset(_PathDataset):
 
 
 class DirectoryDataset(FileDataset):
-    """A directory that a node built in a scratch directory; loads as its path."""
+    """A directory that a node built in a scratch directory. It loads as its path."""
 
 
 class ScratchDataset(_PathDataset):
-    """A fresh, empty directory at every load, on the file system of the data, gone when the process ends."""
+    """A new, empty directory at every load, on the data's file system. It is removed when the process ends."""
 
     def load(self) -> Path:
         """Make the directory."""
@@ -107,12 +107,12 @@ class ScratchDataset(_PathDataset):
         return fresh
 
     def save(self, data: Any) -> None:  # noqa: ARG002
-        """Scratch space is not an output."""
-        raise DatasetError("scratch space cannot be saved to")
+        """Refused: scratch space is not an output."""
+        raise DatasetError("nothing can be saved to scratch space")
 
 
 class CacheDataset(_PathDataset):
-    """A directory that is made when missing and kept: downloads."""
+    """A directory for downloads: made if it is missing, and kept."""
 
     def load(self) -> Path:
         """The directory."""
@@ -120,12 +120,12 @@ class CacheDataset(_PathDataset):
         return self._filepath
 
     def save(self, data: Any) -> None:  # noqa: ARG002
-        """Caches are filled by the rooms that use them."""
-        raise DatasetError("the cache cannot be saved to")
+        """Refused: the rooms that use a cache fill it."""
+        raise DatasetError("nothing can be saved to the cache")
 
 
 def _move_into_place(built: Path, target: Path) -> None:
-    """Swap `built` in for `target`; at every moment one whole version exists."""
+    """Replace `target` by `built`; a whole version exists at every moment."""
     target.parent.mkdir(parents=True, exist_ok=True)
     if not target.is_dir():
         os.replace(built, target)

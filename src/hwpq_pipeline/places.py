@@ -1,4 +1,4 @@
-"""Where in the YAML a parameter stands, so that an error can point at the line."""
+"""Find the line of a parameter in the YAML, so that an error can point at it."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ PATTERNS = ("parameters*.yml", "quality_gates*.yml")
 
 
 def find_line(path: Sequence[str], folders: Sequence[Path]) -> str | None:
-    """`conf/base/parameters_variants.yml:12`, where the parameter or the nearest entry above it stands.
+    """The line of a parameter, or of the nearest entry above it: `conf/base/parameters_variants.yml:12`.
 
     Args:
         path: keys from the outermost, `("variants", "fp8", "quantization", "grid")`.
-        folders: of configuration, the one that wins first: as Kedro merges them, the first that has the outermost key
-            is the one that counts.
+        folders: configuration folders; the one that wins comes first. The first folder that has the outermost key
+            counts, as in Kedro's merge.
 
     Returns:
-        File and line, counted from 1; None where no file has the outermost key or a file is no YAML.
+        File and line, counted from 1; None if no file has the outermost key or a file is not YAML.
     """
     for folder in folders:
         for file in sorted(file for pattern in PATTERNS for file in folder.glob(pattern)):
@@ -33,7 +33,7 @@ def find_line(path: Sequence[str], folders: Sequence[Path]) -> str | None:
 
 
 def _line(node: yaml.Node | None, path: Sequence[str]) -> int | None:
-    """Line of the last key of `path` that is there; None if the first is not."""
+    """The line of the last key of `path` that exists; None if the first does not."""
     line = None
     for key in path:
         if not isinstance(node, yaml.MappingNode):

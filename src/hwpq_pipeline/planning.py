@@ -1,4 +1,4 @@
-"""What a run would cost, from the model's shapes alone: bytes, memory, seconds.
+"""An estimate of a run's cost from the model's shapes alone: bytes, memory, seconds.
 
 With n weights in the compressible layers, m other parameters and T tokens:
 
@@ -10,8 +10,8 @@ With n weights in the compressible layers, m other parameters and T tokens:
     compress      2·out·in² operations a layer, for each step of recovery and sweep of descent;
                   sequential, 2·T·(2·n + 2·Σ in²) more, and the activations of two runs of a block in memory
 
-Operations become seconds by a product timed on this machine, as if nothing else were done. An estimate tells minutes
-from hours; it is no measurement.
+A matrix product timed on this machine turns operations into seconds, as if nothing else were done. The estimate tells
+minutes from hours; it is not a measurement.
 """
 
 from __future__ import annotations
@@ -57,10 +57,11 @@ class Shapes:
 
     @property
     def inputs(self) -> int:
-        """Σ in² over distinct inputs: four a block, as transformers of today have them.
+        """Σ in² over distinct inputs, four a block as in today's transformers.
 
-        Attention's projections share their input, its output has its own, so do the two halves of the feed-forward
-        part. Shapes cannot tell two inputs of one width apart: the widest of a block counts once, the narrowest thrice.
+        The projections of attention share an input, its output has another, and the two halves of the feed-forward part
+        have one each. Shapes cannot tell two inputs of equal width apart, so a block's widest input counts once and its
+        narrowest three times.
         """
         widths: dict[int, set[int]] = {}
         for layer in self.layers:
@@ -73,10 +74,10 @@ class Row:
     """A line of the plan.
 
     Attributes:
-        name: of the variant, or of the stages that all share.
-        export_bytes: of the model that users deploy; 0 for none.
-        disk_bytes: that all of it leaves on disk.
-        seconds: it takes, about.
+        name: the variant, or the stages that all variants share.
+        export_bytes: size of the model that users deploy; 0 if there is none.
+        disk_bytes: all bytes that remain on disk.
+        seconds: estimated.
     """
 
     name: str
@@ -86,10 +87,10 @@ class Row:
 
 
 def read_shapes(model: str | Path) -> Shapes:
-    """Shapes of a checkpoint; only its `config.json` is read.
+    """A checkpoint's shapes, from its `config.json` alone.
 
     Raises:
-        HwpqError: it is missing, or no causal LM.
+        HwpqError: the file is missing, or the model is not a causal LM.
     """
     built = meta_model(model)
     found: LayerMap = map_model(built, where=str(model))
@@ -111,13 +112,13 @@ def plan_rows(
     evaluation_tokens: int,
     speed: float,
 ) -> list[Row]:
-    """What is shared, then a row a variant.
+    """The rows of the stages that all variants share, then a row for each variant.
 
     Args:
-        shapes: of the dense model.
-        recipes: of the variants, by name.
-        calibration_tokens: tokens of calibration.
-        evaluation_tokens: tokens of evaluation.
+        shapes: the dense model's shapes.
+        recipes: the variants' recipes, by name.
+        calibration_tokens: number of calibration tokens.
+        evaluation_tokens: number of evaluation tokens.
         speed: operations a second.
     """
     calibrate = 2.0 * calibration_tokens * (shapes.weights + shapes.inputs)
@@ -136,7 +137,7 @@ def plan_rows(
 
 
 def export_bytes(shapes: Shapes, recipe: Recipe) -> int:
-    """Bytes of a variant's safetensors files, headers left out."""
+    """Bytes of a variant's safetensors files, without their headers."""
     if recipe.quantization is None:
         return shapes.weights * UNROUNDED_BITS // 8 + 2 * shapes.others
     group = recipe.quantization.group_size
@@ -145,7 +146,7 @@ def export_bytes(shapes: Shapes, recipe: Recipe) -> int:
 
 
 def making_operations(shapes: Shapes, recipe: Recipe, tokens: int) -> float:
-    """Operations of selecting and compressing a variant, its errors measured; `tokens` of calibration."""
+    """Operations to select, to compress and to measure the errors of a variant with `tokens` calibration tokens."""
     passes = (1 if recipe.selection else 0) + (1 if recipe.quantization else 0)
     if recipe.recovery:
         passes += recipe.recovery.steps or PRESETS[recipe.recovery.preset].cost
@@ -159,7 +160,7 @@ def making_operations(shapes: Shapes, recipe: Recipe, tokens: int) -> float:
 
 
 def operations_a_second(size: int = 1024) -> float:
-    """Speed of a float32 product here, timed in a tenth of a second."""
+    """Operations a second of a float32 matrix product on this machine; timing it takes about a tenth of a second."""
     one = torch.ones(size, size)
     torch.mm(one, one)
     begun = time.perf_counter()

@@ -1,8 +1,8 @@
-"""The project's configuration where Kedro hands none: which variants there are, and where the project lies.
+"""The project's configuration in places where Kedro does not pass it: the list of variants, the project's folder.
 
-`register_pipelines` takes no argument, yet its pipelines follow the variants of the environment that runs
-(`--env`, `--params`). A hook notes the context's configuration before Kedro asks for the pipelines; without
-a context (`kedro registry list`) the configuration is read as Kedro would.
+`register_pipelines` takes no argument, but its pipelines depend on the variants of the environment that runs (`--env`,
+`--params`). A hook keeps the context's configuration before Kedro asks for the pipelines. Without a context
+(`kedro registry list`) the configuration is read in the way Kedro reads it.
 """
 
 from __future__ import annotations
@@ -27,28 +27,28 @@ logger = logging.getLogger(__name__)
 
 _NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9_-]*$")
 _WHERE = "parameters_variants.yml"
-#: Kedro's own patterns and the gates: a file of their own, since who sets limits is not who makes variants.
+#: Kedro's own patterns, and the gates' file: those who set limits are not those who make variants.
 CONFIG_PATTERNS = {"parameters": ["parameters*", "parameters*/**", "**/parameters*", "quality_gates*"]}
 
 
 class ProjectHooks:
-    """Notes the configuration of the context that is about to run."""
+    """Keeps the configuration of the context that is about to run, and logs variants that fail."""
 
     parameters: dict[str, Any] | None = None
 
     @hook_impl
     def after_context_created(self, context: KedroContext) -> None:
-        """Kedro's hook: the context is there, the pipelines are not asked for yet."""
+        """Kedro calls it when the context exists, before it asks for the pipelines."""
         ProjectHooks.parameters = context.config_loader["parameters"]
         os.chdir(context.project_path)  # relative paths in parameters mean the project
 
     @hook_impl
     def on_node_error(self, error: Exception, node: Node) -> None:
-        """Kedro's hook: a variant that cannot be made is a failed run in MLflow, beside those that could."""
+        """Kedro calls it when a node fails: the node's variant becomes a failed run in MLflow."""
         track = (ProjectHooks.parameters or {}).get("track")
         _, _, variant = (node.namespace or "").partition("variants.")
         stage = node.name.rpartition(".")[2]
-        if not variant or not track or stage == "log":  # what fails while it is logged has its run
+        if not variant or not track or stage == "log":  # a failure in `log` has a run already
             return
         try:
             log_failure(
@@ -59,7 +59,7 @@ class ProjectHooks:
 
 
 def load_parameters(env: str | None = None) -> dict[str, Any]:
-    """The parameters as Kedro reads them, in the working directory."""
+    """The parameters of the project in the working directory, as Kedro reads them."""
     loader = OmegaConfigLoader(
         "conf", env=env or os.getenv("KEDRO_ENV"), base_env="base", default_run_env="local",
         config_patterns=CONFIG_PATTERNS,
@@ -69,15 +69,15 @@ def load_parameters(env: str | None = None) -> dict[str, Any]:
 
 
 def bootstrap() -> None:
-    """Make the working directory the Kedro project.
+    """Make the working directory the current Kedro project.
 
     Raises:
-        HwpqError: it is none.
+        HwpqError: it is not a project.
     """
     from kedro.framework.startup import bootstrap_project
 
     if not Path("pyproject.toml").is_file() or not Path("conf").is_dir():
-        raise HwpqError("no project here", where=str(Path.cwd()), remedy="Start it in the project's root")
+        raise HwpqError("not a project", where=str(Path.cwd()), remedy="Run the command in the project's root")
     bootstrap_project(Path.cwd())
 
 
@@ -91,13 +91,13 @@ def open_catalog(env: str | None = None) -> CatalogProtocol[Any, Any]:
 
 
 def variant_names(variants: Any = None) -> list[str]:
-    """Names of the variants, in the order of the configuration.
+    """Names of the variants, in the configuration's order.
 
     Args:
-        variants: the entries; those of the configuration by default.
+        variants: the entries; by default those of the configuration.
 
     Raises:
-        HwpqError: there is none, or a name cannot be a namespace and a directory.
+        HwpqError: there are no variants, or a name cannot be a namespace and a directory.
     """
     if variants is None:
         parameters = ProjectHooks.parameters
@@ -109,10 +109,10 @@ def variant_names(variants: Any = None) -> list[str]:
             raise HwpqError(
                 f"{name!r} cannot name a variant",
                 where=_WHERE,
-                remedy="Use letters, digits, - and _, and begin with a letter or digit",
+                remedy="Use letters, digits, - and _; begin with a letter or a digit",
             )
         if not isinstance(entry, dict):
             raise HwpqError(
-                "it has no content", where=f"{_WHERE}: variants.{name}", remedy="Give it at least a description"
+                "the entry is empty", where=f"{_WHERE}: variants.{name}", remedy="Give it at least a description"
             )
     return [str(name) for name in variants]
