@@ -123,7 +123,7 @@ def ewma_layer(case: Case) -> EwmaSelection:
 
 def two_of_four(case: Case) -> Tensor:
     """Scores and mask, 2:4."""
-    return select_two_of_four(case.weight, METRIC, case.energy)
+    return select_two_of_four(case.weight, METRIC, case.energy).keep
 
 
 def sort(case: Case) -> Tensor:

@@ -22,8 +22,9 @@ from hwpq_pipeline.compression.rounding import quantize
 from hwpq_pipeline.compression.structured import select_two_of_four
 from hwpq_pipeline.decoder.gram import Gram
 from hwpq_pipeline.kernels import fp8
+from hwpq_pipeline.method.recipe import DAMPING, PRESETS, ROUNDING_SWEEPS
 
-GROUP, STEPS, SWEEPS = 128, 5, 4
+GROUP, STEPS, SWEEPS = 128, PRESETS["fixed_mask"].steps or 0, ROUNDING_SWEEPS
 
 
 def gram_of(inputs: Tensor, batch: int = 4096) -> Tensor:
@@ -59,7 +60,7 @@ def one_layer(bench: Bench, shape: tuple[int, int], model: str) -> dict[str, flo
     labels = {"section": "recover", "model": model, "shape": layer.name}
     gram, held_out = grams(bench, shape[1], TOKENS[model], labels)
     energy = gram.diagonal().contiguous()
-    mask = unpack_bits(select_two_of_four(layer.weight, "hwpq_weighted", energy), shape[1])
+    mask = unpack_bits(select_two_of_four(layer.weight, "hwpq_weighted", energy).keep, shape[1])
     found = {}
     for name, (method, products, tf32) in methods(layer, gram, mask, energy).items():
         torch.backends.cuda.matmul.allow_tf32 = tf32
@@ -110,19 +111,19 @@ def methods(
     group = GROUP if layer.weight.shape[1] % GROUP == 0 and layer.weight.shape[1] > GROUP else 32
 
     def fixed() -> Tensor:
-        return recover(layer.weight, mask, gram, steps=STEPS).weight
+        return recover(layer.weight, mask, gram, steps=STEPS, damping=DAMPING).weight
 
     def rounded(weight: Tensor, keep: Tensor | None) -> Tensor:
         return dequantize(
             quantize(
                 weight, "int4", group_size=group, method="coordinate_descent", mask=keep, original=layer.weight,
-                gram=gram, sweeps=SWEEPS, scale_dtype=torch.bfloat16,
+                gram=gram, sweeps=SWEEPS, damping=DAMPING, scale_dtype=torch.bfloat16,
             )
         )  # fmt: skip
 
     def selected_and_recovered() -> Tensor:
-        keep = unpack_bits(select_two_of_four(layer.weight, "hwpq_weighted", energy), layer.weight.shape[1])
-        return rounded(recover(layer.weight, keep, gram, steps=STEPS).weight, keep)
+        keep = unpack_bits(select_two_of_four(layer.weight, "hwpq_weighted", energy).keep, layer.weight.shape[1])
+        return rounded(recover(layer.weight, keep, gram, steps=STEPS, damping=DAMPING).weight, keep)
 
     def to_fp8() -> Tensor:
         codes, scale = fp8.quantize(layer.weight, torch.bfloat16)

@@ -53,7 +53,7 @@ def test_every_step_lowers_the_error(problem):
 
 def test_nothing_to_correct_leaves_the_dense_weight(problem):
     weight, x, _ = problem
-    found = corrected_target(weight, x.T @ x, torch.zeros_like(weight))
+    found = corrected_target(weight, x.T @ x, torch.zeros_like(weight), steps=8, damping=DAMPING)
     assert torch.equal(found, weight)
 
 
@@ -61,7 +61,7 @@ def test_dead_inputs_keep_their_weights(problem):
     weight, x, t = problem
     x = x.clone()
     x[:, 5] = 0.0
-    found = corrected_target(weight, x.T @ x, missing(weight, x, t))
+    found = corrected_target(weight, x.T @ x, missing(weight, x, t), steps=8, damping=DAMPING)
     assert torch.equal(found[:, 5], weight[:, 5])
     assert bool(torch.isfinite(found).all())
 
@@ -72,4 +72,4 @@ def test_what_cannot_be_is_refused(problem, spoil):
     lack = missing(weight, x, t)
     lack = lack[:, 1:] if spoil == "shape" else lack.index_fill(1, torch.tensor([2]), float("nan"))
     with pytest.raises(HwpqError, match="layer 7"):
-        corrected_target(weight, x.T @ x, lack, where="layer 7")
+        corrected_target(weight, x.T @ x, lack, steps=8, damping=DAMPING, where="layer 7")

@@ -30,17 +30,23 @@ def exhaustive(scores: Tensor) -> Tensor:
 def test_the_pattern_of_greatest_contribution_is_kept(metric: str, dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(5)
     weight, energy = torch.randn(9, 44, generator=generator).to(dtype), torch.rand(44, generator=generator)
-    keep = unpack_bits(select_two_of_four(weight, metric, energy), 44)
+    found = select_two_of_four(weight, metric, energy)
+    keep = unpack_bits(found.keep, 44)
+    assert found.reached == 1 - int(keep.sum()) / keep.numel() == 0.5
     scores = contribution(metric, weight, energy)
     expected = exhaustive(scores)
     kept = (scores.double() * keep).unflatten(1, (-1, 4)).sum(2)
     torch.testing.assert_close(kept, (scores.double() * expected).unflatten(1, (-1, 4)).sum(2), rtol=1e-6, atol=0)
     check_two_of_four(keep, "test")
+    # Nine rows of 44 are fewer than the sample takes: the quantiles are those of all contributions.
+    levels = torch.tensor([int(name[1:]) / 100 for name in found.quantiles], dtype=torch.float64)
+    wanted = torch.quantile(scores.double().flatten(), levels)
+    torch.testing.assert_close(torch.tensor(list(found.quantiles.values())).double(), wanted, rtol=1e-6, atol=0)
 
 
 def test_ties_go_to_the_lower_column() -> None:
     weight = torch.tensor([[1.0, 1, 1, 1, 1, 2, 2, 2, 2, 1, 2, 1, 0, 0, 0, 0, 0, 3, 0, 0, 1, 2, 1, 1]])
-    keep = unpack_bits(select_two_of_four(weight, "magnitude", torch.ones(24)), 24)
+    keep = unpack_bits(select_two_of_four(weight, "magnitude", torch.ones(24)).keep, 24)
     expected = [1, 1, 0, 0, 0, 1, 1, 0, 1, 0, 1, 0, 1, 1, 0, 0, 1, 1, 0, 0, 1, 1, 0, 0]
     assert keep[0].int().tolist() == expected
 

@@ -1,19 +1,18 @@
 """Correction: what a layer should compute when the layers before it are compressed already.
 
-The inputs of a layer in a compressed model are not the dense model's ``X`` but ``X̃``, and what it should make of them
-is not ``W₀X̃``, the answer to wrong inputs, but the dense model's output ``T = W₀X`` (GPTAQ, Li et al. 2025, arXiv
-2504.02692).  Where the output is added to the residual stream, more can be asked: ``T = W₀X + (H − H̃)``, so that the
-layer also makes up for what the stream has lost by then.  With ``G = X̃X̃ᵀ`` the best unrestricted weights are those
-of the least-squares problem
+The inputs of a layer in a compressed model are not the dense model's `X` but `X̃`. What it should make of them is not
+`W₀X̃`, the answer to wrong inputs, but the dense model's output `T = W₀X` (GPTAQ, Li et al. 2025, arXiv 2504.02692).
+Where the output is added to the residual stream, it can do more: with `T = W₀X + (H − H̃)` the layer also makes up for
+what the stream has lost by then. With `G = X̃X̃ᵀ` the best unrestricted weights solve the least-squares problem
 
     W* = argmin_W ‖WX̃ − T‖²_F + δ‖W − W₀‖²_F,    (W* − W₀)(G + δI) = (T − W₀X̃)X̃ᵀ,    δ = damping·mean(diag G),
 
-and since, without damping, ‖WX̃ − T‖² = ‖(W − W*)X̃‖² + const for every ``W``, pruning, recovery and rounding need not
-know of ``T``: they take ``W*`` for the dense weight.
+Without damping, ‖WX̃ − T‖² = ‖(W − W*)X̃‖² + const for every `W`. So pruning, recovery and rounding need not know `T`:
+they take `W*` for the dense weight.
 
-How far.  With little damping a few steps of conjugate gradients from ``W₀`` fit the directions with much energy, and
-many the calibration sample; with more damping more steps help (docs/decisions.md, 32: perplexity 72 towards ``W₀X̃``, 48
-with the residual stream at 2:4, 20.6 dense).
+How far. With little damping a few steps of conjugate gradients from `W₀` fit the directions with much energy, and many
+steps fit the calibration sample. With more damping more steps help (docs/decisions.md, 32: at 2:4 perplexity is 72
+towards `W₀X̃`, 48 with the residual stream, 20.6 dense).
 """
 
 from __future__ import annotations
@@ -24,26 +23,25 @@ from torch import Tensor
 from hwpq_pipeline.compression.recovery import check_problem, conjugate_gradients, normalised_gram
 from hwpq_pipeline.errors import HwpqError
 
-STEPS = 8
-
 
 def corrected_target(
     weight: Tensor,
     gram: Tensor,
     missing: Tensor,
     *,
-    steps: int = STEPS,
-    damping: float = 0.01,
+    steps: int,
+    damping: float,
     where: str = "correction",
 ) -> Tensor:
-    """The weights `W*` that take the inputs as they are nearest the outputs that are wanted.
+    """The weights `W*` that bring the inputs as they are nearest the wanted outputs.
 
     Args:
         weight: (out, in) the dense weight `W₀`.
         gram: (in, in) `Σ x̃ x̃ᵀ` of the inputs as they are.
-        missing: (out, in) `Σ (t − W₀x̃) x̃ᵀ` of what the dense weight's outputs lack of those that are wanted. The
-            difference is the caller's to take: a sum over tokens may be in bfloat16, a difference of two sums not.
-        steps: of conjugate gradients, all rows side by side; 0 returns the dense weight.
+        missing: (out, in) `Σ (t − W₀x̃) x̃ᵀ`, where `t − W₀x̃` is what the dense weight's outputs lack. The caller takes
+            this difference token by token: the sum over tokens may then be in bfloat16, which a difference of two
+            sums may not.
+        steps: conjugate-gradient steps, all rows side by side; 0 returns the dense weight.
         damping: added to the diagonal, in units of its mean.
         where: the layer's name, for errors.
 

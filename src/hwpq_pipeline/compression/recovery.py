@@ -1,28 +1,31 @@
-"""Recovery: the best weights that a fixed mask allows, by matrix products alone.
+"""Recovery (weight update, reconstruction): the best weights that a fixed mask allows, by matrix products alone.
 
-A layer with weight ``W₀`` (out, in) is pruned by a mask ``M``.  What it should still compute is ``W₀X``, so the
-remaining weights solve the masked least-squares problem
+A layer with weight `W₀` (out, in) is pruned by a mask `M`. It should still compute `W₀X`, so the remaining weights
+solve the masked least-squares problem
 
     min_W ‖(W − W₀)X‖²_F + δ‖W − W₀‖²_F    subject to  W = W∘M,        G = XXᵀ  (in, in),   δ = damping·mean(diag G).
 
-Every row is a problem of its own with the same matrix ``A = G + δI``, restricted to the row's kept columns.  Its
-normal equations ``((W − W₀)A)∘M = 0`` are solved here by conjugate gradients with the Jacobi preconditioner: all rows
-step together, so that a step is one (out, in)×(in, in) matrix product, yet each row has its own step lengths.
-Nothing is factorized, so nothing can fail on a singular ``G``; ``δ`` is a mild
-guard against overfitting.  More of it is no better: ten times as much lowers the layers' summed relative error on
-held-out text by 1.3 % and yet costs 3.7 % perplexity, for it mutes the inputs of little energy.  Few steps
-are also better than many: the early steps fit the directions with much energy, which carry over to other text,
-the late ones fit the calibration sample (ALPS, Meng et al. 2024, arXiv 2406.07831, ends with the same solve).
+Every row is a problem of its own with the same matrix `A = G + δI`, restricted to the row's kept columns. Its normal
+equations `((W − W₀)A)∘M = 0` are solved here by conjugate gradients with the Jacobi preconditioner. All rows step
+together, so that a step is one (out, in)×(in, in) matrix product, yet each row has its own step lengths. Nothing is
+factorized, so nothing can fail on a singular `G`.
 
-Layout and cost.  With ``s = diag(A)^½`` the iteration runs in the variables ``V = W·s`` on ``Â = A/(s sᵀ)``, whose
-diagonal is one: the preconditioner vanishes and a step needs no division.  Only the change ``W − W₀∘M`` is carried, so
-what never changes stays exact to the bit.  Rows are taken in tiles that keep a step's operands in a CPU's last-level
-cache.  The product of the step direction with ``Â`` also moves the output gradient ``(W − W₀)A``, from which the error
-after the solve costs no further product: steps + 2 products in all (one for the start, one for ‖W₀X‖²).
+Damping guards mildly against overfitting. Stronger damping is worse, because it suppresses inputs with little energy
+(second moment): ten times as much lowers the layers' summed relative error on held-out text by 1.3 % and yet costs
+3.7 % perplexity. Few steps are better than many: the early steps fit the directions with much energy, which carry over
+to other text, and the late ones fit the calibration sample (ALPS, Meng et al. 2024, arXiv 2406.07831, ends with the
+same solve).
+
+Layout and cost. With `s = diag(A)^½` the iteration runs in the variables `V = W·s` on `Â = A/(s sᵀ)`, whose diagonal is
+one: the preconditioner vanishes and a step needs no division. Only the change `W − W₀∘M` is carried, so what never
+changes stays exact to the bit. Rows are taken in tiles that keep a step's operands in a CPU's last-level cache. The
+product of the step direction with `Â` also moves the output gradient `(W − W₀)A`, which gives the error after the solve
+without a further product. In all there are steps + 2 products (one for the start, one for ‖W₀X‖²).
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -33,37 +36,56 @@ from hwpq_pipeline.errors import HwpqError
 #: Rows at a time: on the CPU so many that the operands stay in the last-level cache, on a GPU what fills it.
 ROW_TILE, ROW_TILE_CUDA = 512, 16384
 
+#: A row stops once its preconditioned gradient norm has fallen by this factor.
+TOLERANCE = 1e-4
+
 
 @dataclass(frozen=True)
-class Recovery:
+class RowErrors:
+    """Squared output errors of a layer's rows, before and after a step. They are not divided by the token count.
+
+    Attributes:
+        before: (out,) ‖(w₀∘m − w₀)X‖² of each row with the given mask alone.
+        after: (out,) ‖(w − w₀)X‖² of each row with the weights that the step returns.
+        energy: (out,) ‖w₀X‖² of each row.
+    """
+
+    before: Tensor
+    after: Tensor
+    energy: Tensor
+
+    @property
+    def relative_before(self) -> float:
+        """‖(W₀∘M − W₀)X‖²_F / ‖W₀X‖²_F of all rows."""
+        return relative_error(self.before, self.energy)
+
+    @property
+    def relative_after(self) -> float:
+        """‖(W − W₀)X‖²_F / ‖W₀X‖²_F of all rows."""
+        return relative_error(self.after, self.energy)
+
+    def to(self, device: torch.device) -> RowErrors:
+        """The same numbers on a device."""
+        return RowErrors(self.before.to(device), self.after.to(device), self.energy.to(device))
+
+
+@dataclass(frozen=True)
+class Recovered:
     """What a recovery returned.
 
     Attributes:
         weight: (out, in) float32, exactly zero outside the mask.
-        error_before: ‖(W₀∘M − W₀)X‖²_F / ‖W₀X‖²_F, the mask alone.
-        error_after: the same of ``weight``; never above ``error_before``.
+        errors: of every row; none is higher after than before.
         steps: conjugate-gradient steps taken (the most of any row tile).
-        row_error_before: (out,) squared output error of each row with the mask alone.
-        row_error: (out,) squared output error of each row of ``weight``.
-        row_energy: (out,) ‖w₀X‖² of each row.
     """
 
     weight: Tensor
-    error_before: float
-    error_after: float
+    errors: RowErrors
     steps: int
-    row_error_before: Tensor
-    row_error: Tensor
-    row_energy: Tensor
-
-    def relative_errors(self, rows: slice) -> tuple[float, float]:
-        """Relative output error (before, after) of some rows, for layers that were stacked over one ``G``."""
-        energy = self.row_energy[rows]
-        return relative_error(self.row_error_before[rows], energy), relative_error(self.row_error[rows], energy)
 
 
 def relative_error(row_error: Tensor, row_energy: Tensor) -> float:
-    """Σ errors / Σ energies; a layer whose output is nothing but zeros has no error to speak of: 0."""
+    """Σ errors / Σ energies of some rows; 0 where the output is nothing but zeros."""
     energy = float(row_energy.double().sum())
     return float(row_error.double().sum()) / energy if energy > 0.0 else 0.0
 
@@ -88,10 +110,16 @@ def squared_error(change: Tensor, gram: Tensor) -> Tensor:
 
 
 def check_problem(weight: Tensor, gram: Tensor, mask: Tensor | None, where: str) -> None:
-    """Refuse what no solve can mend: shapes that do not belong together, values that are not finite.
+    """Refuse a problem that has no solution: shapes that do not belong together, or values that are not finite.
+
+    Args:
+        weight: (out, in).
+        gram: (in, in).
+        mask: (out, in), or None.
+        where: the layer's name, for errors.
 
     Raises:
-        HwpqError: naming ``where`` (the layer).
+        HwpqError: one of these.
     """
     features = weight.shape[-1]
     if weight.dim() != 2 or gram.shape != (features, features) or (mask is not None and mask.shape != weight.shape):
@@ -118,7 +146,7 @@ def check_problem(weight: Tensor, gram: Tensor, mask: Tensor | None, where: str)
 
 
 def _finite(values: Tensor) -> bool:
-    """Whether all are numbers: one sum tells, ten times faster than looking at each, unless it overflows."""
+    """Whether all are numbers. One sum tells, ten times faster than a look at each, unless the sum overflows."""
     return bool(torch.isfinite(values.sum())) or bool(torch.isfinite(values).all())
 
 
@@ -131,7 +159,7 @@ def damped_diagonal(gram: Tensor, damping: float) -> tuple[float, Tensor]:
 
 
 def normalised_gram(gram: Tensor, damping: float) -> tuple[Tensor, Tensor, float]:
-    """``Â = (G + δI)/(s sᵀ)`` (in, in) with ones on its diagonal, ``s`` (in,), and δ."""
+    """`Â = (G + δI)/(s sᵀ)` (in, in) with ones on its diagonal, `s` (in,), and δ."""
     delta, damped = damped_diagonal(gram, damping)
     root = damped.sqrt()
     scaled = gram.float() / root
@@ -141,16 +169,9 @@ def normalised_gram(gram: Tensor, damping: float) -> tuple[Tensor, Tensor, float
 
 
 def recover(
-    weight: Tensor,
-    mask: Tensor,
-    gram: Tensor,
-    *,
-    steps: int = 5,
-    damping: float = 0.01,
-    tolerance: float = 1e-4,
-    where: str = "recovery",
-) -> Recovery:
-    """Weights on ``mask`` whose outputs are nearest the dense layer's.
+    weight: Tensor, mask: Tensor, gram: Tensor, *, steps: int, damping: float, where: str = "recovery"
+) -> Recovered:
+    """The weights on `mask` whose outputs are nearest the dense layer's.
 
     Rows of several layers may be stacked when the layers read the same input.
 
@@ -160,7 +181,6 @@ def recover(
         gram: (in, in) Σ x xᵀ over the calibration tokens.
         steps: conjugate-gradient steps at most; 0 leaves the mask alone.
         damping: added to the diagonal, in units of its mean.
-        tolerance: a row stops once its preconditioned gradient norm has fallen by this factor.
         where: the layer's name, for errors.
 
     Raises:
@@ -170,55 +190,75 @@ def recover(
     """
     check_problem(weight, gram, mask, where)
     scaled, root, delta = normalised_gram(gram, damping)
+    system = _System(scaled, root, delta / root.square())
     weight = weight.float()
-    shrink = delta / root.square()
     result = torch.empty_like(weight)
     before, after, energy = (torch.empty(weight.shape[0], device=weight.device) for _ in range(3))
     taken = 0
-    # Tiles of one size: a last tile of few rows is multiplied by another routine, whose sums were seen to differ by a
-    # bit from one process to the next.
-    tiles = max(1, -(-weight.shape[0] // (ROW_TILE_CUDA if weight.is_cuda else ROW_TILE)))
-    tile = max(1, -(-weight.shape[0] // tiles))
-    for start in range(0, weight.shape[0], tile):
-        rows = slice(start, start + tile)
-        keep = mask[rows].to(weight.dtype)
-        dense = weight[rows] * root
-        energy[rows] = _squared_error(dense, dense @ scaled, shrink)
-        pruned = dense * (keep - 1.0)
-        gradient = pruned @ scaled
-        before[rows] = _squared_error(pruned, gradient, shrink)
-        change, count = conjugate_gradients(scaled, keep, gradient, steps, tolerance)
-        after[rows] = _squared_error(pruned + change, gradient, shrink)
-        better = after[rows] < before[rows]
-        after[rows] = torch.where(better, after[rows], before[rows])
-        change = change.div_(root).mul_(better[:, None])
-        torch.add(weight[rows] * keep, change, out=result[rows])
+    for rows in _tiles(weight):
+        solved, count = _solve_rows(system, weight[rows], mask[rows], steps, out=result[rows])
+        before[rows], after[rows], energy[rows] = solved.before, solved.after, solved.energy
         taken = max(taken, count)
-    return Recovery(
-        weight=result,
-        error_before=relative_error(before, energy),
-        error_after=relative_error(after, energy),
-        steps=taken,
-        row_error_before=before,
-        row_error=after,
-        row_energy=energy,
-    )
+    return Recovered(result, RowErrors(before, after, energy), taken)
 
 
-def _squared_error(change: Tensor, gradient: Tensor, shrink: Tensor) -> Tensor:
-    """(rows,) errors from the change V and VÂ (both (rows, in)), the damping taken out again."""
-    return (torch.linalg.vecdot(change, gradient) - change.square() @ shrink).clamp_min_(0.0)
+@dataclass(frozen=True)
+class _System:
+    """The normalised quadratic.
+
+    Attributes:
+        gram: (in, in) Â.
+        root: (in,) s.
+        shrink: (in,) δ/s², the damping's share of Â's diagonal.
+    """
+
+    gram: Tensor
+    root: Tensor
+    shrink: Tensor
+
+    def squared_error(self, change: Tensor, gradient: Tensor) -> Tensor:
+        """(rows,) errors from the change V and VÂ (both (rows, in)), the damping taken out again."""
+        return (torch.linalg.vecdot(change, gradient) - change.square() @ self.shrink).clamp_min_(0.0)
+
+
+def _tiles(weight: Tensor) -> Iterator[slice]:
+    """Ranges of rows, all of one size but the last.
+
+    A last tile of few rows is multiplied by another routine, whose sums were seen to differ by a bit from one process
+    to the next. So the rows are divided evenly.
+    """
+    rows = weight.shape[0]
+    tiles = max(1, -(-rows // (ROW_TILE_CUDA if weight.is_cuda else ROW_TILE)))
+    tile = max(1, -(-rows // tiles))
+    for start in range(0, rows, tile):
+        yield slice(start, start + tile)
+
+
+def _solve_rows(system: _System, weight: Tensor, mask: Tensor, steps: int, *, out: Tensor) -> tuple[RowErrors, int]:
+    """Solve some rows into `out` (rows, in): their errors, and the steps taken. A row that did not gain stays."""
+    keep = mask.to(weight.dtype)
+    dense = weight * system.root
+    energy = system.squared_error(dense, dense @ system.gram)
+    pruned = dense * (keep - 1.0)
+    gradient = pruned @ system.gram
+    before = system.squared_error(pruned, gradient)
+    change, count = conjugate_gradients(system.gram, keep, gradient, steps, TOLERANCE)
+    after = system.squared_error(pruned + change, gradient)
+    better = after < before
+    change = change.div_(system.root).mul_(better[:, None])
+    torch.add(weight * keep, change, out=out)
+    return RowErrors(before, torch.where(better, after, before), energy), count
 
 
 def conjugate_gradients(
     scaled: Tensor, keep: Tensor, gradient: Tensor, steps: int, tolerance: float
 ) -> tuple[Tensor, int]:
-    """Solve ``(change·Â + gradient)∘keep = 0`` for every row, in the normalised weights.
+    """Solve `(change·Â + gradient)∘keep = 0` for every row, in the normalised weights.
 
     Args:
         scaled: (in, in) Â.
-        keep: (rows, in), or what broadcasts to it: ones where a weight may change.
-        gradient: (rows, in) the output gradient where nothing has changed; moved along in place.
+        keep: (rows, in), or a shape that broadcasts to it: ones where a weight may change.
+        gradient: (rows, in) the output gradient before any change; updated in place.
         steps: at most.
         tolerance: a row stops once its gradient norm has fallen by this factor.
 

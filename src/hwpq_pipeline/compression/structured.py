@@ -1,33 +1,50 @@
-"""2:4 selection: in every aligned group of four inputs the two of highest contribution stay.
+"""2:4 selection: in every aligned group of four inputs the two with the highest contribution (saliency) stay.
 
-Half of the weights whatever they are, in the one pattern that tensor cores skip. The price against an unstructured half
-is that a group with three weights that matter loses one, and one with none keeps two. Of equal contributions the one of
-lower column stays, so the pattern is exact for any weight, all zeros included.
+This is the one pattern of zeros that tensor cores skip. Half of the weights go, whatever they are. The price against
+an unstructured half: a group with three weights that matter loses one of them, and a group with none keeps two. Among
+equal contributions the one in the lower column stays, so the pattern is exact for any weight, also for all zeros.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
-from hwpq_pipeline.compression.contribution import root_factors
+from hwpq_pipeline.compression.contribution import contribution_quantiles, root_factors
 from hwpq_pipeline.errors import HwpqError
 from hwpq_pipeline.kernels import two_of_four
 
 GROUP, KEPT = 4, 2
 
+#: The share of weights that go.
+SPARSITY = 1 - KEPT / GROUP
 
-def select_two_of_four(weight: Tensor, metric: str, energy: Tensor, *, where: str = "select_two_of_four") -> Tensor:
-    """Keep the two of highest contribution in every aligned group of four inputs.
+
+@dataclass(frozen=True)
+class TwoOfFour:
+    """Which weights of a layer stay.
+
+    Attributes:
+        keep: uint8, shape (out, ceil(in / 8)): keep-bits in little bit order.
+        reached: the mask's sparsity. It is `SPARSITY` by construction: the kernel keeps exactly two of every four.
+        quantiles: of the contributions, from a sample (`contribution_quantiles`).
+    """
+
+    keep: Tensor
+    reached: float
+    quantiles: dict[str, float]
+
+
+def select_two_of_four(weight: Tensor, metric: str, energy: Tensor, *, where: str = "select_two_of_four") -> TwoOfFour:
+    """Keep the two weights with the highest contribution in every aligned group of four inputs.
 
     Args:
         weight: float32 or bfloat16 (others are converted), shape (out, in), in divisible by 4.
         metric: one of `contribution.METRICS`.
         energy: shape (in,): Σ_tokens x_j².
         where: the layer's name, for errors.
-
-    Returns:
-        uint8, shape (out, ceil(in / 8)): keep-bits in little bit order.
 
     Raises:
         HwpqError: columns that do not divide by 4; non-finite weights; an unknown metric; statistics that do not fit.
@@ -42,11 +59,11 @@ def select_two_of_four(weight: Tensor, metric: str, energy: Tensor, *, where: st
             where=where,
             remedy="Check the checkpoint: a damaged or overflowed weight cannot be compressed",
         )
-    return keep
+    return TwoOfFour(keep, SPARSITY, contribution_quantiles(weight, factors))
 
 
 def check_two_of_four(weight: Tensor, where: str) -> None:
-    """Assert the pattern: in every aligned group of four at most two weights are not zero; a mask keeps exactly two.
+    """Check the pattern: in every aligned group of four at most two weights are not zero; a mask keeps exactly two.
 
     Args:
         weight: shape (out, in); a bool mask (exactly two True a group), or weights (at most two not zero: a kept
@@ -54,7 +71,7 @@ def check_two_of_four(weight: Tensor, where: str) -> None:
         where: the layer's name, for errors.
 
     Raises:
-        HwpqError: columns that do not divide by 4; a group that breaks the pattern, the first of which is named.
+        HwpqError: columns that do not divide by 4, or groups that break the pattern; the first of them is named.
     """
     _check_columns(weight.shape[-1], where)
     # Four bools are one 32-bit number; multiplied by this one, its highest byte is their sum.
