@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,8 +11,10 @@ import torch
 from torch import Tensor
 
 from hwpq_pipeline.compression.recovery import recover
-from hwpq_pipeline.compression.refinement import refine_mask
+from hwpq_pipeline.compression.refinement import MaskSearch, refine_mask
 from hwpq_pipeline.errors import HwpqError
+
+QUICK = MaskSearch("2of4", "descent", rounds=4, sweeps=4, damping=0.01)
 
 
 def problem(rows: int, columns: int, seed: int = 0, tokens: int = 400) -> tuple[Tensor, Tensor, Tensor]:
@@ -56,7 +59,9 @@ MASKS_2OF4 = [[*a, *(4 + j for j in b), *(8 + j for j in c)] for a, b, c in iter
 def test_close_to_the_exhaustive_optimum_of_2of4(method: str) -> None:
     weight, inputs, gram = problem(12, 12)
     mask = wanda(weight, gram)
-    refined, keep, report = refine_mask(weight, mask, gram, damping=1e-4, rounds=20, sweeps=20, method=method)
+    search = MaskSearch("2of4", method, rounds=20, sweeps=20, damping=1e-4)
+    found = refine_mask(weight, mask, gram, search)
+    refined, keep = found.weight, found.mask
     best = np.array([best_by_exhaustion(row, inputs.double().numpy(), MASKS_2OF4) for row in weight.double().numpy()])
     mine = error_by_tokens(refined, weight, inputs)
     fixed = error_by_tokens(recover(weight, mask, gram, steps=40, damping=1e-4).weight, weight, inputs)
@@ -65,47 +70,45 @@ def test_close_to_the_exhaustive_optimum_of_2of4(method: str) -> None:
     assert mine.sum() < 0.9 * fixed.sum()
     assert bool((keep.view(12, 3, 4).sum(2) == 2).all())
     assert bool((refined[~keep] == 0).all())
-    np.testing.assert_allclose(report.row_error.numpy(), mine, rtol=1e-2)
+    np.testing.assert_allclose(found.errors.after.numpy(), mine, rtol=1e-2)
 
 
 @pytest.mark.parametrize("method", ["descent", "admm"])
 def test_better_than_recovery_of_a_fixed_mask_when_unstructured(method: str) -> None:
     weight, inputs, gram = problem(24, 32, 1)
     mask = half(weight, gram)
-    refined, keep, report = refine_mask(
-        weight, mask, gram, structure="unstructured", damping=1e-4, method=method, rounds=20, sweeps=20
-    )
+    search = MaskSearch("unstructured", method, rounds=20, sweeps=20, damping=1e-4)
+    found = refine_mask(weight, mask, gram, search)
+    refined, keep = found.weight, found.mask
     fixed = error_by_tokens(recover(weight, mask, gram, steps=40, damping=1e-4).weight, weight, inputs)
     mine = error_by_tokens(refined, weight, inputs)
     assert mine.sum() < 0.92 * fixed.sum()
     assert int(keep.sum()) == int(mask.sum())
     assert bool((refined[~keep] == 0).all())
-    assert report.error_after == pytest.approx(mine.sum() / error_by_tokens(0 * weight, weight, inputs).sum(), rel=1e-3)
+    energy = error_by_tokens(0 * weight, weight, inputs).sum()
+    assert found.errors.relative_after == pytest.approx(mine.sum() / energy, rel=1e-3)
 
 
-@pytest.mark.parametrize("sparsity", [0.3, 0.5, 0.75])
-def test_each_stacked_layer_gets_its_sparsity(sparsity: float) -> None:
+def test_each_stacked_layer_keeps_as_many_weights_as_its_mask() -> None:
     weight, _, gram = problem(30, 32, 4)
     weight[10:] *= 20.0  # one threshold for both layers would prune the first away
-    heights = [10, 20]
-    _, keep, report = refine_mask(
-        weight, half(weight, gram), gram, structure="unstructured", sparsity=sparsity, layer_rows=heights
-    )
-    for rows in (slice(0, 10), slice(10, 30)):
-        assert int(keep[rows].sum()) == keep[rows].numel() - round(sparsity * keep[rows].numel())
-    assert report.sparsity == pytest.approx(sparsity, abs=1e-3)
-    assert len(report.relative_errors(slice(0, 10))) == 2
+    mask = torch.zeros(30, 32, dtype=torch.bool)
+    mask[:10, ::4], mask[10:, ::2] = True, True
+    mask[3, 1] = mask[17, 1] = True
+    found = refine_mask(weight, mask, gram, replace(QUICK, structure="unstructured"), layer_rows=[10, 20])
+    assert int(found.mask[:10].sum()) == 10 * 8 + 1
+    assert int(found.mask[10:].sum()) == 20 * 16 + 1
+    assert found.errors.relative_after < 0.5 * found.errors.relative_before
 
 
 def test_no_row_gets_worse_on_the_tokens_themselves() -> None:
     weight, inputs, gram = problem(40, 24, tokens=5)
     mask = wanda(weight, gram)
-    refined, _, report = refine_mask(weight, mask, gram, damping=10.0, rounds=0, sweeps=1)
-    before, after = error_by_tokens(weight * mask, weight, inputs), error_by_tokens(refined, weight, inputs)
+    found = refine_mask(weight, mask, gram, MaskSearch("2of4", "descent", rounds=0, sweeps=1, damping=10.0))
+    before, after = error_by_tokens(weight * mask, weight, inputs), error_by_tokens(found.weight, weight, inputs)
     energy = error_by_tokens(0 * weight, weight, inputs)
     assert (after <= before + 1e-5 * energy).all()
-    assert report.error_after <= report.error_before
-    assert 0.0 <= report.moved <= 1.0
+    assert found.errors.relative_after <= found.errors.relative_before
 
 
 @pytest.mark.parametrize("structure", ["2of4", "unstructured"])
@@ -113,30 +116,30 @@ def test_dead_and_silent_inputs(structure: str) -> None:
     weight, inputs, _ = problem(6, 16)
     inputs[:, 4:8] = 0.0
     for gram in (inputs.T @ inputs, torch.zeros(16, 16)):
-        refined, keep, _ = refine_mask(weight, wanda(weight, gram + 1e-9), gram, structure=structure)
-        assert bool(torch.isfinite(refined).all())
-        assert int(keep.sum()) == keep.numel() // 2
-        assert bool((refined[~keep] == 0).all())
+        found = refine_mask(weight, wanda(weight, gram + 1e-9), gram, replace(QUICK, structure=structure))
+        assert bool(torch.isfinite(found.weight).all())
+        assert int(found.mask.sum()) == found.mask.numel() // 2
+        assert bool((found.weight[~found.mask] == 0).all())
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("search", "heights", "message"),
     [
-        ({"structure": "1of4"}, "layer.7.*1of4.*2of4, unstructured"),
-        ({"method": "luck"}, "layer.7.*luck.*descent, admm"),
-        ({"layer_rows": [1, 2]}, r"layer.7.*\[1, 2\] rows do not make 4"),
+        (replace(QUICK, structure="1of4"), None, "layer.7.*1of4.*2of4, unstructured"),
+        (replace(QUICK, method="luck"), None, "layer.7.*luck.*descent, admm"),
+        (QUICK, [1, 2], r"layer.7.*\[1, 2\] rows do not make 4"),
     ],
 )
-def test_refusals_name_layer_and_remedy(options: dict, message: str) -> None:
+def test_refusals_name_layer_and_remedy(search: MaskSearch, heights: list[int] | None, message: str) -> None:
     weight, _, gram = problem(4, 8)
     with pytest.raises(HwpqError, match=message):
-        refine_mask(weight, wanda(weight, gram), gram, where="layer.7", **options)
+        refine_mask(weight, wanda(weight, gram), gram, search, layer_rows=heights, where="layer.7")
 
 
 def test_refuses_columns_that_do_not_divide_by_four_and_values_that_are_not_finite() -> None:
     weight, _, gram = problem(4, 10)
     with pytest.raises(HwpqError, match=r"layer.7.*10 columns"):
-        refine_mask(weight, weight > 0, gram, where="layer.7")
+        refine_mask(weight, weight > 0, gram, QUICK, where="layer.7")
     gram[0, 0] = float("inf")
     with pytest.raises(HwpqError, match=r"layer.7.*not finite"):
-        refine_mask(weight[:, :8], weight[:, :8] > 0, gram[:8, :8], where="layer.7")
+        refine_mask(weight[:, :8], weight[:, :8] > 0, gram[:8, :8], QUICK, where="layer.7")

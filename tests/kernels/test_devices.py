@@ -12,7 +12,7 @@ import torch
 
 from hwpq_pipeline.errors import HwpqError
 from hwpq_pipeline.kernels import devices
-from hwpq_pipeline.kernels.devices import choose_device
+from hwpq_pipeline.kernels.devices import choose_device, on_the_cpu
 
 
 @pytest.fixture
@@ -99,3 +99,42 @@ def test_a_machine_with_a_gpu_needs_neither_numba_nor_frameworks(root: Path) -> 
     )
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) > 20
+
+
+class OnAGpu:
+    """Stands in for a CUDA tensor where there is no GPU."""
+
+    device = torch.device("cuda", 0)
+
+    def __init__(self, value: torch.Tensor) -> None:
+        self.value = value
+
+    def cpu(self) -> torch.Tensor:
+        return self.value
+
+
+class Result:
+    def __init__(self, value: torch.Tensor, device: torch.device) -> None:
+        self.value, self.device = value, device
+
+    def to(self, device: torch.device) -> Result:
+        return Result(self.value, device)
+
+
+def test_without_a_cuda_kernel_the_cpu_works_and_the_result_comes_back(caplog) -> None:
+    devices._tell.cache_clear()
+    seen = []
+
+    def work(first: torch.Tensor, second: torch.Tensor) -> Result:
+        seen.append((first.device.type, second.device.type))
+        return Result(first + second, first.device)
+
+    one, two = torch.ones(3), torch.full((3,), 2.0)
+    with caplog.at_level(logging.INFO, logger="hwpq_pipeline"):
+        for _ in range(2):
+            found = on_the_cpu(work, OnAGpu(one), OnAGpu(two), where="some_kernel")
+    assert seen == [("cpu", "cpu")] * 2
+    assert found.device == OnAGpu.device
+    assert found.value.tolist() == [3.0, 3.0, 3.0]
+    assert caplog.text.count("some_kernel: there is no CUDA kernel yet") == 1
+    assert on_the_cpu(work, one, two, where="some_kernel").device.type == "cpu"

@@ -1,13 +1,16 @@
-"""Where a computation runs: choosing a device, and finding out whether its kernels can be had.
+"""Where a computation runs: choosing a device, and finding out whether it has kernels.
 
 CUDA kernels are written in Triton, which CUDA builds of torch bring along. Nothing here imports it: a machine without
-a GPU needs none.
+a GPU needs none. An operation that has no CUDA kernel yet is run by `on_the_cpu`.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import logging
+from collections.abc import Callable
+from typing import Protocol, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,15 +19,25 @@ from hwpq_pipeline.errors import HwpqError
 
 DEVICES = ("auto", "cpu", "cuda")
 
-__all__ = ["DEVICES", "choose_device", "wants_cuda"]
+__all__ = ["DEVICES", "choose_device", "on_the_cpu", "refuse_cuda", "wants_cuda"]
+
+
+class Movable(Protocol):
+    """A tensor, or a result that holds some."""
+
+    def to(self, device: torch.device, /) -> Self:
+        """The same on a device."""
+
+
+Result = TypeVar("Result", bound=Movable)
 
 
 def choose_device(name: str, *, tf32: bool = False, where: str = "device") -> torch.device:
-    """The device of that name, told in the log; `auto` is CUDA where torch sees a GPU and Triton is there.
+    """The device with that name, told in the log; `auto` is CUDA where torch sees a GPU and Triton is there.
 
     Args:
         name: one of `DEVICES`.
-        tf32: let float32 matrix products on the GPU round their factors to TF32. Of the process, not of the device.
+        tf32: let float32 matrix products on the GPU round their factors to TF32. It holds for the whole process.
         where: what asks, for errors and the log.
 
     Raises:
@@ -62,19 +75,58 @@ def wants_cuda(tensor: Tensor, where: str) -> bool:
     """
     kind = tensor.device.type
     if kind not in ("cpu", "cuda"):
-        raise HwpqError(
-            f"there is no kernel for the device '{tensor.device}'",
-            where=where,
-            remedy="Move the tensor to the CPU or to a CUDA device",
-        )
+        raise _no_kernel(tensor.device, where)
     if kind == "cuda" and not has_triton():
         raise _no_triton(where)
     return kind == "cuda"
 
 
+def on_the_cpu(work: Callable[..., Result], *tensors: Tensor, where: str) -> Result:
+    """`work(*tensors)` of an operation that has kernels for the CPU alone.
+
+    Tensors on a GPU are copied to the CPU and worked on there, and the result is copied back. The log says so once.
+
+    Args:
+        work: the operation.
+        tensors: on one device.
+        where: the operation's name, for errors and the log.
+
+    Raises:
+        HwpqError: the tensors are on a device without a kernel.
+    """
+    device = tensors[0].device
+    if device.type == "cpu":
+        return work(*tensors)
+    if device.type != "cuda":
+        raise _no_kernel(device, where)
+    _tell(where)
+    return work(*(tensor.cpu() for tensor in tensors)).to(device)
+
+
+@functools.cache
+def _tell(where: str) -> None:
+    """Once an operation and process."""
+    log = logging.getLogger(__name__)
+    log.info("%s: there is no CUDA kernel yet; its tensors are copied to the CPU and back", where)
+
+
+def refuse_cuda(tensor: Tensor, where: str) -> None:
+    """Raise `HwpqError` for a tensor that an operation without a CUDA kernel cannot read."""
+    if tensor.device.type != "cpu":
+        raise _no_kernel(tensor.device, where)
+
+
 def has_triton() -> bool:
     """Whether Triton is installed."""
     return importlib.util.find_spec("triton") is not None
+
+
+def _no_kernel(device: torch.device, where: str) -> HwpqError:
+    return HwpqError(
+        f"there is no kernel for the device '{device}'",
+        where=where,
+        remedy="Move the tensor to the CPU or to a CUDA device",
+    )
 
 
 def _no_triton(where: str) -> HwpqError:

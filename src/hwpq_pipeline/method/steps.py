@@ -16,7 +16,7 @@ from torch import Tensor
 from hwpq_pipeline.compression.bits import unpack_bits
 from hwpq_pipeline.compression.grids import dequantize
 from hwpq_pipeline.compression.recovery import recover
-from hwpq_pipeline.compression.refinement import refine_mask
+from hwpq_pipeline.compression.refinement import MaskSearch, refine_mask
 from hwpq_pipeline.compression.rounding import quantize
 from hwpq_pipeline.compression.structured import check_two_of_four
 from hwpq_pipeline.errors import HwpqError
@@ -104,31 +104,22 @@ def _recover(group: Group, recovery: Recovery) -> Group:
     found = recover(
         group.original, group.mask, group.gram, steps=recovery.steps, damping=recovery.damping, where=group.name
     )
-    pruned = group.with_error("error_pruned", found.row_error_before, found.row_energy)
-    return pruned.with_weight(found.weight).with_error("error_recovered", found.row_error, found.row_energy)
+    pruned = group.with_error("error_pruned", found.errors.before, found.errors.energy)
+    return pruned.with_weight(found.weight).with_error("error_recovered", found.errors.after, found.errors.energy)
 
 
 def _refine(group: Group, recovery: Recovery, structure: str) -> Group:
     """Mask and weights searched together."""
     if group.mask is None or recovery.rounds is None or recovery.sweeps is None:  # nothing was pruned
         return group
-    weight, mask, found = refine_mask(
-        group.original,
-        group.mask,
-        group.gram,
-        structure=structure,
-        method=recovery.method,
-        rounds=recovery.rounds,
-        sweeps=recovery.sweeps,
-        damping=recovery.damping,
-        layer_rows=[layer.shape[0] for layer in group.layers],
-        where=group.name,
-    )
+    search = MaskSearch(structure, recovery.method, recovery.rounds, recovery.sweeps, recovery.damping)
+    heights = [layer.shape[0] for layer in group.layers]
+    found = refine_mask(group.original, group.mask, group.gram, search, layer_rows=heights, where=group.name)
     if structure == "2of4":
-        check_two_of_four(mask, where=group.name)
-    pruned = group.with_error("error_pruned", found.row_error_before, found.row_energy)
-    refined = pruned.with_weight(weight, mask=mask)
-    return refined.with_error("error_recovered", found.row_error, found.row_energy)
+        check_two_of_four(found.mask, where=group.name)
+    pruned = group.with_error("error_pruned", found.errors.before, found.errors.energy)
+    refined = pruned.with_weight(found.weight, mask=found.mask)
+    return refined.with_error("error_recovered", found.errors.after, found.errors.energy)
 
 
 def _round(group: Group, quantization: Quantization) -> Group:

@@ -1,11 +1,11 @@
 """The kernels: rows on all cores, columns in blocks, the gradient carried along.
 
-As in ``kernels.coordinate_descent``: a block's moves update the block's own part of the gradient ``(V − V₀)Ĝ``,
-through a tile of ``Ĝ`` that stays in the first-level cache, and all other columns get theirs by one matrix product
-a block.  A sweep costs one (out, in)×(in, in) product and, in the blocks, ``BLOCK/in`` of as many operations again.
+A block's moves update the block's own part of the gradient `(V − V₀)Ĝ`, through a tile of `Ĝ` that stays in the
+first-level cache. All other columns get theirs from one matrix product a block, as in `kernels.coordinate_descent`. A
+sweep costs one (out, in)×(in, in) product, and in the blocks `BLOCK/in` times as many operations again.
 
-``threshold`` finds the k-th largest of many scores without a sort: positive floats are ordered as their bits are, so
-three counting passes over 11, 10 and 10 bits of them narrow it down exactly.
+`threshold` finds the k-th largest of many scores without a sort: positive floats are ordered as their bits are, so
+three counting passes over 11, 10 and 10 of their bits narrow it down exactly.
 """
 
 from __future__ import annotations
@@ -21,10 +21,11 @@ from torch import Tensor
 
 from hwpq_pipeline.kernels import over_rows
 from hwpq_pipeline.kernels.contracted import jit_contracted
-from hwpq_pipeline.kernels.mask_descent import PAIRS, RIDGE
+from hwpq_pipeline.kernels.mask_descent import PAIRS, RIDGE, State
 
 BLOCK = 64
-CHUNK = 96  # rows a thread takes at once: fewer, and calling the kernel costs more than a fifth of its time
+#: Rows that a thread takes at once. With fewer, calling the kernel costs more than a fifth of its time.
+CHUNK = 96
 _FIRST = np.array([pair[0] for pair in PAIRS])
 _SECOND = np.array([pair[1] for pair in PAIRS])
 _DIGITS = ((20, 11), (10, 10), (0, 10))  # of a positive float's bits: shift and width
@@ -34,7 +35,7 @@ Floats = NDArray[np.float32]
 
 @jit_contracted
 def _best_pair(wanted: Floats, inverses: Floats) -> int:
-    """Index into PAIRS of the pair that gains most; ``inverses`` (6, 3) are (a, b, c) of a pair's [[a, b], [b, c]]."""
+    """Index into PAIRS of the pair that gains most; `inverses` (6, 3) are (a, b, c) of a pair's [[a, b], [b, c]]."""
     best, most = 0, np.float32(-1.0)
     for choice in range(6):
         i, j = wanted[_FIRST[choice]], wanted[_SECOND[choice]]
@@ -57,7 +58,7 @@ def _two_of_four_rows(
     first_row: int,
     last_row: int,
 ) -> None:
-    """The groups of the block that begins at column ``start``; ``moved`` (out, block) gets the change of the values."""
+    """The groups of the block that begins at column `start`; `moved` (out, block) gets the change of the values."""
     block = tile.shape[0]
     slope = np.empty(block, np.float32)
     wanted, fresh = np.empty(4, np.float32), np.empty(4, np.float32)
@@ -107,7 +108,7 @@ def _columns_rows(
     first_row: int,
     last_row: int,
 ) -> None:
-    """The columns of a block, one by one: by the row's threshold where ``free``, by ``keep`` where not."""
+    """The columns of a block, one by one: by the row's threshold where `free`, by `keep` where not."""
     block = tile.shape[0]
     slope = np.empty(block, np.float32)
     for row in range(first_row, last_row):
@@ -125,91 +126,56 @@ def _columns_rows(
                     slope[k] += change * tile[j, k]
 
 
-def _sweep(
-    values: Tensor, gradient: Tensor, gram: Tensor, kernel: Callable[[int, Any, Any], Any], *, last: bool
-) -> None:
-    """Run a kernel over all blocks; ``kernel(start, tile, moved)`` gives the work of a range of rows.
+def _sweep(state: State, kernel: Callable[[int, Any, Any], Any], *, last: bool) -> None:
+    """Run a kernel over all blocks; `kernel(start, tile, moved)` gives the work on a range of rows.
 
-    In the ``last`` sweep the gradient of the columns that are done is of no use any more: half of the product.
+    In the `last` sweep nobody reads the gradient of the columns that are done: half of the product.
     """
-    rows, columns = values.shape
+    rows, columns = state.values.shape
+    gram = state.gram
     for start in range(0, columns, BLOCK):
         width = min(BLOCK, columns - start)
         tile = gram[start : start + width, start : start + width].contiguous().numpy()
         moved = torch.empty(rows, width)
         over_rows(kernel(start, tile, moved.numpy()), rows, width * width, block=CHUNK)
         open_from = start + width if last else 0
-        gradient[:, open_from:].addmm_(moved, gram[start : start + width, open_from:])
+        state.gradient[:, open_from:].addmm_(moved, gram[start : start + width, open_from:])
 
 
 def pair_inverses(gram: Tensor) -> Tensor:
-    """(in/4, 6, 3) float32: of every group and pair, the entries (a, b, c) of the inverse [[a, b], [b, c]]."""
+    """See `mask_descent.pair_inverses`."""
     groups = torch.arange(0, gram.shape[0], 4)
     first, second = groups[:, None] + torch.from_numpy(_FIRST), groups[:, None] + torch.from_numpy(_SECOND)
     a, b, c = gram[first, first], gram[first, second], gram[second, second]
     return torch.stack([c, -b, a], 2) / (a * c - b * b + RIDGE)[..., None]
 
 
-def two_of_four(
-    values: Tensor,
-    keep: Tensor,
-    gradient: Tensor,
-    gram: Tensor,
-    inverses: Tensor,
-    shrink: float,
-    *,
-    last: bool = False,
-) -> None:
-    """One sweep over the groups of four, in place in ``values``, ``keep`` (bool) and ``gradient``, all (out, in).
-
-    Args:
-        gram: (in, in) float32 with ones on its diagonal; in divisible by 4.
-        inverses: ``pair_inverses(gram)``.
-        shrink: factor of what does not stay.
-        last: no sweep follows; ``gradient`` is left unfinished.
-    """
+def two_of_four(state: State, inverses: Tensor, shrink: float, *, last: bool = False) -> None:
+    """See `mask_descent.two_of_four`."""
 
     def kernel(start: int, tile: Floats, moved: Floats) -> Any:
         of_block = inverses[start // 4 : (start + tile.shape[0]) // 4].numpy()
-        arrays = values.numpy(), keep.numpy(), gradient.numpy(), moved, tile, of_block
+        arrays = state.values.numpy(), state.keep.numpy(), state.gradient.numpy(), moved, tile, of_block
         return partial(_two_of_four_rows, *arrays, start, np.float32(shrink))
 
-    _sweep(values, gradient, gram, kernel, last=last)
+    _sweep(state, kernel, last=last)
 
 
-def columns(
-    values: Tensor,
-    keep: Tensor,
-    scores: Tensor,
-    gradient: Tensor,
-    gram: Tensor,
-    thresholds: Tensor | None,
-    shrink: float,
-    *,
-    last: bool = False,
-) -> None:
-    """One sweep over the columns, in place in ``values``, ``scores`` and ``gradient``, all (out, in).
-
-    Args:
-        keep: (out, in) bool, what stays where ``thresholds`` is None.
-        gram: (in, in) float32 with ones on its diagonal.
-        thresholds: (out,) float32: what scores above its row's stays.
-        shrink: factor of what does not stay.
-        last: no sweep follows; ``gradient`` is left unfinished.
-    """
+def columns(state: State, scores: Tensor, thresholds: Tensor | None, shrink: float, *, last: bool = False) -> None:
+    """See `mask_descent.columns`."""
     free = thresholds is not None
-    limits = torch.zeros(values.shape[0]) if thresholds is None else thresholds
+    limits = torch.zeros(state.values.shape[0]) if thresholds is None else thresholds
 
     def kernel(start: int, tile: Floats, moved: Floats) -> Any:
-        arrays = values.numpy(), keep.numpy(), scores.numpy(), gradient.numpy(), moved, tile
+        arrays = state.values.numpy(), state.keep.numpy(), scores.numpy(), state.gradient.numpy(), moved, tile
         return partial(_columns_rows, *arrays, start, free, limits.numpy(), np.float32(shrink))
 
-    _sweep(values, gradient, gram, kernel, last=last)
+    _sweep(state, kernel, last=last)
 
 
 @jit_contracted
 def _count(bits: NDArray[np.int32], above: int, shift: int, digit: int, counts: NDArray[np.int64]) -> None:
-    """Count the digits of those numbers whose bits above the digit are ``above``."""
+    """Count the digits of those numbers whose bits above the digit are `above`."""
     last = (1 << digit) - 1
     for position in range(bits.shape[0]):
         number = bits[position]
@@ -218,12 +184,7 @@ def _count(bits: NDArray[np.int32], above: int, shift: int, digit: int, counts: 
 
 
 def threshold(scores: Tensor, kept: int) -> float:
-    """The number that ``kept`` scores exceed, but for ties with it; −1 where all are to stay.
-
-    Args:
-        scores: float32, contiguous, none negative or NaN.
-        kept: how many.
-    """
+    """See `mask_descent.threshold`."""
     if kept >= scores.numel():
         return -1.0
     bits = scores.view(-1).view(torch.int32).numpy()

@@ -49,7 +49,7 @@ def _gain(tile: Tensor, wanted: Tensor, pair: tuple[int, int]) -> float:
 
 
 def above(values: Tensor, target: Tensor, gram: Tensor, threshold: float, shrink: float) -> tuple[Tensor, Tensor]:
-    """One sweep over the columns: values (out, in) float64, and the scores ``|b|`` (out, in) that were compared."""
+    """One sweep over the columns: values (out, in) float64, and the scores `|b|` (out, in) that were compared."""
     values, target, gram = values.double().clone(), target.double(), gram.double()
     scores = torch.zeros_like(values)
     for row in range(values.shape[0]):
@@ -71,6 +71,6 @@ def fixed(values: Tensor, target: Tensor, gram: Tensor, mask: Tensor) -> Tensor:
 
 
 def threshold(scores: Tensor, kept: int) -> float:
-    """The largest number that exactly ``kept`` scores exceed (by a sort; ties count among the dropped)."""
+    """The largest number that exactly `kept` scores exceed (by a sort; ties count among the dropped)."""
     ordered = scores.flatten().sort(descending=True).values
     return float(ordered[kept]) if kept < ordered.numel() else -1.0
