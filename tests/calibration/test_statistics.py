@@ -13,7 +13,6 @@ from torch import nn
 from hwpq_pipeline.calibration.statistics import (
     Statistics,
     collect_statistics,
-    merge_statistics,
     resolve_dtype,
 )
 from hwpq_pipeline.decoder.gram import Gram
@@ -98,9 +97,9 @@ def test_groups_and_files_are_as_documented(model: Path, tmp_path: Path) -> None
             f"{prefix}.mlp.down_proj": (64, (f"{prefix}.mlp.down_proj",)),
         }
         stored = load_file(tmp_path / "s" / f"block_{block:03d}.safetensors")
-        assert set(stored) == {f"{name}.gram" for name in groups}
+        assert set(stored) == {f"{name}.{kind}" for name in groups for kind in ("gram", "energy")}
     index = json.loads((tmp_path / "s" / "index.json").read_text())
-    assert (index["format"], index["mode"], index["tokens"]) == (1, "gram", 96)
+    assert (index["format"], index["mode"], index["tokens"]) == (2, "gram", 96)
 
 
 def test_diagonal_mode(model: Path, expected: dict[str, np.ndarray], tmp_path: Path) -> None:
@@ -112,26 +111,20 @@ def test_diagonal_mode(model: Path, expected: dict[str, np.ndarray], tmp_path: P
 
 
 @pytest.mark.parametrize("mode", ["gram", "diagonal"])
-def test_merged_parts_are_the_whole(model: Path, expected: dict[str, np.ndarray], tmp_path: Path, mode: str) -> None:
-    tokens = tiny_tokens(5)
-    cpu(model, tokens[:2], tmp_path / "a", mode=mode)
-    cpu(model, tokens[2:], tmp_path / "b", mode=mode)
-    merged = Statistics(merge_statistics([tmp_path / "a", tmp_path / "b"], tmp_path / "c"))
-    assert (merged.tokens, merged.mode) == (5 * 24, mode)
-    for layer, gram in expected.items():
-        assert relative(merged.energy(layer), gram.diagonal()) < 1e-5
+def test_energies_are_read_without_the_matrices(model: Path, tmp_path: Path, mode: str) -> None:
+    found = cpu(model, tiny_tokens(3), tmp_path / "s", mode=mode)
+    grams = {name: found.gram(name) for name in found.layers} if mode == "gram" else {}
+    for file in (tmp_path / "s").glob("*.safetensors"):
+        stored = load_file(file)
         if mode == "gram":
-            assert relative(merged.gram(layer), gram) < 1e-5
-
-
-def test_parts_that_differ_are_not_merged(model: Path, tmp_path: Path) -> None:
-    cpu(model, tiny_tokens(1), tmp_path / "a")
-    cpu(model, tiny_tokens(1), tmp_path / "b", mode="diagonal")
-    with pytest.raises(HwpqError, match="mode or layers differ"):
-        merge_statistics([tmp_path / "a", tmp_path / "b"], tmp_path / "c")
-    with pytest.raises(HwpqError, match="nothing to merge"):
-        merge_statistics([], tmp_path / "c")
-    assert not (tmp_path / "c").exists()
+            for name in [name for name in stored if name.endswith(".gram")]:
+                energy = stored[name.replace(".gram", ".energy")]
+                assert energy.tolist() == [float(stored[name][j, j]) for j in range(len(energy))]
+        save_file({name: tensor for name, tensor in stored.items() if name.endswith(".energy")}, file)
+    for name in found.layers:
+        energy = found.energy(name)
+        assert energy.dtype == torch.float32
+        assert mode == "diagonal" or torch.equal(energy, grams[name].diagonal())
 
 
 def test_bfloat16_forward_is_near(model: Path, expected: dict[str, np.ndarray], tmp_path: Path) -> None:
@@ -214,8 +207,11 @@ def test_damaged_statistics(model: Path, tmp_path: Path) -> None:
     block.unlink()
     with pytest.raises(HwpqError, match="no such file"):
         Statistics(tmp_path / "s")
-    (tmp_path / "s" / "index.json").write_text('{"format": 99, "mode": "gram"}')
-    with pytest.raises(HwpqError, match="not an index"):
+    (tmp_path / "s" / "index.json").write_text('{"format": 1, "mode": "gram"}')
+    with pytest.raises(HwpqError, match=r"format 1 where this version reads 2.*Run the calibrate pipeline again\."):
+        Statistics(tmp_path / "s")
+    (tmp_path / "s" / "index.json").write_text('{"format": 2, "mode": "whole"}')
+    with pytest.raises(HwpqError, match=r"not an index of statistics \(mode whole\)"):
         Statistics(tmp_path / "s")
 
 
@@ -224,13 +220,14 @@ def test_one_sum_a_group_and_progress_a_block(model: Path, tmp_path: Path, monke
     real = Gram.add
     monkeypatch.setattr(Gram, "add", lambda self, x: (added.append(tuple(x.shape)), real(self, x))[1])
     seen: list[tuple[int, int]] = []
-    result = collect_statistics(
+    path = collect_statistics(
         model, tiny_tokens(3), target=tmp_path / "s", device="cpu", dtype="float32", batch=2,
         progress=lambda *report: seen.append(report),
     )  # fmt: skip
     assert len(added) == 2 * 2 * 4  # blocks, batches, groups
     assert seen == [(1, 2), (2, 2)]
-    assert (result.tokens, result.dtype, result.device) == (72, "float32", "cpu")
+    assert path == tmp_path / "s"
+    assert (Statistics(path).tokens, Statistics(path).dtype) == (72, "float32")
 
 
 def test_auto_follows_the_hardware(monkeypatch: pytest.MonkeyPatch) -> None:

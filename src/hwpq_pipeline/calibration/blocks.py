@@ -1,12 +1,11 @@
-"""The sums of what one decoder block's linear layers are fed.
+"""The sums over the inputs of one decoder block's linear layers.
 
-`BlockSums` hooks the linear layers. Layers that are fed by the same tensor share one sum; which do is seen
-from the memory that they read, not assumed from their names.
+`BlockSums` hooks the linear layers. Layers that are fed by the same tensor share one sum. The hooks find them by the
+memory that they read, and assume nothing from their names.
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -22,8 +21,13 @@ from hwpq_pipeline.errors import HwpqError
 class BlockSums:
     """The sums of one decoder block's inputs, filled by hooks on its linear layers.
 
-    The first layer to meet a tensor leads its group and sums it; the others that meet the same memory before
-    the batch ends join the group. Tensors are held until then, so that no address can be used twice.
+    The first layer to meet a tensor leads its group and sums it. The others that meet the same memory before the
+    batch ends join the group. Tensors are held until then, so that no address can be used twice.
+
+    Args:
+        plan: the model's compressible layers.
+        number: index of the block.
+        kind: which sum.
     """
 
     def __init__(self, plan: LayerMap, number: int, kind: type[Gram] | type[Energy]) -> None:
@@ -33,7 +37,6 @@ class BlockSums:
         self.sums: dict[str, Gram | Energy] = {}
         self.leader_of: dict[str, str] = {}
         self.seen: list[tuple[torch.Tensor, str]] = []
-        self.seconds = 0.0
 
     @contextmanager
     def hooked(self, block: nn.Module) -> Iterator[None]:
@@ -65,11 +68,9 @@ class BlockSums:
         return meet
 
     def _add(self, name: str, x: torch.Tensor) -> None:
-        now = time.perf_counter()
         if name not in self.sums:
             self.sums[name] = self.kind(self.layers[name], x.device)
         self.sums[name].add(x.reshape(-1, self.layers[name]))
-        self.seconds += time.perf_counter() - now
 
     def end_batch(self) -> None:
         """Forget the batch's tensors."""

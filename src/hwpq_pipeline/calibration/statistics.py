@@ -1,20 +1,18 @@
 """Activation statistics of the dense model in one forward pass, in bounded memory.
 
-Everything after calibration needs, of the data, only `G = Σ x xᵀ` of each distinct layer input. The pass goes
-block by block: the embeddings of all samples once, then each decoder block over all batches with hooks on its
-linear layers, its sums written to disk before the next block starts. In memory are the model, the hidden
-states of all samples (samples · length · hidden) and one block's sums.
+All that later stages need from the data is `G = Σ x xᵀ` of each distinct layer input. The pass goes block by block: the
+embeddings of all samples once, then each decoder block over all batches, with hooks on its linear layers. A block's
+sums are written to disk before the next block starts. Memory holds the model, the hidden states of all samples
+(samples · length · hidden) and one block's sums.
 
-In float32 the sums would cost nearly as much as the forward pass, which is why they use the symmetry (see
-`gram`). Larger batches cost less time and more memory for one block's activations; beyond a few thousand tokens
-a batch nothing is gained.
+In float32 the sums would cost nearly as much as the forward pass, so they use the symmetry (see `decoder.gram`). Larger
+batches cost less time, and more memory for one block's activations. Beyond a few thousand tokens a batch nothing is
+gained.
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +20,7 @@ import numpy as np
 import torch
 
 from hwpq_pipeline.calibration.blocks import BlockSums
-from hwpq_pipeline.calibration.store import InputGroup, Statistics, StatisticsWriter, merge_statistics
+from hwpq_pipeline.calibration.store import InputGroup, Statistics, StatisticsWriter
 from hwpq_pipeline.checkpoints.layers import find_blocks, map_model
 from hwpq_pipeline.checkpoints.writer import atomic_directory
 from hwpq_pipeline.decoder.blocks import first_output, record_inputs
@@ -30,34 +28,9 @@ from hwpq_pipeline.decoder.gram import Energy, Gram, has_bfloat16
 from hwpq_pipeline.decoder.loading import checked_ids, load_dense
 from hwpq_pipeline.errors import HwpqError
 
-__all__ = ["Collected", "InputGroup", "Statistics", "collect_statistics", "merge_statistics", "resolve_dtype"]
+__all__ = ["InputGroup", "Statistics", "collect_statistics", "resolve_dtype"]
 
 Progress = Callable[[int, int], None]
-
-
-@dataclass(frozen=True)
-class Collected:
-    """What a collection was and cost.
-
-    Attributes:
-        path: the directory of statistics.
-        tokens: number of tokens.
-        dtype, device: of the forward pass.
-        seconds_load, seconds_forward, seconds_sums, seconds_write: wall time of each part.
-    """
-
-    path: Path
-    tokens: int
-    dtype: str
-    device: str
-    seconds_load: float
-    seconds_forward: float
-    seconds_sums: float
-    seconds_write: float
-
-
-def _no_progress(_done: int, _total: int) -> None:
-    """Say nothing."""
 
 
 def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
@@ -80,7 +53,7 @@ def collect_statistics(
     batch: int = 8,
     device: torch.device | str = "cpu",
     progress: Progress | None = None,
-) -> Collected:
+) -> Path:
     """Sum `x xᵀ` over tokens for every distinct input of the compressible layers.
 
     Args:
@@ -88,13 +61,17 @@ def collect_statistics(
         token_ids: shape (samples, length), integers.
         target: the directory to write (see `store`), whole or not at all.
         mode: `gram`, or `diagonal` for `Σ x_j²` alone.
-        dtype: of the forward pass: `float32`, `bfloat16`, or `auto` (bfloat16 where hardware has it).
+        dtype: of the forward pass: `float32`, `bfloat16`, or `auto` (bfloat16 where the hardware multiplies it).
         batch: samples at a time.
-        device: of the forward pass and the sums.
+        device: where the forward pass and the sums run.
         progress: called with (blocks done, blocks).
 
+    Returns:
+        The target.
+
     Raises:
-        HwpqError: token ids out of range, an unusable model, or activations that are NaN or infinite.
+        HwpqError: an unknown mode or dtype, token ids out of range, an unusable model, or activations that are NaN or
+            infinite.
     """
     if mode not in ("gram", "diagonal"):
         raise HwpqError(f"unknown mode {mode}", where="calibration", remedy="Use gram or diagonal.")
@@ -102,33 +79,20 @@ def collect_statistics(
         raise HwpqError(f"batch is {batch}", where="calibration", remedy="Use 1 or more samples a batch.")
     place = torch.device(device)
     precision = resolve_dtype(dtype, place)
-    started = time.perf_counter()
     model = load_dense(model_dir, precision, place)
     ids = checked_ids(token_ids, model, str(model_dir)).to(place)
-    loaded = time.perf_counter()
     with torch.inference_mode(), atomic_directory(target) as partial:
         writer = StatisticsWriter(partial, mode)
-        clock = _walk(model, list(ids.split(batch)), writer, progress or _no_progress)
+        _walk(model, list(ids.split(batch)), writer, progress)
         writer.close(ids.numel(), dtype=str(precision).removeprefix("torch."))
-    walked = time.perf_counter() - loaded
-    return Collected(
-        path=Path(target),
-        tokens=ids.numel(),
-        dtype=str(precision).removeprefix("torch."),
-        device=place.type,
-        seconds_load=loaded - started,
-        seconds_forward=walked - clock["sums"] - clock["write"],
-        seconds_sums=clock["sums"],
-        seconds_write=clock["write"],
-    )
+    return Path(target)
 
 
-def _walk(model: Any, batches: list[torch.Tensor], writer: StatisticsWriter, progress: Progress) -> dict[str, float]:
-    """All batches through one block after another; returns the seconds spent on sums and on writing."""
+def _walk(model: Any, batches: list[torch.Tensor], writer: StatisticsWriter, progress: Progress | None) -> None:
+    """Take all batches through one block after another, and write each block's sums."""
     plan = map_model(model)
     _, blocks = find_blocks(model)
     hidden, extra = record_inputs(model, blocks, batches)
-    clock = {"sums": 0.0, "write": 0.0}
     for number, block in enumerate(blocks):
         sums = BlockSums(plan, number, Gram if writer.mode == "gram" else Energy)
         with sums.hooked(block):
@@ -137,9 +101,6 @@ def _walk(model: Any, batches: list[torch.Tensor], writer: StatisticsWriter, pro
                 hidden[index] = first_output(block(state, *positional, **keyword))
                 sums.end_batch()
         groups = sums.groups()
-        now = time.perf_counter()
         writer.block(groups, sums.tensors(groups, hidden[0].device))
-        clock["write"] += time.perf_counter() - now
-        clock["sums"] += sums.seconds
-        progress(number + 1, len(blocks))
-    return clock
+        if progress is not None:
+            progress(number + 1, len(blocks))

@@ -1,10 +1,14 @@
 """Activation statistics on disk: one safetensors file a decoder block, and an index.
 
-`index.json` names, for each block, its file and its input groups: the layers fed by one and the same tensor
-(q/k/v; gate/up), which therefore share one Gram matrix. A group is named by its first layer in module order
-and holds the tensor `<group>.gram`, shape (in, in) = Σ x xᵀ over all tokens, or in diagonal mode
-`<group>.energy`, shape (in,) = Σ x_j², both float32. Sums, not means: statistics of two sets of tokens are
-merged by adding them, and files are of use one at a time, whatever the model's size.
+`index.json` names, for each block, its file and its input groups: the layers fed by one and the same tensor (q/k/v;
+gate/up), which therefore share one Gram matrix. A group is named by its first layer in module order. It holds two
+float32 tensors, or in diagonal mode the second alone:
+
+    <group>.gram     (in, in)    Σ x xᵀ over all tokens
+    <group>.energy   (in,)       Σ x_j², its diagonal: the energy (second moment) of each input
+
+The diagonal stands beside its matrix because the selection needs nothing else: it reads kilobytes where the matrices
+are hundreds of megabytes. The tensors are sums, not means. Each file can be read alone, whatever the model's size.
 """
 
 from __future__ import annotations
@@ -17,10 +21,11 @@ from typing import Any
 import torch
 
 from hwpq_pipeline.checkpoints.reader import read_json, read_tensors
-from hwpq_pipeline.checkpoints.writer import atomic_directory, write_json, write_tensors
+from hwpq_pipeline.checkpoints.writer import write_json, write_tensors
 from hwpq_pipeline.errors import HwpqError
 
-FORMAT = 1
+#: 2 since the diagonal stands beside the matrix.
+FORMAT = 2
 _AGAIN = "Run the calibrate pipeline again."
 
 
@@ -42,7 +47,7 @@ class InputGroup:
 
 
 class Statistics:
-    """Statistics that were written by `collect_statistics` or `merge_statistics`, read a group at a time.
+    """Statistics that were written by `collect_statistics`, read a group at a time.
 
     Args:
         path: the directory.
@@ -53,15 +58,17 @@ class Statistics:
         dtype: of the forward pass that gave them, `float32` or `bfloat16`.
 
     Raises:
-        HwpqError: the index or a block's file is missing, or the index is not of this format.
+        HwpqError: the index or a block's file is missing, or the index has another format.
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.index = read_json(self.path / "index.json")
         try:
-            if self.index["format"] != FORMAT or self.index["mode"] not in ("gram", "diagonal"):
-                raise ValueError(f"format {self.index['format']}, mode {self.index['mode']}")
+            if self.index["format"] != FORMAT:
+                raise ValueError(f"format {self.index['format']} where this version reads {FORMAT}")
+            if self.index["mode"] not in ("gram", "diagonal"):
+                raise ValueError(f"mode {self.index['mode']}")
             self.mode: str = self.index["mode"]
             self.tokens = int(self.index["tokens"])
             self.dtype = str(self.index.get("dtype", "float32"))
@@ -121,9 +128,11 @@ class Statistics:
         return self._read(group, "gram", 2)
 
     def energy(self, group: str) -> torch.Tensor:
-        """`Σ x_j²`, shape (in,), float32, of a group (or of the group of a layer); in both modes."""
-        if self.mode == "gram":
-            return self._read(group, "gram", 2).diagonal().clone()
+        """`Σ x_j²`, shape (in,), float32, of a group (or of the group of a layer), in both modes.
+
+        Raises:
+            HwpqError: the file is corrupt, or the group is unknown.
+        """
         return self._read(group, "energy", 1)
 
     def _read(self, name: str, suffix: str, dimensions: int) -> torch.Tensor:
@@ -156,11 +165,15 @@ class StatisticsWriter:
 
         Args:
             groups: name and layers of each input group, in module order.
-            tensors: the sum of each group, by its name.
+            tensors: the sum of each group, by its name: `Σ x xᵀ`, or in diagonal mode `Σ x_j²`.
         """
-        suffix = "gram" if self.mode == "gram" else "energy"
         file = f"block_{len(self._blocks):03d}.safetensors"
-        write_tensors(self.directory / file, {f"{name}.{suffix}": tensor for name, tensor in tensors.items()})
+        stored = {}
+        for name, total in tensors.items():
+            if self.mode == "gram":
+                stored[f"{name}.gram"] = total
+            stored[f"{name}.energy"] = total.diagonal().clone() if self.mode == "gram" else total
+        write_tensors(self.directory / file, stored)
         entries = [
             {"name": name, "features": tensors[name].shape[0], "layers": list(layers)} for name, layers in groups
         ]
@@ -170,37 +183,3 @@ class StatisticsWriter:
         """Write the index."""
         index = {"format": FORMAT, "mode": self.mode, "tokens": tokens, **facts, "blocks": self._blocks}
         write_json(self.directory / "index.json", index)
-
-
-def merge_statistics(directories: Sequence[str | Path], target: str | Path) -> Path:
-    """Add statistics of disjoint sets of tokens, collected with the same model and mode.
-
-    Args:
-        directories: of each part.
-        target: the directory to write.
-
-    Raises:
-        HwpqError: there is no part, or the parts differ in mode or groups.
-    """
-    parts = [Statistics(directory) for directory in directories]
-    if not parts:
-        raise HwpqError("nothing to merge", where=str(target), remedy="Give one directory of statistics at least.")
-    first = parts[0]
-    for part in parts[1:]:
-        if (part.mode, part.groups()) != (first.mode, first.groups()):
-            raise HwpqError(
-                f"its mode or layers differ from those of {first.path}",
-                where=str(part.path),
-                remedy="Merge statistics of one model, collected in one mode.",
-            )
-    with atomic_directory(target) as partial:
-        writer = StatisticsWriter(partial, first.mode)
-        for block in range(first.blocks):
-            groups = [(group.name, group.layers) for group in first.groups(block)]
-            read = Statistics.gram if first.mode == "gram" else Statistics.energy
-            writer.block(
-                groups,
-                {name: sum(read(part, name).double() for part in parts).float() for name, _ in groups},  # type: ignore[union-attr]
-            )
-        writer.close(sum(part.tokens for part in parts), dtype=first.dtype)
-    return Path(target)
