@@ -19,7 +19,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from hwpq_pipeline.kernels.coordinate_descent import cuda as descent
+from hwpq_pipeline.kernels.ewma_select import SEARCH_STEPS
 from hwpq_pipeline.kernels.ewma_select import cuda as ewma
+from hwpq_pipeline.kernels.ewma_select import triton_parts as ewma_parts
 from hwpq_pipeline.kernels.fp8 import cuda as fp8
 from hwpq_pipeline.kernels.group_scale import cuda as scales
 from hwpq_pipeline.kernels.triton_parts import STORED
@@ -66,7 +68,7 @@ def every_kernel(capability: int) -> dict[str, dict[str, int]]:
             shape = {"ROWS": tile.rows, "BLOCK": tile.columns, "STAGES": tile.stages}
             gains = {"ALPHA": 1 / 64, "BETA": 1 / 64, "DOMAIN": 0, "CROSS": False}
             found[f"ewma {dtype} {rows} rows"] = build(
-                ewma._pass,
+                ewma_parts.run_pass,
                 f"{weight} i32 i32 i32 *fp32 *fp32 *fp32 *fp32 *fp32 i32 *u8 i32 *i64 *fp32",
                 gains | shape | {"ratios": None, "RATIOS": False},
                 capability,
@@ -90,7 +92,7 @@ def every_kernel(capability: int) -> dict[str, dict[str, int]]:
             **exact,
         )
     found["ewma ratios"] = build(
-        ewma._pass,
+        ewma_parts.run_pass,
         "*bf16 i32 i32 i32 *fp32 *fp32 *fp32 *fp32 *fp32 i32 i32 *fp32",
         gains | shape | {"keep": None, "kept": None, "state": None, "RATIOS": True, "CROSS": True, "DOMAIN": 2},
         capability,
@@ -99,9 +101,9 @@ def every_kernel(capability: int) -> dict[str, dict[str, int]]:
     )
     for size in (4096, 32768):
         found[f"ewma search {size}"] = build(
-            ewma._search,
+            ewma_parts.search_row,
             "*fp32 i32 *i64 *fp32",
-            {"SIZE": size, "STEPS": ewma.SEARCH_STEPS},
+            {"SIZE": size, "STEPS": SEARCH_STEPS},
             capability,
             num_warps=min(32, size // 1024),
         )

@@ -5,23 +5,23 @@
         z · z      domain "raw": the contribution L itself
         log2(z)    domain "log": half of log2 L, by exponent and polynomial (`reference.log2`)
     d = x − μ
-    keep w_ij if   d ≥ (λ_i β) S                   that is x ≥ μ + λσ: judged by the columns before it, as TCP judges a
-                                                   round trip by those before it
+    keep w_ij if   d ≥ (λ_i β) S                   that is x ≥ μ + λσ: a weight is judged by the columns before it, as
+                                                   TCP judges a round trip by those before it
     S ← (1 − β) S + |d|;   μ ← μ + α d             that is σ ← σ + β (|d| − σ) with σ = β S (Jacobson 1988)
 
-in float32, in this order of operations, no fused multiply-add. ``S`` in the place of σ saves an operation a weight.
+in float32, in this order of operations, without fused multiply-add. `S` in the place of σ saves an operation a weight.
 
 **Warm start.** A row is treated as a ring: before column 0 the recurrence runs over the row's *last*
-``warm = min(in, ⌈2 / min(α, β)⌉)`` columns, from ``μ = x`` of the first of them and ``σ = 0``, with gains
-``max(α, 1 / (t + 1))``, that is a plain mean until that has as long a memory as the running one. So column 0 is judged
-by a settled estimate that does not contain column 0 itself, and no position of a row is favoured: on i.i.d. rows the
-keep rate is flat. The price is to read ``warm`` columns twice. In a row whose values are all equal ``d`` is exactly 0:
-σ stays 0 and all is kept, whatever λ is.
+`warm = min(in, ⌈2 / min(α, β)⌉)` columns, from `μ = x` of the first of them and `σ = 0`, with gains
+`max(α, 1 / (t + 1))`. This is a plain mean until it has as long a memory as the running one. So column 0 is judged by a
+settled estimate that does not contain column 0 itself, and no position of a row is favoured: on i.i.d. rows the keep
+rate is flat. The price is that `warm` columns are read twice. In a row whose values are all equal `d` is exactly 0: σ
+stays 0 and every weight is kept, whatever λ is.
 
-The CPU's mask is the reference's to the bit. The CUDA kernel adds in another order, and differs only where a weight
-lies on the line but for rounding: its own docstring says how near. Gains above 1/2 have no CUDA kernel.
+The CPU's mask is the reference's to the bit. The CUDA kernel adds in another order. Its mask differs only where a
+weight lies on the line but for rounding; its own docstring says how near. Gains above 1/2 have no CUDA kernel.
 
-**Non-finite weights** turn a row's μ into NaN or infinity, and there it stays: the returned state tells.
+**Non-finite weights** turn a row's μ into NaN or infinity, where it stays. The returned state shows it.
 """
 
 from __future__ import annotations
@@ -29,26 +29,47 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from hwpq_pipeline.errors import HwpqError
 from hwpq_pipeline.kernels.devices import wants_cuda
-from hwpq_pipeline.kernels.ewma_select.gains import warm_gains as gains_of_warm_start
 
 DOMAINS = ("sqrt", "log", "raw")
 
+#: Stands for an infinite ratio. As a multiplier it lies above all ratios, and its negative below all.
+LARGEST = torch.finfo(torch.float32).max
+
+#: Most counts that a search for a multiplier makes. It ends before, once the count is exact or the bracket is empty.
+SEARCH_STEPS = 60
+
 __all__ = [
     "DOMAINS",
+    "LARGEST",
+    "SEARCH_STEPS",
+    "Average",
     "EwmaPass",
     "Ratios",
     "ewma_dropped",
     "ewma_ratios",
     "ewma_row_multipliers",
     "ewma_select",
-    "warm_gains",
 ]
+
+
+@dataclass(frozen=True)
+class Average:
+    """The moving average.
+
+    Attributes:
+        alpha: gain of μ, in (0, 1].
+        beta: gain of σ, in (0, 1].
+        domain: one of `DOMAINS`.
+    """
+
+    alpha: float
+    beta: float
+    domain: str
 
 
 @dataclass(frozen=True)
@@ -67,10 +88,10 @@ class EwmaPass:
 
 
 class Ratios(Protocol):
-    """``(x − μ) / σ`` of every weight of some rows: a weight is dropped when this is below λ (but for rounding).
+    """`(x − μ) / σ` of every weight of some rows: a weight is dropped when this is below λ (but for rounding).
 
-    Where σ is 0 it is the largest float32 (kept whatever λ is), negative if x < μ. As large as the float32 weight:
-    meant for samples of rows.
+    Where σ is 0 it is `LARGEST` (kept whatever λ is), negative if x < μ. The ratios are as large as the float32
+    weight, so they are for samples of rows.
 
     Attributes:
         rows: how many rows.
@@ -84,7 +105,7 @@ class Ratios(Protocol):
         """How many weights of each row are dropped at a multiplier: int64, (rows,)."""
 
     def multiplier(self, drop: int) -> float:
-        """The multiplier at which ``drop`` weights of all rows together are dropped, or as near as repeats allow."""
+        """The multiplier at which `drop` weights of all rows together are dropped, or as near as repeats allow."""
 
     def matrix(self) -> Tensor:
         """float32, shape (rows, columns)."""
@@ -102,95 +123,70 @@ class _Pass(Protocol):
     def dropped(self, multipliers: Tensor) -> Tensor: ...
 
 
-def warm_gains(alpha: float, beta: float, columns: int) -> Tensor:
-    """The warm start step by step, float32, (3, warm): the gain of μ, what S is faded by, the weight of |d| in it."""
-    return torch.from_numpy(gains_of_warm_start(alpha, beta, columns).astype(np.float32))
-
-
 def ewma_select(
-    weight: Tensor,
-    column: Tensor,
-    row: Tensor,
-    cross: Tensor,
-    multiplier: Tensor,
-    *,
-    alpha: float,
-    beta: float,
-    domain: str,
+    weight: Tensor, column: Tensor, row: Tensor, cross: Tensor, multiplier: Tensor, average: Average
 ) -> EwmaPass:
     """Select the weights of a layer in one pass, on the device that the weight is on.
 
     Args:
         weight: float32 or bfloat16 (others are converted), shape (out, in); rows may be strided.
-        column: float32, shape (in,): ``u``.
-        row: float32, shape (out,): ``r``.
-        cross: float32, shape (in,): ``v``.
+        column: float32, shape (in,): `u`.
+        row: float32, shape (out,): `r`.
+        cross: float32, shape (in,): `v`.
         multiplier: float32, shape (out,) or (): λ of each row, or of all.
-        alpha: gain of μ, in (0, 1].
-        beta: gain of σ, in (0, 1].
-        domain: one of `DOMAINS`.
+        average: gains and domain.
 
     Raises:
         HwpqError: a device without a kernel, an unknown domain, a gain outside (0, 1].
     """
-    prepared = _prepare(weight, column, row, cross, alpha, beta, domain)
+    prepared = _prepare(weight, column, row, cross, average)
     lam = multiplier.detach().to(weight.device, torch.float32).expand(weight.shape[0]).contiguous()
     return EwmaPass(*prepared.select(lam))
 
 
-def ewma_ratios(
-    weight: Tensor, column: Tensor, row: Tensor, cross: Tensor, *, alpha: float, beta: float, domain: str
-) -> Ratios:
-    """The ratios ``(x − μ) / σ`` of a (sample of a) layer. Arguments and errors as `ewma_select`."""
-    return _prepare(weight, column, row, cross, alpha, beta, domain).ratios()
+def ewma_ratios(weight: Tensor, column: Tensor, row: Tensor, cross: Tensor, average: Average) -> Ratios:
+    """The ratios `(x − μ) / σ` of a (sample of a) layer. Arguments and errors as `ewma_select`."""
+    return _prepare(weight, column, row, cross, average).ratios()
 
 
 def ewma_dropped(
-    weight: Tensor,
-    column: Tensor,
-    row: Tensor,
-    cross: Tensor,
-    multipliers: Tensor,
-    *,
-    alpha: float,
-    beta: float,
-    domain: str,
+    weight: Tensor, column: Tensor, row: Tensor, cross: Tensor, multipliers: Tensor, average: Average
 ) -> Tensor:
     """How many weights of the layer each of several multipliers drops, int64, (k,); in one pass, without a mask.
 
-    ``multipliers`` is float32, (k,). Other arguments and errors as `ewma_select`.
+    `multipliers` is float32, (k,). Other arguments and errors as `ewma_select`.
     """
-    prepared = _prepare(weight, column, row, cross, alpha, beta, domain)
+    prepared = _prepare(weight, column, row, cross, average)
     return prepared.dropped(multipliers.to(weight.device, torch.float32).contiguous())
 
 
 def ewma_row_multipliers(
-    weight: Tensor, column: Tensor, row: Tensor, cross: Tensor, drop: Tensor, *, alpha: float, beta: float, domain: str
+    weight: Tensor, column: Tensor, row: Tensor, cross: Tensor, drop: Tensor, average: Average
 ) -> Tensor:
-    """λ of each row such that ``drop`` (int64, (out,)) of its weights are dropped, float32, (out,); in one pass.
+    """λ of each row such that `drop` (int64, (out,)) of its weights are dropped, float32, (out,); in one pass.
 
-    Where values repeat, it is the λ with the nearest count; a row without spread (σ = 0) has none, and gets 0. Other
+    Where values repeat, it is the λ with the nearest count. A row without spread (σ = 0) has none, and gets 0. Other
     arguments and errors as `ewma_select`.
     """
-    prepared = _prepare(weight, column, row, cross, alpha, beta, domain)
+    prepared = _prepare(weight, column, row, cross, average)
     return prepared.row_multipliers(drop.to(weight.device, torch.int64).contiguous())
 
 
-def _prepare(
-    weight: Tensor, column: Tensor, row: Tensor, cross: Tensor, alpha: float, beta: float, domain: str
-) -> _Pass:
+def _prepare(weight: Tensor, column: Tensor, row: Tensor, cross: Tensor, average: Average) -> _Pass:
     """Check, and choose the kernel by the weight's device."""
     on_cuda = wants_cuda(weight, "ewma_select")
-    if domain not in DOMAINS:
-        raise HwpqError(f"unknown domain '{domain}'", where="ewma_select", remedy=f"Choose one of {', '.join(DOMAINS)}")
-    for name, gain in (("alpha", alpha), ("beta", beta)):
+    if average.domain not in DOMAINS:
+        raise HwpqError(
+            f"unknown domain '{average.domain}'", where="ewma_select", remedy=f"Choose one of {', '.join(DOMAINS)}"
+        )
+    for name, gain in (("alpha", average.alpha), ("beta", average.beta)):
         if not 0 < gain <= 1:
             raise HwpqError(f"{name} is {gain}", where="ewma_select", remedy="A gain lies in (0, 1], for instance 1/64")
     column, row, cross = (part.detach().to(weight.device, torch.float32).contiguous() for part in (column, row, cross))
     if on_cuda:
         from hwpq_pipeline.kernels.ewma_select import cuda
 
-        return cuda.Pass(weight, column, row, cross, alpha, beta, domain)
+        return cuda.Pass(weight, column, row, cross, average)
     from hwpq_pipeline.kernels.ewma_select import cpu
 
-    return cpu.Pass(weight, column, row, cross, alpha, beta, domain)
+    return cpu.Pass(weight, column, row, cross, average)

@@ -1,9 +1,9 @@
 """The CPU kernel: one pass over the weight, sixteen rows side by side, eight columns a step, mask packed on the way.
 
-The time is that of arithmetic, not of memory, so operations are counted: per weight one product for the contribution,
-eight operations for rule and recurrence, two for the mask's bit (`recurrence`), three to read and transpose. Lanes past
-the last row repeat it: they write the same bytes again. A partial octet at a row's end is filled up with zeros, and
-what is not there gets a gain of 0, which leaves μ and σ as they are.
+Arithmetic, not memory, sets the time, so operations count. A weight takes one product for the contribution, eight
+operations for rule and recurrence, two for the mask's bit (`recurrence`), and three to read and transpose. Lanes past
+the last row repeat it: they write the same bytes again. A partial octet at a row's end is filled up with zeros, and a
+column that is not there gets a gain of 0, which leaves μ and σ as they are.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from hwpq_pipeline.kernels import flat_rows, jit, over_rows
-from hwpq_pipeline.kernels.ewma_select import search
+from hwpq_pipeline.kernels.ewma_select import LARGEST, Average, search
 from hwpq_pipeline.kernels.ewma_select.gains import warm_gains
 from hwpq_pipeline.kernels.ewma_select.recurrence import (
     BOUND,
@@ -29,7 +29,6 @@ from hwpq_pipeline.kernels.ewma_select.recurrence import (
     divide,
     emit,
 )
-from hwpq_pipeline.kernels.ewma_select.search import LARGEST
 from hwpq_pipeline.kernels.lanes import LANES, OCTET, TILE, padded, stage
 
 Array = np.ndarray[Any, Any]
@@ -52,7 +51,7 @@ def _warm_up(flat, stride, columns, block, last, column, cross, row, warm, tag, 
 
 @jit
 def _emit_rest(words, have, counts, keep, places, byte):  # type: ignore[no-untyped-def]
-    """`emit` for a partial tile: bytes for the ``have`` columns that are there, and no bits beyond."""
+    """`emit` for a partial tile: bytes for the `have` columns that are there, and no bits beyond."""
     for lane in range(LANES):
         word = words[lane] & ((1 << have) - 1)
         words[lane] = 0
@@ -64,7 +63,7 @@ def _emit_rest(words, have, counts, keep, places, byte):  # type: ignore[no-unty
 
 @jit
 def _select(flat, stride, columns, first, last, column, cross, row, bound, warm, gains, ends, tag, keep, kept, states):  # type: ignore[no-untyped-def]
-    """Rows ``first`` to ``last - 1`` of the mask (``keep`` is flat), their counts and last states (μ, S)."""
+    """Rows `first` to `last - 1` of the mask (`keep` is flat), their counts and last states (μ, S)."""
     tile, words = np.empty(LANES * TILE, flat.dtype), np.zeros(LANES, np.int32)
     state, before = np.empty(4 * LANES, np.float32), np.empty(4 * LANES, np.float32)
     counts, places, width = np.empty(LANES, np.int32), np.empty(LANES, np.int64), (columns + OCTET - 1) // OCTET
@@ -98,9 +97,9 @@ def _select(flat, stride, columns, first, last, column, cross, row, bound, warm,
 
 @jit
 def _ratios(flat, stride, columns, first, last, column, cross, row, warm, gains, tag, ratios):  # type: ignore[no-untyped-def]
-    """Ratios of rows ``first`` to ``last - 1``: block after block, in each column after column, in each lane by lane.
+    """Ratios of rows `first` to `last - 1`: block after block, in each column after column, in each lane by lane.
 
-    ``ratios`` has `search.ratio_size` elements a block; missing columns are filled with `LARGEST`.
+    `ratios` has `search.ratio_size` elements a block; missing columns are filled with `LARGEST`.
     """
     tile, state = np.empty(LANES * TILE, flat.dtype), np.empty(4 * LANES, np.float32)
     place = 0
@@ -150,7 +149,7 @@ class Ratios:
         return torch.from_numpy(search.count_below(self.values, self.rows, self.columns, multiplier)).long()
 
     def multiplier(self, drop: int) -> float:
-        """The multiplier at which ``drop`` weights of all rows together are dropped, or as near as repeats allow."""
+        """The multiplier at which `drop` weights of all rows together are dropped, or as near as repeats allow."""
         return search.search(self.values, self.rows, self.columns, drop)
 
     def matrix(self) -> Tensor:
@@ -166,9 +165,7 @@ class Pass:
         column: float32, shape (in,).
         row: float32, shape (out,).
         cross: float32, shape (in,); all zeros for metrics without.
-        alpha: gain of μ.
-        beta: gain of σ.
-        domain: a key of `TAGS`.
+        average: gains and domain.
     """
 
     def __init__(
@@ -177,20 +174,18 @@ class Pass:
         column: Tensor,
         row: Tensor,
         cross: Tensor,
-        alpha: float,
-        beta: float,
-        domain: str,
+        average: Average,
     ) -> None:
         self.rows, self.columns = weight.shape
         self.flat, self.stride = flat_rows(weight)
         self.column, self.row = padded(column.numpy()), row.numpy()
         self.cross = padded(cross.numpy()) if cross.any() else None
-        self.tag = TAGS[domain]
-        self.beta = np.float32(beta)
-        self.warm, self.gains, self.ends = _gains(alpha, beta, self.columns)
+        self.tag = TAGS[average.domain]
+        self.beta = np.float32(average.beta)
+        self.warm, self.gains, self.ends = _gains(average.alpha, average.beta, self.columns)
 
     def select(self, lam: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """``(keep, kept, state)`` for the rows' multipliers (out,), as `EwmaPass` describes them."""
+        """`(keep, kept, state)` for the rows' multipliers (out,), as `EwmaPass` describes them."""
         keep = np.empty((self.rows, -(-self.columns // OCTET)), np.uint8)
         kept, states = np.empty(self.rows, np.int64), np.empty((self.rows, 2), np.float32)
         shape, factors = (self.flat, self.stride, self.columns), (self.column, self.cross, self.row)
@@ -215,7 +210,7 @@ class Pass:
         return Ratios(out, self.rows, self.columns)
 
     def row_multipliers(self, drop: Tensor) -> Tensor:
-        """λ of each row such that ``drop`` (int64, (out,)) of its weights go, a block at a time: float32, (out,)."""
+        """λ of each row such that `drop` (int64, (out,)) of its weights go, a block at a time: float32, (out,)."""
         lam, wanted = np.empty(self.rows, np.float32), drop.numpy()
 
         def work(first: int, last: int) -> None:

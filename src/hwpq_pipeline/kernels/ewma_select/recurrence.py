@@ -1,8 +1,8 @@
-"""The inner loop: one octet of columns of the recurrence as vector code, and what comes of each column of it.
+"""The inner loop: one octet of columns of the recurrence as vector code, and what each column gives.
 
-What varies by call but not by weight is part of the compiled type, so that the loop holds no branch: the weight's
-dtype; the domain, which travels as the length of a tuple (`TAGS`); whether the metric has cross factors (an array, or
-None).
+What varies by call but not by weight is part of the compiled type, so that the loop holds no branch. This is the
+weight's dtype; the domain, which travels as the length of a tuple (`TAGS`); and whether the metric has cross factors
+(an array, or None).
 """
 
 # ruff: noqa: ARG001 (the intrinsics' arguments are there for their types; their code takes the values by position)
@@ -15,8 +15,7 @@ from typing import Any
 from numba import types
 from numba.extending import intrinsic
 
-from hwpq_pipeline.kernels.ewma_select import reference
-from hwpq_pipeline.kernels.ewma_select.search import LARGEST
+from hwpq_pipeline.kernels.ewma_select import LARGEST, reference
 from hwpq_pipeline.kernels.lanes import (
     F32,
     I32,
@@ -77,8 +76,8 @@ def _octet(b: Any, inputs: list[Any], bfloat16: bool, domain: int) -> Iterator[A
 
     Args:
         b: where to emit.
-        inputs: address of the staged tile; the octet's first column in it; addresses of the factors ``column`` and
-            ``cross`` (or None); the octet's first column in them; address of the block's state.
+        inputs: address of the staged tile; the octet's first column in it; addresses of the factors `column` and
+            `cross` (or None); the octet's first column in them; address of the block's state.
         bfloat16: whether the tile is of bfloat16.
         domain: length of the domain's tag.
     """
@@ -106,7 +105,7 @@ class _State:
         self.mu, self.sum = (b.load(place, align=4) for place in self.at)
 
     def update(self, away: Any, alpha: Any, fade: Any, weight: Any | None = None) -> None:
-        """``μ ← μ + α d; S ← fade · S + weight · |d|``; no weight is 1, and a product by 1 changes no bit."""
+        """`μ ← μ + α d; S ← fade · S + weight · |d|`; no weight is 1, and a product by 1 changes no bit."""
         b, spread = self.b, absolute(self.b, away)
         spread = spread if weight is None else b.fmul(weight, spread)
         self.sum = b.fadd(b.fmul(fade, self.sum), spread)
@@ -166,7 +165,7 @@ def decide(_, tile, first, column, cross, column_first, state, tag, gains, words
 
 @intrinsic
 def divide(_, tile, first, column, cross, column_first, state, tag, gains, ratios, place):  # type: ignore[no-untyped-def]
-    """Eight columns of the recurrence, and the ratio ``(x − μ) / σ`` of each weight, a column's lanes side by side."""
+    """Eight columns of the recurrence, and the ratio `(x − μ) / σ` of each weight, a column's lanes side by side."""
 
     def generate(context: Any, b: Any, signature: Any, values: Any) -> Any:
         *inputs, _, gains_at, ratios_at, place_at = _values(context, b, signature, values)
@@ -185,7 +184,7 @@ def divide(_, tile, first, column, cross, column_first, state, tag, gains, ratio
 
 @intrinsic
 def emit(_, words, counts, keep, places, byte):  # type: ignore[no-untyped-def]
-    """Write each lane's word at ``byte`` of its row, add its ones to the lane's count, clear it."""
+    """Write each lane's word at `byte` of its row, add its ones to the lane's count, clear it."""
 
     def generate(context: Any, b: Any, signature: Any, values: Any) -> Any:
         at = [pointer(context, b, signature.args[i], values[i]) for i in range(4)]

@@ -1,6 +1,6 @@
 """The oracle: the rule of the package's docstring, a column at a time, in numpy float32.
 
-Written to be read and to be compared with, not to be run on models. Every operation is one IEEE float32 operation in
+It is written to be read and compared with, not to be run on models. Every operation is one IEEE float32 operation in
 the order written, so a kernel that keeps the order gives the same bits.
 """
 
@@ -11,6 +11,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+
+from hwpq_pipeline.kernels.ewma_select import Average
+from hwpq_pipeline.kernels.ewma_select.gains import warm_gains
 
 Vector = np.ndarray[Any, np.dtype[np.float32]]
 
@@ -29,7 +32,7 @@ def log2(z: Vector) -> Vector:
 
 
 def levels(weight: Tensor, column: Tensor, row: Tensor, cross: Tensor, domain: str) -> Vector:
-    """The values that the running mean is taken of: ``sqrt(L)``, ``L`` or ``log2 sqrt(L)``, float32, (out, in)."""
+    """The values that the running mean is taken of: `sqrt(L)`, `L` or `log2 sqrt(L)`, float32, (out, in)."""
     w = np.abs(weight.detach().to(torch.float32).numpy())
     u, r, v = (part.numpy() for part in (column, row, cross))
     z = w * (u[None, :] + r[:, None] * v[None, :])
@@ -39,36 +42,25 @@ def levels(weight: Tensor, column: Tensor, row: Tensor, cross: Tensor, domain: s
 
 
 def ewma_select(
-    weight: Tensor,
-    column: Tensor,
-    row: Tensor,
-    cross: Tensor,
-    multiplier: Tensor,
-    gains: Tensor,
-    *,
-    alpha: float,
-    beta: float,
-    domain: str,
+    weight: Tensor, column: Tensor, row: Tensor, cross: Tensor, multiplier: Tensor, average: Average
 ) -> tuple[Tensor, Tensor]:
     """The keep-mask and the last state of each row.
 
     Args:
         weight: shape (out, in).
-        column: float32, shape (in,); with ``row`` (out,) and ``cross`` (in,) the factors of ``sqrt(L)``.
-        row: see ``column``.
-        cross: see ``column``.
+        column: float32, shape (in,); with `row` (out,) and `cross` (in,) the factors of `sqrt(L)`.
+        row: see `column`.
+        cross: see `column`.
         multiplier: λ of each row, float32, shape (out,).
-        gains: the warm start's (`warm_gains`), float32, shape (3, warm).
-        alpha: gain of the running mean.
-        beta: gain of the running mean deviation.
-        domain: "sqrt", "raw" or "log".
+        average: gains and domain.
 
     Returns:
-        ``(keep, state)``: bool (out, in), and float32 (out, 2) with μ and σ after the last column.
+        `(keep, state)`: bool (out, in), and float32 (out, 2) with μ and σ after the last column.
     """
-    values = levels(weight, column, row, cross, domain)
+    values = levels(weight, column, row, cross, average.domain)
+    columns, alpha, beta = values.shape[1], average.alpha, average.beta
     bound, a, fade = multiplier.numpy() * np.float32(beta), np.float32(alpha), np.float32(1 - beta)
-    columns, (alphas, fades, weights) = values.shape[1], gains.numpy()
+    alphas, fades, weights = warm_gains(alpha, beta, columns).astype(np.float32)
     mu, total = np.zeros((2, values.shape[0]), np.float32)
     with np.errstate(all="ignore"):
         for step, j in enumerate(range(columns - len(alphas), columns)):

@@ -1,8 +1,8 @@
 """Multipliers for a wanted number of dropped weights: counts over stored ratios, never a sort.
 
-A weight is dropped when its ratio ``r = (x − μ) / σ`` lies below λ, and μ and σ do not depend on λ: once the ratios of
+A weight is dropped when its ratio `r = (x − μ) / σ` lies below λ. μ and σ do not depend on λ, so once the ratios of
 some rows are stored, each trial λ costs one comparison a weight. The search steps outwards until the wanted count is
-bracketed, then between (regula falsi, with every third step a bisection): about eight counts in practice.
+bracketed, then between (regula falsi, with every third step a bisection). It takes about eight counts in practice.
 """
 
 # ruff: noqa: ARG001 (the intrinsics' arguments are there for their types; their code takes the values by position)
@@ -16,15 +16,10 @@ from numba import types
 from numba.extending import intrinsic
 
 from hwpq_pipeline.kernels import jit
+from hwpq_pipeline.kernels.ewma_select import LARGEST, SEARCH_STEPS
 from hwpq_pipeline.kernels.lanes import I32, LANES, OCTET, index, lane_pointer, pointer, vector
 
 Array = np.ndarray[Any, Any]
-
-#: Stands for an infinite ratio.
-LARGEST = float(np.finfo(np.float32).max)
-
-#: Most counts that a search makes; it ends before, once the count is exact or the bracket is empty.
-SEARCH_STEPS = 60
 
 
 def ratio_size(columns: int) -> int:
@@ -79,13 +74,13 @@ def _next(low, high, low_count, high_count, wanted, step):  # type: ignore[no-un
 
 @jit
 def _search(ratios, size, rows, groups, drop, best):  # type: ignore[no-untyped-def]
-    """Fill ``best``: multipliers below which ``drop`` ratios lie, of each row (``groups == rows``) or of all (1).
+    """Fill `best`: multipliers below which `drop` ratios lie, of each row (`groups == rows`) or of all (1).
 
     Args:
         ratios: blocks of ratios.
         size: `ratio_size`.
         rows: how many rows they are of.
-        groups: ``rows`` or 1.
+        groups: `rows` or 1.
         drop: int64, (groups,).
         best: float32, (groups,).
     """
@@ -120,7 +115,7 @@ def _search(ratios, size, rows, groups, drop, best):  # type: ignore[no-untyped-
 
 @jit
 def _ladder(ratios, size, rows, multipliers, totals):  # type: ignore[no-untyped-def]
-    """Add to ``totals`` how many ratios of all rows lie below each of several multipliers."""
+    """Add to `totals` how many ratios of all rows lie below each of several multipliers."""
     lam, counts = np.empty(LANES, np.float32), np.empty(LANES, np.int32)
     for first in range(0, rows, LANES):
         block = ratios[first // LANES * size : (first // LANES + 1) * size]
@@ -133,7 +128,7 @@ def _ladder(ratios, size, rows, multipliers, totals):  # type: ignore[no-untyped
 
 
 def count_ladder(ratios: Array, rows: int, columns: int, multipliers: Array, totals: Array) -> None:
-    """Add how many of all the ratios lie below each multiplier, float32 (k,), to ``totals``, int64 (k,)."""
+    """Add how many of all the ratios lie below each multiplier, float32 (k,), to `totals`, int64 (k,)."""
     _ladder(ratios, ratio_size(columns), rows, multipliers, totals)
 
 
@@ -145,14 +140,14 @@ def count_below(ratios: Array, rows: int, columns: int, multiplier: float) -> Ar
 
 
 def search(ratios: Array, rows: int, columns: int, drop: int) -> float:
-    """The multiplier below which ``drop`` of all the ratios lie, or as near to it as repeated values allow."""
+    """The multiplier below which `drop` of all the ratios lie, or as near to it as repeated values allow."""
     best = np.zeros(1, np.float32)
     _search(ratios, ratio_size(columns), rows, 1, np.array([drop], np.int64), best)
     return float(best[0])
 
 
 def search_rows(ratios: Array, rows: int, columns: int, drop: Array, best: Array) -> None:
-    """Likewise for each row apart, ``drop`` of its own ratios, int64 (rows,); into ``best``, float32 (rows,)."""
+    """The same for each row apart, `drop` of its own ratios, int64 (rows,); into `best`, float32 (rows,)."""
     if rows == 1:  # a single row is searched as one group: the same thing
         best[0] = search(ratios, 1, columns, int(drop[0]))
         return
