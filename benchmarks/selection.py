@@ -26,7 +26,7 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,11 +38,12 @@ from benchmarks.machine import machine
 from benchmarks.output import RESULTS, write_results
 from hwpq_pipeline.compression.bits import pack_bits, unpack_bits
 from hwpq_pipeline.compression.contribution import root_factors
-from hwpq_pipeline.compression.ewma import GAIN, TOLERANCE, EwmaSelection, ewma_select
+from hwpq_pipeline.compression.ewma import TOLERANCE, EwmaSelection, Threshold, ewma_select
 from hwpq_pipeline.compression.structured import select_two_of_four
 from hwpq_pipeline.kernels import ewma_select as kernels
 from hwpq_pipeline.kernels.ewma_select import reference as ewma_reference
 from hwpq_pipeline.kernels.two_of_four import reference as two_of_four_reference
+from hwpq_pipeline.method.recipe import GAIN
 
 #: Shapes of LLaMA-2's linears (7B, 13B, 70B), and of the default model's, which fit the caches.
 LARGE = ("4096x4096", "11008x4096", "4096x11008", "5120x13824", "8192x28672")
@@ -51,7 +52,8 @@ QUICK = ("4096x4096", *SMALL)
 #: All linears of the default model, by the name of their row.
 MODEL = {"SmolLM2-135M": 30 * (*2 * ("576x576",), *2 * ("192x576",), *2 * ("1536x576",), "576x1536")}
 METRIC, SPARSITY, LAMBDA = "wanda", 0.5, -0.25
-OPTIONS: dict[str, Any] = {"alpha": GAIN, "beta": GAIN, "domain": "sqrt"}
+AVERAGE = kernels.Average(alpha=GAIN, beta=GAIN, domain="sqrt")
+BY_ROW = Threshold(alpha=GAIN, beta=GAIN, domain="sqrt", scope="row", sparsity=SPARSITY)
 CHECKED_ROWS = 24
 #: Before each repeat this memory is written, for at least so many seconds. So every method finds its weight in memory,
 #: as it is when a layer has been read, and not in what cache the one before left; and OpenMP's workers, which spin for
@@ -108,17 +110,17 @@ def ewma(case: Case) -> kernels.EwmaPass:
     """Scores and mask at a given λ, one pass."""
     factors = root_factors(METRIC, case.weight, case.energy)
     lam = torch.tensor(LAMBDA)
-    return kernels.ewma_select(case.weight, factors.column, factors.row, factors.cross, lam, **OPTIONS)
+    return kernels.ewma_select(case.weight, factors.column, factors.row, factors.cross, lam, AVERAGE)
 
 
 def ewma_row(case: Case) -> EwmaSelection:
     """λ solved for each row."""
-    return ewma_select(case.weight, METRIC, case.energy, sparsity=SPARSITY, scope="row")
+    return ewma_select(case.weight, METRIC, case.energy, BY_ROW)
 
 
 def ewma_layer(case: Case) -> EwmaSelection:
     """λ solved for the layer."""
-    return ewma_select(case.weight, METRIC, case.energy, sparsity=SPARSITY, scope="layer")
+    return ewma_select(case.weight, METRIC, case.energy, replace(BY_ROW, scope="layer"))
 
 
 def two_of_four(case: Case) -> Tensor:
@@ -178,9 +180,8 @@ def check(name: str, case: Case, result: Any) -> str:
     parts = (factors.column, factors.row, factors.cross)
     if name.startswith("ewma"):
         lam = torch.tensor(LAMBDA) if name == "ewma" else result.multiplier
-        gains = kernels.warm_gains(OPTIONS["alpha"], OPTIONS["beta"], columns)
         lam = lam[rows] if lam.dim() else lam.expand(len(rows))
-        expected = pack_bits(ewma_reference.ewma_select(some, *parts, lam, gains, **OPTIONS)[0])
+        expected = pack_bits(ewma_reference.ewma_select(some, *parts, lam, AVERAGE)[0])
         if not torch.equal(result.keep[rows], expected):
             return "the mask differs from the reference"
         missed = name != "ewma" and abs(result.reached - SPARSITY) > TOLERANCE

@@ -28,12 +28,12 @@ from benchmarks.output import RESULTS, write_results
 from hwpq_pipeline.checkpoints.layers import Layer
 from hwpq_pipeline.compression.bits import unpack_bits
 from hwpq_pipeline.compression.contribution import contribution
-from hwpq_pipeline.compression.ewma import GAIN, PAPER, ewma_select, upper_band
+from hwpq_pipeline.compression.ewma import PAPER, Domain, Threshold, ewma_select, upper_band
 from hwpq_pipeline.compression.recovery import recover
 from hwpq_pipeline.corpus.samples import token_matrix
 from hwpq_pipeline.decoder.memory import keep_freed_memory
 from hwpq_pipeline.method.groups import open_groups
-from hwpq_pipeline.method.recipe import DAMPING
+from hwpq_pipeline.method.recipe import DAMPING, GAIN
 from hwpq_pipeline.progress import with_progress
 
 ROOT = Path(__file__).parents[1]
@@ -55,11 +55,11 @@ def by_sort(sparsity: float) -> Choose:
     return choose
 
 
-def by_ewma(sparsity: float, alpha: float = GAIN, domain: str = "sqrt") -> Choose:
+def by_ewma(sparsity: float, alpha: float = GAIN, domain: Domain = "sqrt") -> Choose:
     """Keep-mask of the moving average, λ solved for the sparsity."""
 
     def choose(weight: Tensor, energy: Tensor) -> Tensor:
-        chosen = ewma_select(weight, METRIC, energy, sparsity=sparsity, alpha=alpha, beta=alpha, domain=domain)
+        chosen = ewma_select(weight, METRIC, energy, Threshold(alpha, alpha, domain, "row", sparsity=sparsity))
         return unpack_bits(chosen.keep, weight.shape[1])
 
     return choose
@@ -75,12 +75,13 @@ def cases() -> Iterator[tuple[dict[str, Any], Choose]]:
     for sparsity in SPARSITIES:
         yield {"method": "sort", "sparsity": sparsity}, by_sort(sparsity)
         yield {"method": "ewma", "sparsity": sparsity, "alpha": GAIN, "domain": "sqrt"}, by_ewma(sparsity)
-    for domain, alphas in (("sqrt", ALPHAS), ("raw", RAW_ALPHAS)):
+    swept: tuple[tuple[Domain, tuple[float, ...]], ...] = (("sqrt", ALPHAS), ("raw", RAW_ALPHAS))
+    for domain, alphas in swept:
         for alpha in alphas:
             if (domain, alpha) != ("sqrt", GAIN):
                 case = {"method": "ewma", "sparsity": 0.5, "alpha": alpha, "domain": domain}
                 yield case, by_ewma(0.5, alpha, domain)
-    yield {"method": "paper", "sparsity": None, "alpha": PAPER["alpha"], "domain": PAPER["domain"]}, by_paper
+    yield {"method": "paper", "sparsity": None, "alpha": PAPER.alpha, "domain": PAPER.domain}, by_paper
 
 
 class Bench:

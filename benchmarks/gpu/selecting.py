@@ -12,15 +12,18 @@ from benchmarks.gpu.rivals import wanda_mask
 from benchmarks.gpu.timing import Bench
 from hwpq_pipeline.compression.bits import unpack_bits
 from hwpq_pipeline.compression.contribution import root_factors
-from hwpq_pipeline.compression.ewma import GAIN, ewma_select
+from hwpq_pipeline.compression.ewma import Threshold, ewma_select
 from hwpq_pipeline.compression.structured import select_two_of_four
+from hwpq_pipeline.kernels.ewma_select import Average
 from hwpq_pipeline.kernels.ewma_select import cuda as ewma
 from hwpq_pipeline.kernels.ewma_select import reference as ewma_reference
-from hwpq_pipeline.kernels.ewma_select import warm_gains
 from hwpq_pipeline.kernels.two_of_four import cuda as fours
 from hwpq_pipeline.kernels.two_of_four import reference as fours_reference
+from hwpq_pipeline.method.recipe import GAIN
 
-METRIC, LAMBDA, ALPHA = "wanda", -0.25, GAIN
+METRIC, LAMBDA = "wanda", -0.25
+AVERAGE = Average(alpha=GAIN, beta=GAIN, domain="sqrt")
+SOLVED = Threshold(alpha=GAIN, beta=GAIN, domain="sqrt", scope="row", sparsity=0.5)
 #: Of all bits of the rows that are looked at, how many may differ: those on the line (`ewma.TIE`).
 TIES = 1e-3
 ROWS_CHECKED = 4
@@ -40,7 +43,7 @@ def prepared(layer: Layer, tile: ewma.Tile | None = None) -> tuple[ewma.Pass, Te
     if not layer.weight.is_cuda:  # Triton's interpreter takes its time for every column of a tile
         tile = ewma.Tile(*SMALL_CUTS["ewma"][0])
     parts = root_factors(METRIC, layer.weight, layer.energy)
-    one = ewma.Pass(layer.weight, parts.column, parts.row, parts.cross, ALPHA, ALPHA, "sqrt", tile)
+    one = ewma.Pass(layer.weight, parts.column, parts.row, parts.cross, AVERAGE, tile)
     return one, torch.full((layer.weight.shape[0],), LAMBDA, device=layer.weight.device)
 
 
@@ -50,16 +53,14 @@ def check_ewma(layer: Layer, keep: Tensor) -> str:
     some = layer.weight[rows.to(layer.weight.device)].cpu()
     parts = root_factors(METRIC, some, layer.energy.cpu())
     columns = some.shape[1]
-    expected, _ = ewma_reference.ewma_select(
-        some, parts.column, parts.row, parts.cross, torch.full((len(rows),), LAMBDA),
-        warm_gains(ALPHA, ALPHA, columns), alpha=ALPHA, beta=ALPHA, domain="sqrt",
-    )  # fmt: skip
+    lam = torch.full((len(rows),), LAMBDA)
+    expected, _ = ewma_reference.ewma_select(some, parts.column, parts.row, parts.cross, lam, AVERAGE)
     wrong = (unpack_bits(keep[rows.to(keep.device)].cpu(), columns) != expected).double().mean()
     return f"{float(wrong):.2%} of the bits differ from the reference" if wrong > TIES else ""
 
 
 def check_fours(layer: Layer, keep: Tensor) -> str:
-    """Likewise for 2:4, to the bit."""
+    """What is wrong with a 2:4 mask, to the bit, on some rows."""
     rows = torch.linspace(0, len(layer.weight) - 1, ROWS_CHECKED).long()
     some = layer.weight[rows.to(layer.weight.device)].cpu()
     parts = root_factors(METRIC, some, layer.energy.cpu())
@@ -127,9 +128,7 @@ def one_layer(bench: Bench, layer: Layer, model: str) -> None:
         method="two_of_four",
         **labels,
     )
-    bench.measure(
-        lambda: ewma_select(layer.weight, METRIC, layer.energy, sparsity=0.5), method="ewma_row_solved", **labels
-    )
+    bench.measure(lambda: ewma_select(layer.weight, METRIC, layer.energy, SOLVED), method="ewma_row_solved", **labels)
     bench.measure(
         lambda: select_two_of_four(layer.weight, METRIC, layer.energy), method="two_of_four_with_factors", **labels
     )

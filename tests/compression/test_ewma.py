@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,14 @@ from torch import Tensor
 
 from hwpq_pipeline.compression.bits import unpack_bits
 from hwpq_pipeline.compression.contribution import contribution
-from hwpq_pipeline.compression.ewma import PAPER, TOLERANCE, EwmaSelection, ewma_select, upper_band
+from hwpq_pipeline.compression.ewma import (
+    SAMPLE_ROWS,
+    TOLERANCE,
+    EwmaSelection,
+    Threshold,
+    ewma_select,
+    upper_band,
+)
 from hwpq_pipeline.errors import HwpqError
 
 
@@ -23,8 +31,12 @@ def heavy(rows: int, columns: int, seed: int = 0) -> Tensor:
     return torch.from_numpy(np.random.default_rng(seed).standard_t(1.5, (rows, columns))).float()
 
 
-def magnitude(weight: Tensor, **options: Any) -> EwmaSelection:
-    return ewma_select(weight, "magnitude", torch.ones(weight.shape[1]), **options)
+PLAIN = Threshold(alpha=1 / 128, beta=1 / 128, domain="sqrt", scope="row")
+
+
+def magnitude(weight: Tensor, *, sample_rows: int = SAMPLE_ROWS, where: str = "here", **options: Any) -> EwmaSelection:
+    energy, threshold = torch.ones(weight.shape[1]), replace(PLAIN, **options)
+    return ewma_select(weight, "magnitude", energy, threshold, sample_rows=sample_rows, where=where)
 
 
 def in_python(row: list[float], lam: float, alpha: float) -> list[bool]:
@@ -148,13 +160,12 @@ def test_the_flatness_test_can_fail() -> None:
 def test_near_to_a_full_sort() -> None:
     weight, energy = normal(64, 2048), torch.rand(2048, generator=torch.Generator().manual_seed(5)) + 0.5
     scores = contribution("hwpq_weighted", weight, energy)
-    keep = unpack_bits(ewma_select(weight, "hwpq_weighted", energy, sparsity=0.5).keep, 2048)
+    keep = unpack_bits(ewma_select(weight, "hwpq_weighted", energy, replace(PLAIN, sparsity=0.5)).keep, 2048)
     best = scores.topk(1024, dim=1).values.sum()
     assert scores[keep].sum() > 0.99 * best
 
 
 def test_the_papers_mode() -> None:
-    assert PAPER == {"multiplier": 4.0, "alpha": 1 / 8, "beta": 1 / 8, "domain": "raw"}
     weight, energy = normal(20, 600), torch.rand(600, generator=torch.Generator().manual_seed(6))
     found = upper_band(weight, "hwpq", energy)
     scores = contribution("hwpq", weight, energy).double()

@@ -1,33 +1,34 @@
 """Unstructured selection by a running threshold (the paper's EWMA): one pass along the rows, O(n), no sort.
 
-The rule, its warm start and what is defined to the bit are told in `kernels.ewma_select`; here is where λ comes from.
+`kernels.ewma_select` tells the rule, its warm start and what is defined to the bit. This module finds λ.
 
-**Fixed multiplier** (the paper's mode): λ is given and the sparsity falls out. `PAPER` holds the published setting,
-α = β = 1/8 and λ = 4 on the contributions themselves; what passes, ``L ≥ μ + λσ``, is the upper band: the few weights
-that stand out of their neighbours, which the paper keeps at full precision (`upper_band`).
+**Fixed multiplier** (the paper's mode): λ is given and the sparsity follows. `PAPER` holds the published setting,
+α = β = 1/8 and λ = 4 on the contributions themselves. What passes, `L ≥ μ + λσ`, is the upper band: the few weights
+that stand out among their neighbours, which the paper keeps at full precision (`upper_band`).
 
-**Target sparsity**: λ is solved for. μ and σ do not depend on λ, so a weight's ratio ``r = (x − μ)/σ`` tells for every
-λ at once whether it is dropped (r < λ), and λ is a quantile of ``r``, found by counting. Two scopes:
+**Target sparsity**: λ is solved for. μ and σ do not depend on λ, so a weight's ratio `r = (x − μ)/σ` tells for every λ
+at once whether the weight is dropped (r < λ). λ is therefore a quantile of `r`, and it is found by counting. There are
+two scopes:
 
-- ``row``: every row has a λ of its own and loses the same share (as Wanda compares within an output). One pass
-  solves all rows, a block at a time in cache, one selects.
-- ``layer``: one λ, rows lose what they lose: those whose values scatter most lose least. A sample of rows says
-  where λ is to be sought: `RUNGS` multipliers around the sample's own, as far out as its rows disagree. One pass counts
-  what each of them drops in the whole layer, and λ follows from these counts; one selects. (A sample of all rows, in a
-  small layer, needs no counting.)
+- `row`: every row has a λ of its own and loses the same share (Wanda, too, compares within an output). One pass solves
+  all rows, a block at a time in cache, and one selects.
+- `layer`: there is one λ, and the rows whose values scatter most lose least. A sample of rows says where to look for
+  λ: `RUNGS` multipliers around the sample's own, as far out as its rows disagree. One pass counts what each of them
+  drops in the whole layer, λ follows from these counts, and one pass selects. (A sample of all rows, in a small layer,
+  needs no counting.)
 
-Either way at most two passes over the weight. A row whose contributions are all equal has no λ: σ is 0, all is kept,
-and the selection says so (`EwmaSelection.note`) instead of pretending.
+Either way there are at most two passes over the weight. A row whose contributions are all equal has no λ: σ is 0, every
+weight is kept, and the selection says so (`EwmaSelection.note`).
 
-The domain and the gains matter. ``sqrt`` with α = `GAIN` selects about as well as a full sort; ``raw`` with α = 1/8
-lets every outlier shadow its neighbours: μ and σ jump, and what follows is dropped. Smaller gains come closer to a
+The domain and the gains matter. `sqrt` with α = 1/128 selects about as well as a full sort. `raw` with α = 1/8 lets
+every outlier shadow its neighbours: μ and σ jump, and the weights after it are dropped. Smaller gains come closer to a
 sort and read more columns for the warm start (2/α).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -40,26 +41,42 @@ from hwpq_pipeline.kernels import ewma_select as kernels
 Domain = Literal["sqrt", "log", "raw"]
 Scope = Literal["row", "layer"]
 
-#: The published setting (arXiv 2501.16376): TCP's gain and multiplier on the contributions.
-PAPER: dict[str, Any] = {"multiplier": 4.0, "alpha": 1 / 8, "beta": 1 / 8, "domain": "raw"}
-
-#: α and β unless others are asked for: the largest that is as good as a sort (`make bench-selection-quality`).
-GAIN = 1 / 128
-
 #: How far a layer's sparsity may be from the wanted one, absolute.
 TOLERANCE = 1e-3
 
 #: How many multipliers a layer's λ is sought among, and how many standard errors of the sample they reach out.
 RUNGS, REACH = 16, 6.0
 
-#: A λ below (above) all ratios: nothing (everything with spread) is dropped.
-LARGEST = float(torch.finfo(torch.float32).max)
-
-#: Fewest rows of a sample.
-SMALLEST_SAMPLE = 16
+#: Rows of the sample that a layer's λ is first solved on, and the fewest that tell how much rows differ.
+SAMPLE_ROWS, SMALLEST_SAMPLE = 64, 16
 
 #: Seed of the choice of rows: a selection is a function of its arguments.
 SEED = 0
+
+
+@dataclass(frozen=True)
+class Threshold:
+    """How a layer's running threshold is set. Exactly one of sparsity and multiplier is given.
+
+    Attributes:
+        alpha: gain of the running mean, in (0, 1].
+        beta: gain of the running mean deviation, in (0, 1].
+        domain: what the mean is taken of: `sqrt` of the contribution, its `log` (base 2), or itself (`raw`).
+        scope: whose sparsity is solved for: each `row`'s or the `layer`'s. No matter with a fixed multiplier.
+        sparsity: the share of weights to drop, in [0, 1).
+        multiplier: a fixed λ.
+    """
+
+    alpha: float
+    beta: float
+    domain: Domain
+    scope: Scope
+    sparsity: float | None = None
+    multiplier: float | None = None
+
+
+#: The published setting (arXiv 2501.16376): TCP's gain and multiplier on the contributions.
+PAPER = Threshold(alpha=1 / 8, beta=1 / 8, domain="raw", scope="layer", multiplier=4.0)
 
 
 @dataclass(frozen=True)
@@ -69,11 +86,11 @@ class EwmaSelection:
     Attributes:
         keep: uint8, shape (out, ceil(in / 8)): keep-bits in little bit order.
         columns: the number of inputs.
-        multiplier: λ, float32: shape (out,) for scope ``row`` with a target, else ().
+        multiplier: λ, float32: shape (out,) for scope `row` with a target, else ().
         wanted: the sparsity asked for; None with a fixed multiplier.
         reached: the sparsity of the mask.
         mean: μ after the last column, averaged over the rows, in the units of the domain.
-        deviation: σ, likewise.
+        deviation: σ after the last column, averaged in the same way.
         row_sparsity: the lowest and the highest sparsity of a row.
         constant_rows: rows without spread, kept whole.
         quantiles: of the contributions, from a sample (`contribution_quantiles`).
@@ -116,17 +133,11 @@ class _Layer:
 
     weight: Tensor
     factors: Factors
-    alpha: float
-    beta: float
-    domain: str
+    average: kernels.Average
 
     @property
     def arguments(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         return self.weight, self.factors.column, self.factors.row, self.factors.cross
-
-    @property
-    def options(self) -> dict[str, Any]:
-        return {"alpha": self.alpha, "beta": self.beta, "domain": self.domain}
 
     def sample(self, rows: int) -> _Layer:
         """Some rows, chosen at random but always the same."""
@@ -141,14 +152,9 @@ def ewma_select(
     weight: Tensor,
     metric: str,
     energy: Tensor,
+    threshold: Threshold,
     *,
-    sparsity: float | None = None,
-    multiplier: float | None = None,
-    alpha: float = GAIN,
-    beta: float = GAIN,
-    domain: Domain = "sqrt",
-    scope: Scope = "row",
-    sample_rows: int = 64,
+    sample_rows: int = SAMPLE_ROWS,
     where: str = "ewma_select",
 ) -> EwmaSelection:
     """Select the weights of a layer that stay, without a sort.
@@ -157,33 +163,19 @@ def ewma_select(
         weight: float32 or bfloat16 (others are converted), shape (out, in).
         metric: one of `contribution.METRICS`.
         energy: shape (in,): Σ_tokens x_j².
-        sparsity: the share of weights to drop, in [0, 1); or
-        multiplier: a fixed λ. Exactly one of the two.
-        alpha: gain of the running mean, in (0, 1].
-        beta: gain of the running mean deviation, in (0, 1].
-        domain: what the mean is taken of: ``sqrt`` of the contribution, its ``log`` (base 2), or itself (``raw``).
-        scope: whose sparsity is solved for: each ``row``'s or the ``layer``'s. No matter with a fixed multiplier.
-        sample_rows: rows that λ is first solved on, for scope ``layer``.
+        threshold: how it is set.
+        sample_rows: rows that λ is first solved on, for scope `layer`.
         where: the layer's name, for errors.
 
     Raises:
         HwpqError: both or neither of sparsity and multiplier; values out of range; an unknown metric, domain or
             scope; statistics that do not fit; non-finite weights.
     """
-    _check(sparsity, multiplier, scope, sample_rows, where)
-    layer = _Layer(weight.detach(), root_factors(metric, weight.detach(), energy), alpha, beta, domain)
-    if multiplier is not None:
-        lam, passes = torch.tensor(multiplier), 0
-    elif not sparsity:  # nothing to solve; every finite value passes
-        lam, passes = torch.tensor(-LARGEST), 0
-    elif scope == "row":
-        drops = _drops(weight.shape, sparsity)
-        lam, passes = kernels.ewma_row_multipliers(*layer.arguments, drops, **layer.options), 1
-    else:
-        solved, passes = _solve_layer(layer, sparsity, sample_rows)
-        lam = torch.tensor(solved)
-    lam = lam.float()
-    found = kernels.ewma_select(*layer.arguments, lam, **layer.options)
+    _check(threshold, sample_rows, where)
+    average = kernels.Average(threshold.alpha, threshold.beta, threshold.domain)
+    layer = _Layer(weight.detach(), root_factors(metric, weight.detach(), energy), average)
+    lam, passes = _solve(layer, threshold, sample_rows)
+    found = kernels.ewma_select(*layer.arguments, lam, average)
     _check_finite(found, where)
     columns = weight.shape[1]
     rows = 1 - found.kept.double() / columns
@@ -191,7 +183,7 @@ def ewma_select(
         keep=found.keep,
         columns=columns,
         multiplier=lam,
-        wanted=sparsity,
+        wanted=threshold.sparsity,
         reached=float(rows.mean()),
         mean=float(found.state[:, 0].double().mean()),
         deviation=float(found.state[:, 1].double().mean()),
@@ -203,18 +195,31 @@ def ewma_select(
 
 
 def upper_band(weight: Tensor, metric: str, energy: Tensor, *, where: str = "upper_band") -> EwmaSelection:
-    """The weights that the paper keeps at full precision: ``L ≥ μ + 4σ`` with α = β = 1/8 on raw contributions.
+    """The weights that the paper keeps at full precision: `L ≥ μ + 4σ` with α = β = 1/8 on raw contributions.
 
-    A kept bit of the result marks such a weight; the sparsity falls out (on near-normal weights around 97 %). Arguments
+    A kept bit of the result marks such a weight. The sparsity follows (on near-normal weights around 97 %). Arguments
     and errors as `ewma_select`.
     """
-    return ewma_select(weight, metric, energy, where=where, **PAPER)
+    return ewma_select(weight, metric, energy, PAPER, where=where)
+
+
+def _solve(layer: _Layer, threshold: Threshold, sample_rows: int) -> tuple[Tensor, int]:
+    """λ, float32, (out,) or (), and the passes over the weight that it took."""
+    if threshold.multiplier is not None:
+        return torch.tensor(threshold.multiplier).float(), 0
+    if not threshold.sparsity:  # nothing to solve; every finite value passes
+        return torch.tensor(-kernels.LARGEST).float(), 0
+    if threshold.scope == "row":
+        drops = _drops(layer.weight.shape, threshold.sparsity)
+        return kernels.ewma_row_multipliers(*layer.arguments, drops, layer.average).float(), 1
+    solved, passes = _solve_layer(layer, threshold.sparsity, sample_rows)
+    return torch.tensor(solved).float(), passes
 
 
 def _solve_layer(layer: _Layer, sparsity: float, sample_rows: int) -> tuple[float, int]:
     """One λ for the layer, and the passes that it took."""
     sample = layer.sample(sample_rows)
-    ratios = kernels.ewma_ratios(*sample.arguments, **sample.options)
+    ratios = kernels.ewma_ratios(*sample.arguments, sample.average)
     size = ratios.rows * ratios.columns
     lam = ratios.multiplier(round(sparsity * size))
     if sample is layer:
@@ -224,8 +229,8 @@ def _solve_layer(layer: _Layer, sparsity: float, sample_rows: int) -> tuple[floa
     shares = sparsity + reach * torch.linspace(-1, 1, RUNGS, dtype=torch.float64)
     # Beyond the ends of the ladder, the sample's ends: every share of the layer lies between.
     counts = (shares.clamp(0, 1) * size).round().long().tolist()
-    rungs = torch.tensor([-LARGEST, *(ratios.multiplier(count) for count in counts), LARGEST])
-    dropped = kernels.ewma_dropped(*layer.arguments, rungs, **layer.options)
+    rungs = torch.tensor([-kernels.LARGEST, *(ratios.multiplier(count) for count in counts), kernels.LARGEST])
+    dropped = kernels.ewma_dropped(*layer.arguments, rungs, layer.average)
     return _between(rungs.double(), dropped, round(sparsity * layer.weight.numel())), 1
 
 
@@ -234,7 +239,7 @@ def _between(rungs: Tensor, dropped: Tensor, wanted: int) -> float:
     upper = int((dropped < wanted).sum().clamp(1, len(rungs) - 1))
     low, high = float(rungs[upper - 1]), float(rungs[upper])
     below, above = int(dropped[upper - 1]), int(dropped[upper])
-    if above == below or abs(low) == LARGEST or abs(high) == LARGEST:
+    if above == below or abs(low) == kernels.LARGEST or abs(high) == kernels.LARGEST:
         nearest = int((dropped[1:-1] - wanted).abs().argmin()) + 1
         return float(rungs[nearest])
     return low + (high - low) * (wanted - below) / (above - below)
@@ -246,7 +251,8 @@ def _drops(shape: torch.Size, sparsity: float) -> Tensor:
     return ends.diff().long()
 
 
-def _check(sparsity: float | None, multiplier: float | None, scope: str, sample_rows: int, where: str) -> None:
+def _check(threshold: Threshold, sample_rows: int, where: str) -> None:
+    sparsity, multiplier = threshold.sparsity, threshold.multiplier
     if (sparsity is None) == (multiplier is None):
         given = "neither" if sparsity is None else "both"
         raise HwpqError(f"{given} of sparsity and multiplier given", where=where, remedy="Give exactly one of the two")
@@ -254,8 +260,8 @@ def _check(sparsity: float | None, multiplier: float | None, scope: str, sample_
         raise HwpqError(f"the sparsity is {sparsity}", where=where, remedy="It is the share to drop, in [0, 1)")
     if multiplier is not None and not np.isfinite(multiplier):
         raise HwpqError(f"the multiplier is {multiplier}", where=where, remedy="Give a finite number; the paper's is 4")
-    if scope not in ("row", "layer"):
-        raise HwpqError(f"unknown scope '{scope}'", where=where, remedy="Choose row or layer")
+    if threshold.scope not in ("row", "layer"):
+        raise HwpqError(f"unknown scope '{threshold.scope}'", where=where, remedy="Choose row or layer")
     if sample_rows < SMALLEST_SAMPLE:
         raise HwpqError(
             f"sample_rows is {sample_rows}",

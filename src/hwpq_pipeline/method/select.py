@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
-from hwpq_pipeline.compression.ewma import ewma_select
+from hwpq_pipeline.compression.ewma import Threshold, ewma_select
 from hwpq_pipeline.compression.structured import SPARSITY, select_two_of_four
 from hwpq_pipeline.errors import HwpqError
 from hwpq_pipeline.method.groups import Executor, Facts, Group, Groups, serial
@@ -79,7 +79,7 @@ def _two_of_four(weight: Tensor, selection: Selection, energy: Tensor, where: st
 
 def _unstructured(weight: Tensor, selection: Selection, energy: Tensor, where: str) -> tuple[Tensor, dict[str, Any]]:
     settings = {name: getattr(selection, name) for name in MOVING_AVERAGE}
-    chosen = ewma_select(weight, selection.metric, energy, where=where, **settings)
+    chosen = ewma_select(weight, selection.metric, energy, Threshold(**settings), where=where)
     if chosen.note:
         logging.getLogger(__name__).warning("%s: %s", where, chosen.note)
     return chosen.keep, {
