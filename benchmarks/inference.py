@@ -40,7 +40,7 @@ from hwpq_pipeline.compression.packing import pack_two_of_four
 from hwpq_pipeline.export.gguf import export_gguf
 from hwpq_pipeline.export.onnx import export_onnx
 from hwpq_pipeline.export.semi_structured import export_semi_structured
-from hwpq_pipeline.kernels.packed_matvec import KINDS, cpu
+from hwpq_pipeline.kernels.packed_matvec import KINDS, arrange, packed_matvec
 from hwpq_pipeline.runtime import load_packed
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -113,12 +113,12 @@ def layer(rows: int, columns: int) -> dict[str, Any]:
         scaled = (32 * weight).round().clamp(-127, 127) if kind == "int8" else weight
         stored = scaled.to(getattr(torch, kind))
         scale = torch.full((rows, 1), 1 / 32 if kind == "int8" else 1.0)
-        arranged = cpu.arrange(*pack_two_of_four(stored), scale)
+        arranged = arrange(*pack_two_of_four(stored), scale)
         wanted = (stored.float() * scale) @ x[0]
-        if float((cpu.packed_matvec(arranged, x[0]) - wanted).abs().max()) > 1e-3 * float(wanted.abs().max()):
+        if float((packed_matvec(arranged, x[0]) - wanted).abs().max()) > 1e-3 * float(wanted.abs().max()):
             raise SystemExit(f"packed {kind} is wrong at {rows} x {columns}: no time for it")
         name = f"2:4 {kind}"
-        methods[name], read[name] = (lambda arranged=arranged: cpu.packed_matvec(arranged, x[0])), arranged.nbytes
+        methods[name], read[name] = (lambda arranged=arranged: packed_matvec(arranged, x[0])), arranged.nbytes
     times: dict[str, list[float]] = {name: [] for name in methods}
     with torch.inference_mode():
         for repeat in range(REPEATS + 1):

@@ -7,7 +7,7 @@ import torch
 
 from hwpq_pipeline.compression.packing import pack_two_of_four, unpack_two_of_four
 from hwpq_pipeline.errors import HwpqError
-from tests.kernels.test_packed_matvec import codes, two_of_four
+from tests.kernels.packed import codes, two_of_four
 
 DTYPES = ("float32", "bfloat16", "float16", "float8_e4m3fn", "int8")
 

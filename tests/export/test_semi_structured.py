@@ -14,7 +14,7 @@ from hwpq_pipeline.export.card import CardInfo
 from hwpq_pipeline.export.semi_structured import export_semi_structured
 from hwpq_pipeline.runtime import PackedLinear, load_packed, packed_linear
 from tests.export.making import layer_shapes
-from tests.kernels.test_packed_matvec import codes, two_of_four
+from tests.kernels.packed import codes, two_of_four
 from tests.tiny import tiny_checkpoint, tiny_config, tiny_model, tiny_tokens
 
 CASES = [("fp8_e4m3", None), ("int8", None), ("int4", 32), (None, None)]

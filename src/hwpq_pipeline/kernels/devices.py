@@ -19,7 +19,7 @@ from hwpq_pipeline.errors import HwpqError
 
 DEVICES = ("auto", "cpu", "cuda")
 
-__all__ = ["DEVICES", "choose_device", "on_the_cpu", "refuse_cuda", "wants_cuda"]
+__all__ = ["DEVICES", "choose_device", "on_the_cpu", "refuse_cuda", "to_the_cpu", "wants_cuda"]
 
 
 class Movable(Protocol):
@@ -82,9 +82,7 @@ def wants_cuda(tensor: Tensor, where: str) -> bool:
 
 
 def on_the_cpu(work: Callable[..., Result], *tensors: Tensor, where: str) -> Result:
-    """`work(*tensors)` of an operation that has kernels for the CPU alone.
-
-    Tensors on a GPU are copied to the CPU and worked on there, and the result is copied back. The log says so once.
+    """`work(*tensors)` of an operation that has kernels for the CPU alone; the result comes back.
 
     Args:
         work: the operation.
@@ -94,20 +92,30 @@ def on_the_cpu(work: Callable[..., Result], *tensors: Tensor, where: str) -> Res
     Raises:
         HwpqError: the tensors are on a device without a kernel.
     """
+    return work(*to_the_cpu(*tensors, where=where)).to(tensors[0].device)
+
+
+def to_the_cpu(*tensors: Tensor, where: str) -> list[Tensor]:
+    """The tensors of an operation that has kernels for the CPU alone, where those can read them.
+
+    Tensors on a GPU are copied, and the log says so once.
+
+    Raises:
+        HwpqError: the tensors are on a device without a kernel.
+    """
     device = tensors[0].device
-    if device.type == "cpu":
-        return work(*tensors)
-    if device.type != "cuda":
+    if device.type not in ("cpu", "cuda"):
         raise _no_kernel(device, where)
-    _tell(where)
-    return work(*(tensor.cpu() for tensor in tensors)).to(device)
+    if device.type == "cuda":
+        _tell(where)
+    return [tensor.cpu() for tensor in tensors]
 
 
 @functools.cache
 def _tell(where: str) -> None:
-    """Once an operation and process."""
+    """Once a process for each operation."""
     log = logging.getLogger(__name__)
-    log.info("%s: there is no CUDA kernel yet; its tensors are copied to the CPU and back", where)
+    log.info("%s: there is no CUDA kernel yet; tensors on a GPU are copied to the CPU", where)
 
 
 def refuse_cuda(tensor: Tensor, where: str) -> None:

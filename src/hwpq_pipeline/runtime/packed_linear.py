@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from hwpq_pipeline.compression.packing import unpack_two_of_four
-from hwpq_pipeline.kernels.packed_matvec import cpu
+from hwpq_pipeline.kernels import packed_matvec
 
 #: Rows of inputs up to which the packed kernel is run.
 FEW = 256
@@ -53,15 +53,15 @@ class PackedLinear(nn.Module):
         rows = kept.shape[0]
         self.name, self.in_features, self.out_features = name, 2 * kept.shape[1], rows
         self.bias = None if bias is None else bias.float()
-        self._arranged = cpu.arrange(kept, positions, torch.ones(rows, 1) if scale is None else scale)
+        self._arranged = packed_matvec.arrange(kept, positions, torch.ones(rows, 1) if scale is None else scale)
 
     def forward(self, x: Tensor) -> Tensor:
         """(…, in) to (…, out), dtype of ``x``."""
         rows = x.reshape(-1, self.in_features).float()
         if rows.shape[0] <= FEW:
-            result = cpu.packed_matvec(self._arranged, rows)
+            result = packed_matvec.packed_matvec(self._arranged, rows)
         else:
-            result = rows @ dense_weight(*cpu.disarrange(self._arranged), where=self.name).T
+            result = rows @ dense_weight(*packed_matvec.disarrange(self._arranged), where=self.name).T
         if self.bias is not None:
             result += self.bias
         return result.view(*x.shape[:-1], self.out_features).to(x.dtype)

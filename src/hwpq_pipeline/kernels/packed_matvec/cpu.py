@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -15,7 +14,7 @@ from numba.extending import intrinsic
 from torch import Tensor
 
 from hwpq_pipeline.kernels import jit, over_rows
-from hwpq_pipeline.kernels.packed_matvec import LANES, WORD
+from hwpq_pipeline.kernels.packed_matvec import LANES, WORD, Arranged
 
 F32, I64, I32, I16, I8 = ir.FloatType(), ir.IntType(64), ir.IntType(32), ir.IntType(16), ir.IntType(8)
 HAS_PERMUTE = binding.get_process_triple().startswith("x86_64") and bool(binding.get_host_cpu_features().get("avx"))
@@ -27,9 +26,9 @@ _STORED = {
     "float8_e4m3fn": np.uint8,
     "int8": np.int8,
 }
-#: What FP8's shifted bits lack, in two halves so that no product leaves float32's range.
+#: The factor that FP8's shifted bits lack, in two halves so that no product leaves float32's range.
 _HALF = {"float8_e4m3fn": 2.0**60}
-#: Products below so many weights times inputs are done by the calling thread alone: waking another costs a tenth of a
+#: The calling thread alone does products below so many weights times inputs: to wake another thread costs a tenth of a
 #: millisecond and more, in which one thread does some two million.
 SMALLEST_SHARED = 1 << 23
 
@@ -39,38 +38,8 @@ Value = Any
 Array = np.ndarray[Any, Any]
 
 
-@dataclass(frozen=True)
-class Arranged:
-    """A packed weight in the kernel's layout (see the package), ready to be multiplied.
-
-    Attributes:
-        values: (blocks, in / 4, 2, LANES), dtype by kind; bfloat16 and float16 as their bits.
-        positions: (blocks, in / 32, LANES) uint32.
-        scale: (blocks, scale groups, LANES) float32.
-        kind: a name in `KINDS`.
-        shape: (out, in) of the weight it stands for.
-    """
-
-    values: Array
-    positions: Array
-    scale: Array
-    kind: str
-    shape: tuple[int, int]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes that one product reads."""
-        return self.values.nbytes + self.positions.nbytes + self.scale.nbytes
-
-
 def arrange(kept: Tensor, positions: Tensor, scale: Tensor) -> Arranged:
-    """Put a packed weight into the kernel's layout.
-
-    Args:
-        kept: (out, in / 2), dtype one of `KINDS`.
-        positions: (out, ⌈in / 8⌉) uint8.
-        scale: (out, scale groups); more than one group must be of whole words of 32 inputs.
-    """
+    """See `packed_matvec.arrange`."""
     rows, columns = kept.shape[0], 2 * kept.shape[1]
     kind = str(kept.dtype).removeprefix("torch.")
     blocks, words = -(-rows // LANES), -(-columns // WORD)
@@ -93,7 +62,7 @@ def arrange(kept: Tensor, positions: Tensor, scale: Tensor) -> Arranged:
 
 
 def disarrange(weight: Arranged) -> tuple[Tensor, Tensor, Tensor]:
-    """What `arrange` was given: kept values, positions and scale."""
+    """See `packed_matvec.disarrange`."""
     rows, columns = weight.shape
     values = weight.values.transpose(0, 3, 1, 2).reshape(weight.values.shape[0] * LANES, -1)[:rows, : columns // 2]
     integers = {1: np.uint8, 2: np.int16, 4: np.int32}[values.itemsize]
@@ -105,7 +74,7 @@ def disarrange(weight: Arranged) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def packed_matvec(weight: Arranged, x: Tensor) -> Tensor:
-    """The weight times ``x``: (out,) float32 for (in,) float32, (n, out) for (n, in).
+    """See the package's `packed_matvec`.
 
     A block of rows of the weight is taken to all n inputs before the next, so it comes from memory once.
     """
@@ -129,7 +98,7 @@ def packed_matvec(weight: Arranged, x: Tensor) -> Tensor:
 
 @jit
 def _blocks(values, positions, scale, x, result, words, first, last):  # type: ignore[no-untyped-def]
-    """Blocks ``first`` to ``last - 1`` for all rows of ``x``; ``words`` of 32 inputs share a scale."""
+    """Blocks `first` to `last - 1` for all rows of `x`; `words` of 32 inputs share a scale."""
     sums = np.empty(LANES, np.float32)
     for block in range(first, last):
         for row in range(x.shape[0]):
@@ -154,7 +123,7 @@ def _all(element: Any, value: int) -> Value:
 
 
 def _load(builder: Builder, base: Value, at: Value, kind: Any) -> Value:
-    """A vector that begins at element ``at``, wherever that lies."""
+    """A vector that begins at element `at`, wherever that lies."""
     return builder.load(builder.bitcast(builder.gep(base, [at]), kind.as_pointer()), align=1)
 
 
@@ -164,7 +133,7 @@ def _shuffle(builder: Builder, first: Value, second: Value, lanes: Any) -> Value
 
 
 def choose(builder: Builder, quad: Value, place: Value, permute: bool) -> Value:
-    """In each lane the one of four inputs that the lowest two bits of ``place`` name.
+    """In each lane the one of four inputs that the lowest two bits of `place` name.
 
     Args:
         builder: where to emit.
@@ -209,7 +178,7 @@ def _widen(builder: Builder, value: Value, stored: Any) -> Value:
 
 
 def adding(permute: bool) -> Any:
-    """The intrinsic that adds a word of inputs to the sums of `LANES` rows (see `choose` for ``permute``)."""
+    """The intrinsic that adds a word of inputs to the sums of `LANES` rows (see `choose` for `permute`)."""
 
     @intrinsic
     def add_word(_, values, value_at, positions, position_at, x, x_at, sums):  # type: ignore[no-untyped-def]
