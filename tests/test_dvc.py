@@ -160,6 +160,8 @@ def test_parameters(project, stage):
 @pytest.mark.parametrize("name", sorted({stage.partition("@")[0] for stage in STAGES}))
 def test_code_dependencies_cover_what_the_pipeline_imports(name):
     graph = grimp.build_graph("hwpq_pipeline", cache_dir=None)
+    if name != "recipes":  # what the parameters import, they import to check words
+        graph.remove_module("hwpq_pipeline.parameters")
     nodes = f"hwpq_pipeline.pipelines.{name}.nodes"
     modules = {nodes} | graph.find_upstream_modules(nodes)
     free = NO_DEPENDENCY - RECIPES_DEPEND_ON if name == "recipes" else NO_DEPENDENCY

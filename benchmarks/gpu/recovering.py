@@ -16,9 +16,9 @@ from benchmarks.gpu.layers import BLOCKS, SHAPES, TOKENS, Layer, make_inputs, ma
 from benchmarks.gpu.rivals import solve
 from benchmarks.gpu.timing import Bench
 from hwpq_pipeline.compression.bits import unpack_bits
-from hwpq_pipeline.compression.grids import dequantize
+from hwpq_pipeline.compression.codes import dequantize
 from hwpq_pipeline.compression.recovery import output_error, recover
-from hwpq_pipeline.compression.rounding import quantize
+from hwpq_pipeline.compression.rounding import Descent, quantize
 from hwpq_pipeline.compression.structured import select_two_of_four
 from hwpq_pipeline.decoder.gram import Gram
 from hwpq_pipeline.kernels import fp8
@@ -116,8 +116,8 @@ def methods(
     def rounded(weight: Tensor, keep: Tensor | None) -> Tensor:
         return dequantize(
             quantize(
-                weight, "int4", group_size=group, method="coordinate_descent", mask=keep, original=layer.weight,
-                gram=gram, sweeps=SWEEPS, damping=DAMPING, scale_dtype=torch.bfloat16,
+                weight, "int4", group_size=group, descent=Descent(SWEEPS, DAMPING), mask=keep, original=layer.weight,
+                gram=gram, scale_dtype=torch.bfloat16,
             )
         )  # fmt: skip
 

@@ -11,7 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hwpq_pipeline.compression.grids import GRIDS, search_scale
+from hwpq_pipeline.compression.codes import search_scale
+from hwpq_pipeline.compression.grids import GRIDS
 
 BLOCK = 128
 

@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM
 from benchmarks.judge import broken_fours, judge, linears, zeros_by_layer
 from hwpq_pipeline.calibration.statistics import collect_statistics
 from hwpq_pipeline.checkpoints.compressed import CompressedModel
-from hwpq_pipeline.compression.grids import Quantized, dequantize
+from hwpq_pipeline.compression.codes import Quantized, dequantize
 from hwpq_pipeline.method.recipe import Recipe
 from hwpq_pipeline.method.run import write_model
 

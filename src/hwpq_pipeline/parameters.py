@@ -9,23 +9,35 @@ nothing of these classes.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
+from hwpq_pipeline.compression.grids import GRIDS, OFFERED
 from hwpq_pipeline.method.recipe import PRESETS
 
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 SHA256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Dtype = Literal["auto", "float32", "bfloat16"]
 
-FOUR_BIT_GRIDS = ("int4",)
-
 
 class Parameters(BaseModel):
     """Base of every parameter model: immutable, unknown keys refused."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+def _one_of(names: Iterable[str]) -> AfterValidator:
+    """A word out of a table that has its home elsewhere."""
+    known = tuple(names)
+
+    def check(word: str) -> str:
+        if word not in known:
+            raise ValueError(f"{word!r} is none of {', '.join(map(repr, known))}")
+        return word
+
+    return AfterValidator(check)
 
 
 class Model(Parameters):
@@ -164,24 +176,27 @@ class Recovery(Parameters):
 
 
 class Quantization(Parameters):
-    """The grid that the remaining weights are rounded to."""
+    """The grid (number format) that the remaining weights are rounded to; `compression.grids` has them.
 
-    grid: Literal["fp8_e4m3", "fp8_e5m2", "int8", "int4"]
-    group_size: Literal[32, 64, 128] | None = None
+    A grid with group sizes has a scale for each `group_size` columns of a row, and takes one of these sizes. The others
+    have a scale for each output channel.
+    """
+
+    grid: Annotated[str, _one_of(OFFERED)]
+    group_size: int | None = None
     method: Literal["nearest", "coordinate_descent"] = "nearest"
     sweeps: Annotated[int, Field(ge=1, le=100)] | None = None
 
     @model_validator(mode="after")
     def _no_contradiction(self) -> Self:
-        grouped = self.grid in FOUR_BIT_GRIDS
-        if grouped and self.group_size is None:
-            raise ValueError(f"grid {self.grid} needs group_size (32, 64 or 128)")
-        if not grouped and self.group_size is not None:
+        grid = GRIDS[self.grid]
+        if not grid.group_sizes and self.group_size is not None:
             raise ValueError(f"grid {self.grid} has one scale an output channel; remove group_size")
-        if not grouped and self.method == "coordinate_descent":
-            raise ValueError(
-                f"method coordinate_descent is for {', '.join(FOUR_BIT_GRIDS)}; grid {self.grid} rounds to nearest"
-            )
+        if grid.group_sizes and self.group_size not in grid.group_sizes:
+            raise ValueError(f"grid {self.grid} needs group_size ({' or '.join(map(str, grid.group_sizes))})")
+        if self.method == "coordinate_descent" and not grid.descends:
+            descending = ", ".join(name for name in OFFERED if GRIDS[name].descends)
+            raise ValueError(f"method coordinate_descent is for {descending}; grid {self.grid} rounds to nearest")
         if self.method == "nearest" and self.sweeps is not None:
             raise ValueError("sweeps belongs to method coordinate_descent; remove it")
         return self

@@ -9,9 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from hwpq_pipeline.compression import grids
-from hwpq_pipeline.compression.rounding import quantize
+from hwpq_pipeline.compression.codes import dequantize
+from hwpq_pipeline.compression.grids import GRIDS
+from hwpq_pipeline.compression.rounding import Descent, quantize
 from hwpq_pipeline.errors import HwpqError
+
+SWEEPS, DAMPING = 4, 0.01
+DESCENT = Descent(SWEEPS, DAMPING)
 
 
 def problem(rows: int, columns: int, seed: int = 0, tokens: int = 300) -> tuple[Tensor, Tensor]:
@@ -41,13 +45,12 @@ def exhaustive(original: np.ndarray, gram: np.ndarray, scale: float, low: int, h
 @pytest.mark.parametrize("seed", range(4))
 def test_coordinate_descent_lies_between_the_exhaustive_optimum_and_nearest(seed: int) -> None:
     weight, gram = problem(3, 5, seed)
-    options = {"group_size": None, "gram": gram, "refit_scales": False, "damping": 0.0}
-    found = quantize(weight, "int3", method="coordinate_descent", sweeps=20, **options)
-    plain = quantize(weight, "int3", method="nearest", **options)
+    found = quantize(weight, "int3", gram=gram, descent=Descent(20, 0.0, refit_scales=False))
+    plain = quantize(weight, "int3", gram=gram)
     assert torch.equal(found.scale, plain.scale)
     w, g = weight.numpy(), gram.numpy()
-    mine = objective(grids.dequantize(found).numpy(), w, g)
-    before = objective(grids.dequantize(plain).numpy(), w, g)
+    mine = objective(dequantize(found).numpy(), w, g)
+    before = objective(dequantize(plain).numpy(), w, g)
     for row in range(3):
         best = exhaustive(w[row], g, float(found.scale[row, 0]), -4, 3)
         assert best * (1 - 1e-5) <= mine[row] <= before[row] * (1 + 1e-5)
@@ -56,8 +59,8 @@ def test_coordinate_descent_lies_between_the_exhaustive_optimum_and_nearest(seed
 def test_without_correlation_it_is_the_exhaustive_optimum() -> None:
     weight, gram = problem(4, 5, 7)
     gram = torch.diag(gram.diagonal())
-    found = quantize(weight, "int3", method="coordinate_descent", gram=gram, refit_scales=False, damping=0.0)
-    mine = objective(grids.dequantize(found).numpy(), weight.numpy(), gram.numpy())
+    found = quantize(weight, "int3", gram=gram, descent=Descent(SWEEPS, 0.0, refit_scales=False))
+    mine = objective(dequantize(found).numpy(), weight.numpy(), gram.numpy())
     for row in range(4):
         best = exhaustive(weight[row].numpy(), gram.numpy(), float(found.scale[row, 0]), -4, 3)
         assert mine[row] == pytest.approx(best, rel=1e-4)
@@ -66,18 +69,9 @@ def test_without_correlation_it_is_the_exhaustive_optimum() -> None:
 @pytest.mark.parametrize(("grid", "group"), [("int4", 16), ("int3", 8), ("int4", None), ("int8", None)])
 def test_no_single_code_can_be_improved(grid: str, group: int | None) -> None:
     weight, gram = problem(4, 32, 11)
-    found = quantize(
-        weight,
-        grid,
-        group_size=group,
-        method="coordinate_descent",
-        gram=gram,
-        sweeps=60,
-        refit_scales=False,
-        damping=0.0,
-    )
-    w, g, limits = weight.numpy(), gram.numpy(), grids.GRIDS[grid]
-    values = grids.dequantize(found).numpy()
+    found = quantize(weight, grid, group_size=group, gram=gram, descent=Descent(60, 0.0, refit_scales=False))
+    w, g, limits = weight.numpy(), gram.numpy(), GRIDS[grid]
+    values = dequantize(found).numpy()
     reached = objective(values, w, g)
     for column in range(32):
         step = found.scale[:, column // (group or 32)].numpy()
@@ -97,10 +91,10 @@ def test_never_worse_than_nearest_row_by_row_and_much_better_in_sum(grid: str, m
     mask = torch.rand(weight.shape, generator=torch.Generator().manual_seed(5)) < 0.5 if masked else None
     pruned = weight if mask is None else weight * mask
     options = {"group_size": 32, "gram": gram, "mask": mask, "original": weight}
-    found = quantize(pruned, grid, method="coordinate_descent", **options)
-    plain = quantize(pruned, grid, method="nearest", **options)
+    found = quantize(pruned, grid, descent=DESCENT, **options)
+    plain = quantize(pruned, grid, **options)
     w, g = weight.numpy(), gram.numpy()
-    mine, before = (objective(grids.dequantize(q).numpy(), w, g) for q in (found, plain))
+    mine, before = (objective(dequantize(q).numpy(), w, g) for q in (found, plain))
     assert (mine <= before * (1 + 1e-4)).all()
     assert mine.sum() < 0.7 * before.sum()
     if mask is not None:
@@ -112,45 +106,43 @@ def test_refitted_scales_help() -> None:
     weight, gram = problem(24, 64, 9)
     errors = []
     for refit in (False, True):
-        found = quantize(
-            weight, "int3", group_size=16, method="coordinate_descent", gram=gram, sweeps=8, refit_scales=refit
-        )
-        errors.append(objective(grids.dequantize(found).numpy(), weight.numpy(), gram.numpy()).sum())
+        found = quantize(weight, "int3", group_size=16, gram=gram, descent=Descent(8, DAMPING, refit_scales=refit))
+        errors.append(objective(dequantize(found).numpy(), weight.numpy(), gram.numpy()).sum())
     assert errors[1] < errors[0]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_scales_fit_the_type_they_are_stored_in(dtype: torch.dtype) -> None:
     weight, gram = problem(8, 32, 2)
-    for method in ("nearest", "coordinate_descent"):
-        found = quantize(weight * 0.02, "int4", group_size=16, method=method, gram=gram, scale_dtype=dtype)
+    for descent in (None, DESCENT):
+        found = quantize(weight * 0.02, "int4", group_size=16, descent=descent, gram=gram, scale_dtype=dtype)
         assert torch.equal(found.scale.to(dtype).float(), found.scale)
 
 
 def test_dead_inputs_keep_their_nearest_codes() -> None:
     weight, gram = problem(4, 16, 1)
     gram[5], gram[:, 5] = 0.0, 0.0
-    options = {"group_size": 16, "gram": gram, "refit_scales": False}
-    found = quantize(weight, "int4", method="coordinate_descent", **options)
-    plain = quantize(weight, "int4", method="nearest", **options)
+    options = {"group_size": 16, "gram": gram}
+    found = quantize(weight, "int4", descent=Descent(SWEEPS, DAMPING, refit_scales=False), **options)
+    plain = quantize(weight, "int4", **options)
     assert torch.equal(found.codes[:, 5], plain.codes[:, 5])
-    nothing = quantize(weight, "int4", method="coordinate_descent", group_size=16, gram=torch.zeros(16, 16))
+    nothing = quantize(weight, "int4", descent=DESCENT, group_size=16, gram=torch.zeros(16, 16))
     assert bool(torch.isfinite(nothing.scale).all())
 
 
 def test_same_codes_whatever_rows_stand_beside() -> None:
     weight, gram = problem(16, 64, 6)
-    whole = quantize(weight, "int4", group_size=32, method="coordinate_descent", gram=gram)
-    part = quantize(weight[3:9], "int4", group_size=32, method="coordinate_descent", gram=gram)
+    whole = quantize(weight, "int4", group_size=32, descent=DESCENT, gram=gram)
+    part = quantize(weight[3:9], "int4", group_size=32, descent=DESCENT, gram=gram)
     assert (whole.codes[3:9] == part.codes).float().mean() > 0.99
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"grid": "int4", "method": "coordinate_descent"}, "layer.7.*needs the Gram matrix.*gram mode"),
-        ({"grid": "fp8_e4m3", "method": "coordinate_descent"}, "layer.7.*Choose nearest"),
-        ({"grid": "int4", "method": "lucky"}, "layer.7.*'lucky'.*nearest, coordinate_descent"),
+        ({"grid": "int4", "descent": DESCENT}, "layer.7.*needs the Gram matrix.*gram mode"),
+        ({"grid": "fp8_e4m3", "descent": DESCENT}, "layer.7.*Choose nearest"),
+        ({"grid": "int5"}, "layer.7.*'int5'"),
         ({"grid": "int4", "group_size": 5}, "layer.7.*16 columns.*groups of 5.*16"),
     ],
 )

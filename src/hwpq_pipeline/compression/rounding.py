@@ -1,41 +1,49 @@
-"""Rounding: a weight put on a grid, each number for itself or all of a row together.
+"""Rounding (quantization): a weight is put on a grid, each number alone or all numbers of a row together.
 
-``nearest`` takes for every weight the closest code.  For 8 bits that is all it takes.  At 4 bits the error of one
-weight can be made good by another that reads a correlated input, which is a problem on the output's quadratic
+Rounding to nearest takes the closest code for every weight. At 8 bits that is enough. At 4 bits the error of one weight
+can be made good by another that reads a correlated input. That is a problem on the output's quadratic
 
-    min_Q ½ tr((Q − W₀) G (Q − W₀)ᵀ),   Q on the grid, zero where the mask is.
+    min_Q ½ tr((Q − W₀) G (Q − W₀)ᵀ),   Q on the grid, zero where the mask is zero.
 
-``coordinate_descent`` starts from nearest and improves it cyclically, one code at a time, exactly (QuantEase, Behdin et
-al. 2023, arXiv 2309.01885), with the group scales refitted on the same quadratic after their group's codes.  It needs
-``G`` and no inverse of it (GPTQ needs a Cholesky factor), and its target is the dense weight ``W₀`` even when it starts
-from recovered pruned weights: what rounding does is then corrected towards the dense outputs, not towards the recovered
-ones.  A row that did not gain keeps its nearest codes.
+Coordinate descent starts from the nearest codes and improves them in turn, one code at a time, exactly (QuantEase,
+Behdin et al. 2023, arXiv 2309.01885). After the codes of a group it refits the group's scale on the same quadratic. It
+needs `G` and no inverse of it (GPTQ needs a Cholesky factor). Its target is the dense weight `W₀`, also when it starts
+from recovered pruned weights: rounding errors are corrected towards the dense outputs, not towards the recovered ones.
+A row that did not gain keeps its nearest codes.
 
-The descent runs on ``G + δI``, ``δ = 0.01·mean(diag G)``.  With 0.2 the layers' error on held-out text is 6 % less, yet
-perplexity is higher (23.18 for 23.04 in a trial): the mean is made by few inputs of much energy, and so large a ``δ``
-mutes the others.  The scale search weighs a weight's error by its input's energy, as the quadratic does; that alone
-takes a fifth off the layers' error with nearest.
+The descent runs on `G + δI`, where `δ` is a small part of mean(diag G). With δ = 0.2·mean(diag G) the layers' error on
+held-out text is 6 % less, but perplexity is higher (23.18 against 23.04 in a trial). A few inputs of high energy make
+the mean, and so large a `δ` mutes the others. The scale search weighs a weight's error by its input's energy, as the
+quadratic does. That alone takes a fifth off the layers' error of rounding to nearest.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
-from hwpq_pipeline.compression.grids import (
-    Grid,
-    Quantized,
-    absmax_scale,
-    check_group,
-    find_grid,
-    round_to,
-    search_scale,
-)
+from hwpq_pipeline.compression.codes import Quantized, absmax_scale, round_to, search_scale
+from hwpq_pipeline.compression.grids import Grid, check_group, find_grid
 from hwpq_pipeline.compression.recovery import check_problem
 from hwpq_pipeline.errors import HwpqError
 from hwpq_pipeline.kernels import coordinate_descent, fp8
 
-METHODS = ("nearest", "coordinate_descent")
+
+@dataclass(frozen=True)
+class Descent:
+    """How coordinate descent runs.
+
+    Attributes:
+        sweeps: passes over the columns.
+        damping: `δ`, in units of mean(diag G).
+        refit_scales: whether every sweep refits the scales on the quadratic.
+    """
+
+    sweeps: int
+    damping: float
+    refit_scales: bool = True
 
 
 def quantize(
@@ -43,13 +51,10 @@ def quantize(
     grid: str,
     *,
     group_size: int | None = None,
-    method: str = "nearest",
+    descent: Descent | None = None,
     mask: Tensor | None = None,
     original: Tensor | None = None,
     gram: Tensor | None = None,
-    sweeps: int = 4,
-    refit_scales: bool = True,
-    damping: float = 0.01,
     scale_dtype: torch.dtype = torch.float32,
     where: str = "rounding",
 ) -> Quantized:
@@ -57,25 +62,22 @@ def quantize(
 
     Args:
         weight: (out, in) what to round: dense, or pruned and recovered.
-        grid: a name in ``grids.GRIDS``.
+        grid: a name in `grids.GRIDS`.
         group_size: columns that share a scale (integer grids); None for one scale a row.
-        method: ``nearest`` or ``coordinate_descent`` (integer grids; needs ``gram``).
-        mask: (out, in) bool, False where the code must be zero; None to let every weight move.
-        original: (out, in) what the outputs should match; None for ``weight``.
-        gram: (in, in) Σ x xᵀ. Where given, its diagonal weighs the scale search's errors too.
-        sweeps: coordinate-descent passes over the columns.
-        refit_scales: refit the group scales on the quadratic in every sweep.
-        damping: coordinate descent adds this to the Gram matrix's diagonal, in units of its mean.
-        scale_dtype: the type that the scales will be stored in; they are rounded to it before the codes are chosen.
+        descent: how to improve the nearest codes (integer grids; needs `gram`); None to keep them.
+        mask: (out, in) bool, False where the code must be zero; None if every weight may move.
+        original: (out, in) weight whose outputs the descent approaches; None for `weight`.
+        gram: (in, in) Σ x xᵀ. Its diagonal also weighs the errors in the search for scales.
+        scale_dtype: the dtype that the scales will be stored in. They are rounded to it before the codes are chosen.
         where: the layer's name, for errors.
 
     Raises:
-        HwpqError: unknown grid or method, a group that does not divide the columns, values that are not finite,
+        HwpqError: an unknown grid, a group size that does not divide the columns, values that are not finite,
             or coordinate descent without a Gram matrix or on a float grid.
     """
     numbers = find_grid(grid, where)
     size = check_group(weight.shape[1], numbers, group_size, where)
-    _check_method(method, numbers, gram, where)
+    _check_descent(descent, numbers, gram, where)
     if not bool(torch.isfinite(weight).all()):
         raise HwpqError(
             "the weight holds values that are not finite",
@@ -84,27 +86,24 @@ def quantize(
         )
     weight = weight.float() if mask is None else weight.float() * mask
     weight = weight.contiguous()
-    if grid == "fp8_e4m3":
+    if numbers.is_float and numbers.scale == "absmax":  # one kernel does both
         codes, scale = fp8.quantize(weight, scale_dtype)
-        return Quantized(codes=codes, scale=scale, grid=grid, group_size=group_size)
+        return Quantized(codes, scale, grid, group_size)
     scale = _scales(weight, numbers, size, gram, scale_dtype)
-    codes = round_to(weight, scale, numbers)
-    if method == "coordinate_descent" and gram is not None:
-        target = weight if original is None else original.float()
-        codes, scale = _descend(
-            codes, scale, target, gram, mask, numbers, sweeps, refit_scales, damping, scale_dtype, where
-        )
-    return Quantized(codes=codes, scale=scale, grid=grid, group_size=group_size)
+    found = Quantized(round_to(weight, scale, numbers), scale, grid, group_size)
+    if descent is None or gram is None:
+        return found
+    target = weight if original is None else original.float()
+    check_problem(target, gram, mask, where)
+    return _descend(found, target, gram, mask, descent, scale_dtype)
 
 
-def _check_method(method: str, grid: Grid, gram: Tensor | None, where: str) -> None:
-    if method not in METHODS:
-        raise HwpqError(f"unknown rounding {method!r}", where=where, remedy=f"Choose one of {', '.join(METHODS)}.")
-    if method == "nearest":
+def _check_descent(descent: Descent | None, grid: Grid, gram: Tensor | None, where: str) -> None:
+    if descent is None:
         return
     if grid.is_float:
         raise HwpqError(
-            f"coordinate descent walks integer codes, {grid.name} has none",
+            f"coordinate descent walks over integer codes, and {grid.name} has none",
             where=where,
             remedy="Choose nearest.",
         )
@@ -115,49 +114,44 @@ def _check_method(method: str, grid: Grid, gram: Tensor | None, where: str) -> N
 
 
 def _scales(weight: Tensor, grid: Grid, size: int, gram: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """(out, groups) float32 scales, representable in ``dtype``, above zero."""
-    if grid.bits > 4:
-        scale = absmax_scale(weight, grid, size)
-    else:
+    """(out, groups) float32 scales above zero that are numbers of `dtype`."""
+    if grid.scale == "searched":
         scale = search_scale(weight, grid, size, importance=None if gram is None else gram.diagonal())
+    else:
+        scale = absmax_scale(weight, grid, size)
     stored = scale.to(dtype).float()
     return torch.where((stored > 0) & torch.isfinite(stored), stored, torch.finfo(dtype).tiny)
 
 
 def _descend(
-    codes: Tensor,
-    scale: Tensor,
-    target: Tensor,
-    gram: Tensor,
-    mask: Tensor | None,
-    grid: Grid,
-    sweeps: int,
-    refit: bool,
-    damping: float,
-    dtype: torch.dtype,
-    where: str,
-) -> tuple[Tensor, Tensor]:
-    """Coordinate descent from ``codes``; a row whose undamped objective did not fall keeps what it had."""
-    check_problem(target, gram, mask, where)
-    delta = damping * float(gram.diagonal().double().mean())
+    start: Quantized, target: Tensor, gram: Tensor, mask: Tensor | None, descent: Descent, dtype: torch.dtype
+) -> Quantized:
+    """Coordinate descent from `start`. A row whose undamped objective did not fall keeps what it had."""
+    grid = find_grid(start.grid, "rounding")
+    delta = descent.damping * float(gram.diagonal().double().mean())
     damped = gram.float().clone()
     damped.diagonal().add_(delta)
-    moved, scales, before, after = coordinate_descent.descend(
-        codes,
-        scale,
+    codes, scale, before, after = coordinate_descent.descend(
+        start.codes,
+        start.scale,
         target,
         damped,
         mask,
         low=grid.low,
         high=grid.high,
-        sweeps=sweeps,
-        refit=refit,
+        sweeps=descent.sweeps,
+        refit=descent.refit_scales,
         scale_dtype=dtype,
     )
-    before -= 0.5 * delta * _squared_distance(codes, scale, target)
-    after -= 0.5 * delta * _squared_distance(moved, scales, target)
+    before -= 0.5 * delta * _squared_distance(start.codes, start.scale, target)
+    after -= 0.5 * delta * _squared_distance(codes, scale, target)
     better = (after < before)[:, None]
-    return torch.where(better, moved, codes), torch.where(better, scales, scale)
+    return Quantized(
+        torch.where(better, codes, start.codes),
+        torch.where(better, scale, start.scale),
+        start.grid,
+        start.group_size,
+    )
 
 
 def _squared_distance(codes: Tensor, scale: Tensor, target: Tensor) -> Tensor:

@@ -30,7 +30,7 @@ from torch import Tensor
 from hwpq_pipeline.calibration.store import Statistics
 from hwpq_pipeline.checkpoints.layers import Layer, LayerMap, layer_map
 from hwpq_pipeline.checkpoints.reader import Checkpoint
-from hwpq_pipeline.compression.grids import Quantized
+from hwpq_pipeline.compression.codes import Quantized
 from hwpq_pipeline.compression.recovery import output_error, relative_error, squared_error
 from hwpq_pipeline.errors import HwpqError
 

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from hwpq_pipeline.compression.bits import unpack_bits
-from hwpq_pipeline.compression.grids import dequantize
+from hwpq_pipeline.compression.codes import dequantize
 from hwpq_pipeline.compression.recovery import recover
 from hwpq_pipeline.compression.refinement import MaskSearch, refine_mask
-from hwpq_pipeline.compression.rounding import quantize
+from hwpq_pipeline.compression.rounding import Descent, quantize
 from hwpq_pipeline.compression.structured import check_two_of_four
 from hwpq_pipeline.errors import HwpqError
 from hwpq_pipeline.method.groups import Group
@@ -124,16 +124,16 @@ def _refine(group: Group, recovery: Recovery, structure: str) -> Group:
 
 def _round(group: Group, quantization: Quantization) -> Group:
     """The weights on the grid. Scales are numbers of the dense checkpoint's dtype: every engine reads them alike."""
+    sweeps, damping = quantization.sweeps, quantization.damping
+    descent = None if sweeps is None or damping is None else Descent(sweeps, damping)
     quantized = quantize(
         group.weight,
         quantization.grid,
         group_size=quantization.group_size,
-        method=quantization.method,
+        descent=descent,
         mask=group.mask,
         original=group.original,
-        gram=None if quantization.sweeps is None else group.gram,
-        sweeps=quantization.sweeps or 0,
-        damping=quantization.damping or 0.0,
+        gram=group.gram if descent else None,
         scale_dtype=group.dtype,
         where=group.name,
     )
