@@ -31,8 +31,8 @@ from transformers import AutoModelForCausalLM
 from benchmarks.judge import hidden_states, judge
 from benchmarks.machine import machine, processor
 from benchmarks.output import RESULTS, write_results
-from hwpq_pipeline.calibration.statistics import resolve_dtype
 from hwpq_pipeline.corpus.samples import draw_samples, token_matrix
+from hwpq_pipeline.decoder.dtypes import dtype_name, resolve_dtype
 
 ROOT = Path(__file__).parents[2]
 HERE = Path(__file__).parent
@@ -41,7 +41,7 @@ TASKS = ("2of4", "50", "int4", "2of4-int4", "fp8", "seven")
 SAMPLES = (32, 8, 128)
 LENGTH, SEED, EVALUATION_SAMPLES = 512, 0, 16
 #: Of the forward passes, on both sides.
-NATIVE = str(resolve_dtype("auto", torch.device("cpu"))).removeprefix("torch.")
+NATIVE = dtype_name(resolve_dtype("auto", torch.device("cpu")))
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from hwpq_pipeline.method.recipe import PRESETS
 
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 SHA256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+#: `auto` is bfloat16 where the hardware multiplies it, else float32 (`decoder.dtypes`).
 Dtype = Literal["auto", "float32", "bfloat16"]
 
 
@@ -121,7 +122,7 @@ class Evaluation(Parameters):
     length: Annotated[int, Field(ge=8)]
     seed: int
     batch: Annotated[int, Field(ge=1)] = 1
-    dtype: Dtype = "auto"
+    dtype: Literal["float32", "bfloat16"] = "float32"
 
 
 class Selection(Parameters):

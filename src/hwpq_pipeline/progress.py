@@ -1,4 +1,4 @@
-"""Progress bars of long steps, on the console that Kedro's log uses, so that neither breaks the other."""
+"""Progress of long steps: bars on the console that Kedro's log uses, so that neither breaks the other."""
 
 from __future__ import annotations
 
@@ -7,13 +7,20 @@ from contextlib import contextmanager
 from typing import TypeVar
 
 import rich
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+import rich.progress
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
 
 T = TypeVar("T")
+#: Is told of a step's progress: `(done, total)`.
+Progress = Callable[[int, int], None]
+
+
+def no_progress(done: int, total: int) -> None:
+    """Take a report of progress and show nothing."""
 
 
 @contextmanager
-def progress_bar(description: str) -> Iterator[Callable[[int, int], None]]:
+def progress_bar(description: str) -> Iterator[Progress]:
     """Show a bar while the body runs.
 
     Args:
@@ -23,7 +30,9 @@ def progress_bar(description: str) -> Iterator[Callable[[int, int], None]]:
         A function `(done, total)` that moves the bar.
     """
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=rich.get_console(), transient=not rich.get_console().is_terminal) as bar:
+    with rich.progress.Progress(
+        *columns, console=rich.get_console(), transient=not rich.get_console().is_terminal
+    ) as bar:
         task = bar.add_task(description, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
 

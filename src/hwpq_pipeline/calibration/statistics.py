@@ -12,7 +12,6 @@ gained.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,23 +23,14 @@ from hwpq_pipeline.calibration.store import InputGroup, Statistics, StatisticsWr
 from hwpq_pipeline.checkpoints.layers import find_blocks, map_model
 from hwpq_pipeline.checkpoints.writer import atomic_directory
 from hwpq_pipeline.decoder.blocks import first_output, record_inputs
-from hwpq_pipeline.decoder.gram import Energy, Gram, has_bfloat16
-from hwpq_pipeline.decoder.loading import checked_ids, load_dense
+from hwpq_pipeline.decoder.dtypes import dtype_name, resolve_dtype
+from hwpq_pipeline.decoder.gram import Energy, Gram
+from hwpq_pipeline.decoder.loading import load_dense
+from hwpq_pipeline.decoder.tokens import checked_ids
 from hwpq_pipeline.errors import HwpqError
+from hwpq_pipeline.progress import Progress, no_progress
 
-__all__ = ["InputGroup", "Statistics", "collect_statistics", "resolve_dtype"]
-
-Progress = Callable[[int, int], None]
-
-
-def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
-    """`auto` as bfloat16 where the device has it in hardware, else float32; other names as they are."""
-    if dtype == "auto":
-        return torch.bfloat16 if has_bfloat16(device) else torch.float32
-    known = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-    if dtype not in known:
-        raise HwpqError(f"unknown dtype {dtype}", where="calibration", remedy="Use auto, float32 or bfloat16.")
-    return known[dtype]
+__all__ = ["InputGroup", "Statistics", "collect_statistics"]
 
 
 def collect_statistics(
@@ -52,7 +42,7 @@ def collect_statistics(
     dtype: str = "auto",
     batch: int = 8,
     device: torch.device | str = "cpu",
-    progress: Progress | None = None,
+    progress: Progress = no_progress,
 ) -> Path:
     """Sum `x xᵀ` over tokens for every distinct input of the compressible layers.
 
@@ -78,17 +68,17 @@ def collect_statistics(
     if batch < 1:
         raise HwpqError(f"batch is {batch}", where="calibration", remedy="Use 1 or more samples a batch.")
     place = torch.device(device)
-    precision = resolve_dtype(dtype, place)
+    precision = resolve_dtype(dtype, place, where="calibration.dtype")
     model = load_dense(model_dir, precision, place)
     ids = checked_ids(token_ids, model, str(model_dir)).to(place)
     with torch.inference_mode(), atomic_directory(target) as partial:
         writer = StatisticsWriter(partial, mode)
         _walk(model, list(ids.split(batch)), writer, progress)
-        writer.close(ids.numel(), dtype=str(precision).removeprefix("torch."))
+        writer.close(ids.numel(), dtype=dtype_name(precision))
     return Path(target)
 
 
-def _walk(model: Any, batches: list[torch.Tensor], writer: StatisticsWriter, progress: Progress | None) -> None:
+def _walk(model: Any, batches: list[torch.Tensor], writer: StatisticsWriter, progress: Progress) -> None:
     """Take all batches through one block after another, and write each block's sums."""
     plan = map_model(model)
     _, blocks = find_blocks(model)
@@ -102,5 +92,4 @@ def _walk(model: Any, batches: list[torch.Tensor], writer: StatisticsWriter, pro
                 sums.end_batch()
         groups = sums.groups()
         writer.block(groups, sums.tensors(groups, hidden[0].device))
-        if progress is not None:
-            progress(number + 1, len(blocks))
+        progress(number + 1, len(blocks))

@@ -1,11 +1,10 @@
-"""The dense model in memory, and the tokens that it is to be given."""
+"""A causal LM in memory: the dense model to work on, or an export as a user loads it."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from hwpq_pipeline.checkpoints.quiet import quiet_transformers
@@ -14,46 +13,57 @@ from hwpq_pipeline.decoder.memory import keep_freed_memory
 from hwpq_pipeline.errors import HwpqError, first_line
 
 
-def load_dense(model_dir: str | Path, dtype: torch.dtype, device: torch.device) -> Any:
-    """The dense causal LM of a checkpoint, to run.
+def load_causal_lm(directory: str | Path, dtype: torch.dtype, *, remedy: str, allow_unused: bool = False) -> Any:
+    """The causal LM of a checkpoint, in evaluation mode, on the CPU: `from_pretrained(directory)`, checked.
+
+    Args:
+        directory: a dense checkpoint or an export.
+        dtype: that it runs in.
+        remedy: what the user does about a checkpoint that does not load.
+        allow_unused: whether the checkpoint may hold tensors that the model does not read.
 
     Raises:
-        HwpqError: the checkpoint is not whole, or transformers cannot load it.
+        HwpqError: the checkpoint is not whole, transformers cannot load it, or weights are missing, unused or of
+            another shape.
     """
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
-    keep_freed_memory()
-    Checkpoint(model_dir)  # transformers' own words for a missing or truncated file are longer
+    Checkpoint(directory)  # says in fewer words than transformers what is missing or truncated
     try:
         with quiet_transformers():
-            model = AutoModelForCausalLM.from_pretrained(
-                model_dir, dtype=dtype, trust_remote_code=False, local_files_only=True
+            result: Any = AutoModelForCausalLM.from_pretrained(
+                directory,
+                dtype=dtype,
+                local_files_only=True,
+                trust_remote_code=False,
+                use_safetensors=True,
+                output_loading_info=True,
             )
-    except (ValueError, OSError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         raise HwpqError(
-            f"transformers cannot load it ({first_line(error)})",
-            where=str(model_dir),
-            remedy="Run the fetch pipeline again.",
+            f"transformers cannot load it ({first_line(error)})", where=str(directory), remedy=remedy
         ) from error
-    return model.eval().to(device)
+    model, found = result
+    kinds = ("missing_keys", "mismatched_keys", "error_msgs") + (() if allow_unused else ("unexpected_keys",))
+    for kind in kinds:
+        if wrong := sorted(map(str, found.get(kind) or ())):
+            raise HwpqError(
+                f"{len(wrong)} {kind.replace('_', ' ')}, first {wrong[0]}", where=str(directory), remedy=remedy
+            )
+    return model.eval()
 
 
-def checked_ids(token_ids: torch.Tensor | np.ndarray[Any, Any], model: Any, where: str) -> torch.Tensor:
-    """Token ids as a tensor (samples, length) of integers.
+def load_dense(model_dir: str | Path, dtype: torch.dtype, device: torch.device) -> Any:
+    """The dense causal LM of a checkpoint, in evaluation mode, to work on.
+
+    Args:
+        model_dir: the checkpoint. It may hold tensors that the model does not read.
+        dtype: that it runs in.
+        device: where it runs.
 
     Raises:
-        HwpqError: another shape, or ids that the model's vocabulary lacks.
+        HwpqError: as `load_causal_lm`.
     """
-    ids = torch.as_tensor(np.asarray(token_ids), dtype=torch.long)
-    vocabulary = model.get_input_embeddings().weight.shape[0]
-    if ids.ndim != 2 or ids.numel() == 0:
-        raise HwpqError(
-            f"token ids have shape {tuple(ids.shape)}", where="calibration", remedy="Give (samples, length)."
-        )
-    if int(ids.min()) < 0 or int(ids.max()) >= vocabulary:
-        raise HwpqError(
-            f"token ids from {int(ids.min())} to {int(ids.max())}, the vocabulary has {vocabulary}",
-            where=where,
-            remedy="Draw the samples with this model's own tokenizer.",
-        )
-    return ids
+    keep_freed_memory()
+    return load_causal_lm(model_dir, dtype, remedy="Run the fetch pipeline again.", allow_unused=True).to(device)

@@ -18,7 +18,7 @@ from .loading import open_model
 
 
 def continue_prompts(
-    export_dir: str | Path, prompts: Sequence[str], *, new_tokens: int, dtype: str = "auto"
+    export_dir: str | Path, prompts: Sequence[str], *, new_tokens: int, dtype: str = "float32"
 ) -> list[dict[str, str]]:
     """Continue each prompt with a model loaded as a user would.
 
@@ -26,7 +26,7 @@ def continue_prompts(
         export_dir: a checkpoint with its tokenizer.
         prompts: plain text, continued as it stands, without a chat template.
         new_tokens: at most so many tokens each; fewer where the model ends its text.
-        dtype: `auto` (float32), `float32` or `bfloat16`.
+        dtype: `float32`, `bfloat16` or `auto`.
 
     Returns:
         `prompt` and `continuation`, in the order of the prompts.

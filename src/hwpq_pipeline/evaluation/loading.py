@@ -1,27 +1,23 @@
-"""Loading a checkpoint as a user would, for evaluation.
+"""A checkpoint loaded as a user loads it, for evaluation.
 
-`AutoModelForCausalLM.from_pretrained(directory)`, nothing else. For a quantized export compressed-tensors
-then unpacks the weights to `scale · code` in the dtype asked for, once, on the first forward of the whole
-model (a forward of an inner module alone would meet packed weights), and from then on rounds the activations
-before every quantized layer: for each token `s = max|x| / 448` (FP8) or `max|x| / 127.5` (INT8),
-`x ← s · round(x / s)`. Its option `dequantize=True` (`run_compressed=False`) leaves that rounding out: not
-used here, and `open_model` checks that the rounding is in force.
+That is `AutoModelForCausalLM.from_pretrained(directory)` and nothing else. For a quantized export, compressed-tensors
+then unpacks the weights to `scale · code` in the dtype asked for. It does this once, on the first forward pass of the
+whole model (a forward pass of an inner module alone would meet packed weights). From then on it rounds the activations
+before every quantized layer: for each token `s = max|x| / 448` (FP8) or `max|x| / 127.5` (INT8), and
+`x ← s · round(x / s)`. Its option `dequantize=True` (`run_compressed=False`) leaves that rounding out. It is not used
+here, and `open_model` checks that the rounding is in force.
 
-float32 is the default dtype: it holds codes times scales exactly (to one rounding), and a CPU without
-bfloat16 arithmetic runs bfloat16 products about seven times slower.
+Use float32. It holds codes times scales exactly (to one rounding), and a CPU without bfloat16 arithmetic runs bfloat16
+products about seven times slower.
 
-The head (`lm_head`) is taken apart from the body, so that the final hidden states can be multiplied by it in
-chunks and only where logits are wanted. That is right only for models whose logits are `hidden · Wᵀ + b`,
-which is checked on a few tokens; models that scale or cap their logits are refused.
+The head (`lm_head`) is separated from the body, so that the final hidden states can be multiplied by it in chunks, and
+only where logits are wanted. That is right only for models whose logits are `hidden · Wᵀ + b`. This is checked on a few
+tokens, and models that scale or cap their logits are refused.
 """
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import io
-import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,9 +25,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hwpq_pipeline.checkpoints.quiet import quiet_transformers
+from hwpq_pipeline.decoder.dtypes import resolve_dtype
+from hwpq_pipeline.decoder.loading import load_causal_lm
+from hwpq_pipeline.decoder.tokens import check_vocabulary
 from hwpq_pipeline.errors import HwpqError
 
-_DTYPES = {"auto": torch.float32, "float32": torch.float32, "bfloat16": torch.bfloat16}
 _PROBE_TOKENS = 8
 
 
@@ -71,90 +70,42 @@ class LoadedModel:
         return digest.hexdigest()
 
 
-def resolve_dtype(dtype: str) -> torch.dtype:
-    """The torch dtype of `auto` (float32), `float32` or `bfloat16`."""
-    if dtype not in _DTYPES:
-        raise HwpqError(
-            f"unknown dtype {dtype!r}",
-            where="evaluation dtype",
-            remedy=f"Choose one of {', '.join(_DTYPES)}.",
-        )
-    return _DTYPES[dtype]
+def evaluation_dtype(dtype: str) -> torch.dtype:
+    """The dtype that evaluation runs in: `resolve_dtype` on the CPU.
 
-
-def dtype_name(dtype: str) -> str:
-    """`float32` or `bfloat16`: what `dtype` comes to."""
-    return str(resolve_dtype(dtype)).removeprefix("torch.")
+    Raises:
+        HwpqError: an unknown dtype.
+    """
+    return resolve_dtype(dtype, torch.device("cpu"), where="evaluation.dtype")
 
 
 def open_model(directory: str | Path, dtype: str, tokens: Tensor) -> LoadedModel:
-    """Load a checkpoint from a local directory and make sure that it computes what it says.
+    """Load a checkpoint from a local directory and check that it computes what it says.
 
     Args:
         directory: a dense checkpoint or an export.
-        dtype: `auto`, `float32` or `bfloat16`.
-        tokens: ids that it is going to see, shape (samples, length); it is tried on the first few.
+        dtype: `float32`, `bfloat16` or `auto`.
+        tokens: ids that the model is going to see, shape (samples, length). It is tried on the first few.
 
     Raises:
-        HwpqError: it does not load, weights are missing, left over or of another shape, ids are outside its
+        HwpqError: it does not load, weights are missing, unused or of another shape, ids are outside its
             vocabulary, its logits are not finite or not a linear function of its hidden states, or it should
             round activations and does not.
     """
-    model = _load(Path(directory), resolve_dtype(dtype))
+    model = load_causal_lm(directory, evaluation_dtype(dtype), remedy="Run the export pipeline for this variant again.")
     head = model.get_output_embeddings()
     if head is None or model.base_model is model:
         raise HwpqError("no language model head", where=str(directory), remedy="Use a causal LM.")
-    _check_vocabulary(tokens, head.weight.shape[0], str(directory))
+    check_vocabulary(tokens, head.weight.shape[0], where=str(directory))
     ids = tokens[:1, :_PROBE_TOKENS]
     with torch.inference_mode():
-        with _without_bars():
+        with quiet_transformers():
             logits = model(input_ids=ids, use_cache=False).logits.float()
         bias = getattr(head, "bias", None)
         loaded = LoadedModel(model, head.weight.detach().float(), None if bias is None else bias.detach().float())
         _check_head(loaded, ids, logits, Path(directory))
         _check_activations(loaded, ids, Path(directory))
     return loaded
-
-
-def _load(directory: Path, dtype: torch.dtype) -> Any:
-    from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM
-
-    remedy = "Run the export pipeline for this variant again."
-    if not (directory / "config.json").is_file():
-        raise HwpqError("no checkpoint there (config.json is missing)", where=str(directory), remedy=remedy)
-    try:
-        with _without_bars():
-            result: Any = AutoModelForCausalLM.from_pretrained(
-                directory,
-                dtype=dtype,
-                local_files_only=True,
-                trust_remote_code=False,
-                use_safetensors=True,
-                output_loading_info=True,
-            )
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, SafetensorError) as error:
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise HwpqError(f"transformers cannot load it ({first})", where=str(directory), remedy=remedy) from error
-    model, found = result
-    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
-        if wrong := sorted(map(str, found.get(kind) or ())):
-            raise HwpqError(
-                f"{len(wrong)} {kind.replace('_', ' ')}, first {wrong[0]}",
-                where=str(directory),
-                remedy=remedy,
-            )
-    return model.eval()
-
-
-def _check_vocabulary(tokens: Tensor, vocabulary: int, where: str) -> None:
-    low, high = int(tokens.min()), int(tokens.max())
-    if low < 0 or high >= vocabulary:
-        raise HwpqError(
-            f"token ids reach from {low} to {high}, the vocabulary has {vocabulary} entries",
-            where=where,
-            remedy="Draw the samples with this model's tokenizer.",
-        )
 
 
 def _check_head(loaded: LoadedModel, ids: Tensor, logits: Tensor, directory: Path) -> None:
@@ -177,7 +128,7 @@ def _check_head(loaded: LoadedModel, ids: Tensor, logits: Tensor, directory: Pat
 
 
 def _check_activations(loaded: LoadedModel, ids: Tensor, directory: Path) -> None:
-    """An export that names a rounding of activations must run it: without it the hidden states differ."""
+    """An export whose config rounds activations must do so: without the rounding its hidden states differ."""
     modules = [
         module
         for module in loaded.model.modules()
@@ -201,22 +152,3 @@ def _check_activations(loaded: LoadedModel, ids: Tensor, directory: Path) -> Non
             where=str(directory),
             remedy="Install transformers and compressed-tensors in the versions of the lock file.",
         )
-
-
-class _NoBars(io.TextIOBase):
-    """Passes text on, but for progress bars (they begin with a carriage return) and the line ends after."""
-
-    def __init__(self, stream: Any) -> None:
-        self.stream = stream
-
-    def write(self, text: str) -> int:
-        if "\r" not in text and text != "\n":
-            self.stream.write(text)
-        return len(text)
-
-
-@contextlib.contextmanager
-def _without_bars() -> Iterator[None]:
-    """The libraries draw progress bars of their own, which would break the pipeline's."""
-    with contextlib.redirect_stderr(_NoBars(sys.stderr)):
-        yield

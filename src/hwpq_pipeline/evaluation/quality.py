@@ -22,11 +22,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hwpq_pipeline.decoder.dtypes import dtype_name
 from hwpq_pipeline.errors import HwpqError
+from hwpq_pipeline.progress import Progress, no_progress
 
-from .loading import LoadedModel, dtype_name, open_model
+from .loading import LoadedModel, evaluation_dtype, open_model
 from .reference import (
-    Progress,
     Reference,
     check_tokens,
     chunks,
@@ -73,8 +74,8 @@ def evaluate_export(
     token_ids: Tensor | np.ndarray | None = None,
     *,
     batch: int = 1,
-    dtype: str = "auto",
-    progress: Progress | None = None,
+    dtype: str = "float32",
+    progress: Progress = no_progress,
 ) -> Quality:
     """Evaluate an export against the dense model's answer.
 
@@ -83,7 +84,7 @@ def evaluate_export(
         reference: from `make_reference` or `load_reference`.
         token_ids: (samples, length) integers, to make sure that they are the reference's; None takes those.
         batch: samples a forward pass; 1 is quickest on a CPU, whose caches hold the activations of one.
-        dtype: `auto` (float32), `float32` or `bfloat16`; the reference's.
+        dtype: `float32`, `bfloat16` or `auto`; the same as the reference's.
         progress: called with (batches done, batches).
 
     Raises:
@@ -129,9 +130,9 @@ def _check_same(reference: Reference, tokens: Tensor, dtype: str) -> None:
     remedy = "Run the reference pipeline again with these evaluation parameters."
     if not torch.equal(tokens, reference.tokens):
         raise HwpqError("the evaluation tokens are not those of the reference", where="reference", remedy=remedy)
-    if dtype_name(dtype) != reference.dtype:
+    if (wanted := dtype_name(evaluation_dtype(dtype))) != reference.dtype:
         raise HwpqError(
-            f"made in dtype {reference.dtype}, asked for {dtype_name(dtype)}",
+            f"made in dtype {reference.dtype}, asked for {wanted}",
             where="reference",
             remedy=remedy,
         )

@@ -20,7 +20,7 @@ so a divergence is good to some 1e-5 nats a token.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,16 +30,18 @@ from torch import Tensor
 
 from hwpq_pipeline.checkpoints.reader import read_json, read_tensors
 from hwpq_pipeline.checkpoints.writer import atomic_directory, write_json, write_tensors
+from hwpq_pipeline.decoder.dtypes import dtype_name
+from hwpq_pipeline.decoder.tokens import token_table
 from hwpq_pipeline.errors import HwpqError
+from hwpq_pipeline.progress import Progress, no_progress
 
-from .loading import LoadedModel, dtype_name, open_model
+from .loading import LoadedModel, evaluation_dtype, open_model
 
 FILE = "reference.safetensors"
 #: Facts go into a file of their own: safetensors writes metadata in random order, and bytes should repeat.
 FACTS = "reference.json"
 #: Rows of logits at a time: 256 × 49,152 float32 are 50 MB.
 CHUNK = 256
-Progress = Callable[[int, int], None]
 _REMEDY = "Run the reference pipeline again."
 
 
@@ -77,8 +79,8 @@ def make_reference(
     target: str | Path,
     *,
     batch: int = 1,
-    dtype: str = "auto",
-    progress: Progress | None = None,
+    dtype: str = "float32",
+    progress: Progress = no_progress,
 ) -> Reference:
     """Run the dense model over the evaluation tokens and write its answer to a directory.
 
@@ -87,7 +89,7 @@ def make_reference(
         token_ids: (samples, length) integers.
         target: the directory; replaced when the new one is complete.
         batch: samples a forward pass; 1 is quickest on a CPU, whose caches hold the activations of one.
-        dtype: `auto` (float32), `float32` or `bfloat16`.
+        dtype: `float32`, `bfloat16` or `auto`.
         progress: called with (batches done, batches).
 
     Raises:
@@ -109,7 +111,7 @@ def make_reference(
     if not bool(torch.isfinite(constant).all() & torch.isfinite(nll).all()):
         raise HwpqError("logits are NaN or infinite", where=str(model_dir), remedy="Use an undamaged model.")
     tensors = {"tokens": tokens, "expected": expected, "constant": constant, "top1": top1, "nll": nll}
-    reference = Reference(**tensors, head_digest=loaded.head_digest(), dtype=dtype_name(dtype))
+    reference = Reference(**tensors, head_digest=loaded.head_digest(), dtype=dtype_name(evaluation_dtype(dtype)))
     with atomic_directory(target) as partial:
         write_tensors(partial / FILE, tensors)
         write_json(partial / FACTS, {"dtype": reference.dtype, "head_digest": reference.head_digest})
@@ -150,34 +152,26 @@ def check_tokens(token_ids: Tensor | np.ndarray) -> Tensor:
     Raises:
         HwpqError: not a table of integers, or shorter than two tokens.
     """
-    tokens = torch.as_tensor(np.asarray(token_ids))
-    if tokens.dim() != 2 or tokens.is_floating_point() or tokens.shape[0] < 1:
-        raise HwpqError(
-            f"token ids of shape {tuple(tokens.shape)}, {tokens.dtype}",
-            where="evaluation tokens",
-            remedy="Give integers of shape (samples, length).",
-        )
+    tokens = token_table(token_ids, where="evaluation tokens")
     if tokens.shape[1] < 2:
         raise HwpqError(
             f"samples of {tokens.shape[1]} tokens predict nothing",
             where="evaluation tokens",
             remedy="Use samples of at least 2 tokens; 512 are usual.",
         )
-    return tokens.to(torch.int64)
+    return tokens
 
 
 def hidden_batches(
-    loaded: LoadedModel, tokens: Tensor, batch: int, progress: Progress | None
+    loaded: LoadedModel, tokens: Tensor, batch: int, progress: Progress
 ) -> Iterator[tuple[slice, Tensor]]:
     """Rows of a batch and their hidden states at the positions that predict, (rows, length − 1, hidden)."""
     total = math.ceil(len(tokens) / batch)
-    if progress:
-        progress(0, total)
+    progress(0, total)
     for done, start in enumerate(range(0, len(tokens), batch), start=1):
         rows = slice(start, min(start + batch, len(tokens)))
         yield rows, loaded.hidden(tokens[rows])[:, :-1]
-        if progress:
-            progress(done, total)
+        progress(done, total)
 
 
 def chunks(hidden: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:

@@ -37,7 +37,8 @@ from hwpq_pipeline.checkpoints.layers import Layer, LayerMap, find_blocks
 from hwpq_pipeline.compression.correction import corrected_target
 from hwpq_pipeline.decoder.blocks import first_output, record_inputs
 from hwpq_pipeline.decoder.gram import Gram
-from hwpq_pipeline.decoder.loading import checked_ids, load_dense
+from hwpq_pipeline.decoder.loading import load_dense
+from hwpq_pipeline.decoder.tokens import checked_ids
 from hwpq_pipeline.errors import HwpqError
 from hwpq_pipeline.method.groups import Group, Groups
 from hwpq_pipeline.method.recipe import Sequence
