@@ -113,6 +113,7 @@ def test_shared_parameters_are_written_out_in_full(root, env):
         ),
         (Model, {"kind": "hub", "name": "x"}, "needs repo"),
         (Model, {"kind": "directory", "name": "x", "path": "p", "repo": "r"}, "does not take repo"),
+        (Model, {"kind": "floppy", "name": "x"}, "'floppy' is none of 'wheel_gguf', 'gguf'"),
         (Corpus, {"kind": "local", "name": "x"}, "needs path"),
         (Gate, {"maximum_perplexity": 3}, "Extra inputs are not permitted"),
         (Gate, {"minimum_top1_agreement": 90}, "less than or equal to 1"),

@@ -10,10 +10,12 @@ nothing of these classes.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
+from hwpq_pipeline.checkpoints.kinds import CORPUS_KINDS, MODEL_KINDS, source_problem
 from hwpq_pipeline.compression.grids import GRIDS, OFFERED
 from hwpq_pipeline.method.recipe import PRESETS
 
@@ -29,16 +31,15 @@ class Parameters(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-def _one_of(names: Iterable[str]) -> AfterValidator:
+def _check_word(word: str, known: Iterable[str]) -> str:
+    if word not in (words := tuple(known)):
+        raise ValueError(f"{word!r} is none of {', '.join(map(repr, words))}")
+    return word
+
+
+def _one_of(known: Iterable[str]) -> AfterValidator:
     """A word out of a table that has its home elsewhere."""
-    known = tuple(names)
-
-    def check(word: str) -> str:
-        if word not in known:
-            raise ValueError(f"{word!r} is none of {', '.join(map(repr, known))}")
-        return word
-
-    return AfterValidator(check)
+    return AfterValidator(partial(_check_word, known=tuple(known)))
 
 
 class Model(Parameters):
@@ -48,7 +49,7 @@ class Model(Parameters):
     `hub` a repository id of a Hugging Face hub.
     """
 
-    kind: Literal["wheel_gguf", "gguf", "directory", "hub"]
+    kind: Annotated[str, _one_of(MODEL_KINDS)]
     requirement: str | None = None
     member: str | None = None
     path: str | None = None
@@ -61,22 +62,15 @@ class Model(Parameters):
 
     @model_validator(mode="after")
     def _source_is_named(self) -> Self:
-        _require(
-            self,
-            {
-                "wheel_gguf": ("requirement", "member", "sha256"),
-                "gguf": ("path",),
-                "directory": ("path",),
-                "hub": ("repo",),
-            },
-        )
+        if problem := source_problem(self, MODEL_KINDS):
+            raise ValueError(problem)
         return self
 
 
 class Corpus(Parameters):
     """Where the text comes from (pipeline `fetch`)."""
 
-    kind: Literal["wheel_wikipedia", "local", "hub"]
+    kind: Annotated[str, _one_of(CORPUS_KINDS)]
     requirement: str | None = None
     member: str | None = None
     path: str | None = None
@@ -89,7 +83,8 @@ class Corpus(Parameters):
 
     @model_validator(mode="after")
     def _source_is_named(self) -> Self:
-        _require(self, {"wheel_wikipedia": ("requirement", "member", "sha256"), "local": ("path",), "hub": ("repo",)})
+        if problem := source_problem(self, CORPUS_KINDS):
+            raise ValueError(problem)
         return self
 
 
@@ -274,13 +269,3 @@ class QualityGates(Parameters):
     """`conf/*/quality_gates.yml`: limits by variant (pipeline `gate`)."""
 
     variants: dict[str, Gate]
-
-
-def _require(parameters: Model | Corpus, needed: dict[str, tuple[str, ...]]) -> None:
-    """Raise unless the fields that `kind` lives on are there, and none of another kind's."""
-    fields = needed[parameters.kind]
-    if missing := [name for name in fields if getattr(parameters, name) is None]:
-        raise ValueError(f"kind {parameters.kind} needs {', '.join(missing)}")
-    foreign = {"requirement", "member", "path", "repo"} - set(fields)
-    if extra := sorted(name for name in foreign if getattr(parameters, name) is not None):
-        raise ValueError(f"kind {parameters.kind} does not take {', '.join(extra)}")

@@ -102,7 +102,7 @@ def quantized(source: Path) -> None:
         (pickled, "safetensors; pickled"),
         (other_shape, r"\(64, 32\), the config asks for \(128, 32\)"),
         (lacking, r"no tensor model\.layers\.1\.input_layernorm\.weight"),
-        (quantized, "already quantized"),
+        (quantized, "quantized already"),
     ],
 )
 def test_bad_checkpoints_leave_the_good_target(tmp_path: Path, damage: Callable[[Path], None], message: str) -> None:
@@ -121,7 +121,7 @@ def test_bad_checkpoints_leave_the_good_target(tmp_path: Path, damage: Callable[
     [
         (ModelSource("directory", path="nowhere"), "nowhere: no such directory"),
         (ModelSource("gguf", path="nowhere.gguf"), "nowhere.gguf: no such GGUF"),
-        (ModelSource("directory"), "path is not given"),
+        (ModelSource("directory"), "kind directory needs path"),
         (ModelSource("floppy"), "unknown kind floppy"),
     ],
 )

@@ -64,17 +64,28 @@ def test_tensors_are_written_with_metadata_and_ordinary_permissions(tmp_path: Pa
 
 def test_shards_cover_all_tensors_within_the_limit(tmp_path: Path) -> None:
     tensors = {f"t{index}": torch.full((index + 1, 100), float(index)) for index in range(5)}
-    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     limit = 1300
-    files = write_weights(tmp_path, list(tensors), shapes, tensors.__getitem__, torch.float32, shard_bytes=limit)
+    write_weights(tmp_path, tensors.items(), shard_bytes=limit)
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
     assert set(index["weight_map"]) == set(tensors)
     assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in tensors.values())
     for name, tensor in tensors.items():
         assert torch.equal(load_file(tmp_path / index["weight_map"][name])[name], tensor)
-    for file in files[:-1]:
+    files = sorted(tmp_path.glob("*.safetensors"))
+    assert [file.name for file in files] == [
+        f"model-{n + 1:05d}-of-{len(files):05d}.safetensors" for n in range(len(files))
+    ]
+    assert len(files) == 4  # 400 and 800 bytes, then one each
+    for file in files:
         held = load_file(file)
         assert len(held) == 1 or sum(tensor.nbytes for tensor in held.values()) <= limit
+
+
+def test_one_shard_is_one_plain_file(tmp_path: Path) -> None:
+    tensors = {"b": torch.ones(2), "a": torch.zeros(3)}
+    write_weights(tmp_path, iter(tensors.items()))
+    assert [file.name for file in tmp_path.iterdir()] == ["model.safetensors"]
+    assert all(torch.equal(tensor, tensors[name]) for name, tensor in load_file(tmp_path / "model.safetensors").items())
 
 
 def test_digest_is_of_names_and_contents(tmp_path: Path) -> None:

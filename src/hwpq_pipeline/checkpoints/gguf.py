@@ -1,10 +1,10 @@
 """A GGUF file as a Hugging Face checkpoint.
 
-transformers unpacks GGUF's blocks (Q4_1 and the like: `w = d·q + m` a block of 32) into plain tensors; what
-is left to do is to forget that the model was quantized, to write tied embeddings once, and to mend the
-tokenizer: GGUF keeps the vocabulary and names the pre-tokenizer, and transformers builds GPT-2's for all of
-them. SmolLM splits digits one by one before GPT-2's pattern, so that numbers are read as in training (on
-Wikipedia text the difference is small: 1.1827 for 1.1831 bits a byte).
+transformers unpacks GGUF's blocks (for example Q4_1: `w = d·q + m`, 32 weights a block) into plain tensors. Three
+things are left to do here. The config must forget that the model was quantized, tied embeddings are written once, and
+the tokenizer is mended: a GGUF file only names the pre-tokenizer, and transformers builds GPT-2's for every name.
+SmolLM splits off digits one by one before GPT-2's pattern, so that numbers are read as in training. (On Wikipedia
+text the difference is small: 1.1827 against 1.1831 bits a byte.)
 """
 
 from __future__ import annotations
@@ -19,21 +19,11 @@ from typing import Any
 import torch
 
 from hwpq_pipeline.checkpoints.layers import map_model
+from hwpq_pipeline.checkpoints.pre_tokenizers import rule_of
 from hwpq_pipeline.checkpoints.quiet import quiet_transformers
 from hwpq_pipeline.checkpoints.reader import read_json
 from hwpq_pipeline.checkpoints.writer import write_json, write_text, write_weights
 from hwpq_pipeline.errors import HwpqError, first_line
-
-#: Pre-tokenizers by GGUF's name, in the `tokenizers` library's form.
-_PRE_TOKENIZERS: dict[str, dict[str, Any]] = {
-    "smollm": {
-        "type": "Sequence",
-        "pretokenizers": [
-            {"type": "Digits", "individual_digits": True},
-            {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True},
-        ],
-    },
-}
 
 
 def convert_gguf(file: Path, target: Path, dtype: torch.dtype) -> str:
@@ -63,8 +53,8 @@ def convert_gguf(file: Path, target: Path, dtype: torch.dtype) -> str:
 def _parsed_once() -> Iterator[None]:
     """Parse a file once while this lasts.
 
-    transformers parses it anew for the config, the weights and the tokenizer, and offers no way to hand a reader over;
-    a vocabulary of 49 thousand tokens takes ten seconds each time.
+    transformers parses it again for the config, for the weights and for the tokenizer, and offers no way to give it a
+    reader. A vocabulary of 49 thousand tokens takes ten seconds each time.
     """
     import gguf
 
@@ -85,7 +75,7 @@ def _parsed_once() -> Iterator[None]:
 
 
 def _fields(file: Path) -> dict[str, Any]:
-    """The small header fields that are used here."""
+    """The header fields that are used here."""
     from gguf import GGUFReader
 
     try:
@@ -103,7 +93,7 @@ def _load(file: Path, dtype: torch.dtype) -> tuple[Any, Any]:
 
     where: dict[str, Any] = {"gguf_file": file.name, "local_files_only": True}
     try:
-        # A dense copy is asked for: otherwise an installed kernel package would keep the blocks packed.
+        # Ask for a dense copy: otherwise an installed kernel package would keep the blocks packed.
         model = AutoModelForCausalLM.from_pretrained(
             file.parent, dtype=dtype, quantization_config=GgufConfig(dequantize=True), **where
         )
@@ -128,27 +118,28 @@ def _write_model(model: Any, target: Path, dtype: torch.dtype, file: Path) -> No
     write_json(target / "config.json", plain)
     model.generation_config.save_pretrained(target)
     state = model.state_dict()
-    names = sorted(name for name in state if name not in map_model(model, where=str(file)).tied)
+    tied = map_model(model, where=str(file)).tied
 
-    def finite(name: str) -> torch.Tensor:
-        tensor: torch.Tensor = state[name]
-        if not bool(torch.isfinite(tensor).all()):
-            raise HwpqError("weights are NaN or infinite", where=f"{file}: {name}", remedy="Fetch the file again.")
-        return tensor
+    def tensors() -> Iterator[tuple[str, torch.Tensor]]:
+        for name in sorted(set(state) - set(tied)):
+            tensor: torch.Tensor = state[name]
+            if not bool(torch.isfinite(tensor).all()):
+                raise HwpqError("weights are NaN or infinite", where=f"{file}: {name}", remedy="Fetch the file again.")
+            yield name, tensor.to(dtype) if tensor.is_floating_point() else tensor
 
-    write_weights(target, names, {name: tuple(state[name].shape) for name in names}, finite, dtype)
+    write_weights(target, tensors())
 
 
 def _write_tokenizer(tokenizer: Any, target: Path, pre: str, config: Any) -> None:
     tokenizer.save_pretrained(target)
-    if pre in _PRE_TOKENIZERS:
+    if (rule := rule_of(pre)) is not None:
         content = read_json(target / "tokenizer.json")
-        content["pre_tokenizer"] = _PRE_TOKENIZERS[pre]
+        content["pre_tokenizer"] = rule
         write_text(target / "tokenizer.json", json.dumps(content, indent=2, ensure_ascii=False))
     settings = read_json(target / "tokenizer_config.json")
     for local in ("backend", "is_local", "local_files_only"):
         settings.pop(local, None)
-    # The name that every version of transformers, and every engine, reads tokenizer.json under.
+    # Every version of transformers, and every engine, reads tokenizer.json by this name.
     settings["tokenizer_class"] = "PreTrainedTokenizerFast"
     settings["model_max_length"] = config.max_position_embeddings
     write_json(target / "tokenizer_config.json", settings)

