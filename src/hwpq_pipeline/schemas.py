@@ -1,10 +1,18 @@
-"""The tables between pipelines, checked by the catalog on load and on save (`validator:`)."""
+"""The tables between pipelines, checked by the catalog on load and on save (`validator:`).
+
+The columns of the layer tables stand in `layer_columns`, those of the comparison in `figures`.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Iterable
 
 import pandas as pd
 import pandera.pandas as pa
 from pandera.typing.pandas import Series
+
+from hwpq_pipeline.figures import FIGURES
+from hwpq_pipeline.layer_columns import COMPRESSED, IDENTITY, SELECTED, Column
 
 
 class _Table(pa.DataFrameModel):
@@ -35,53 +43,42 @@ class Samples(_Table):
         return len(lengths) == 1 and int(lengths[0]) > 0
 
 
-class _Layers(_Table):
-    layer: Series[str] = pa.Field(unique=True)
-    block: Series[int] = pa.Field(ge=0)
-    kind: Series[str]
-    rows: Series[int] = pa.Field(ge=1)
-    columns: Series[int] = pa.Field(ge=1)
+def _layers(columns: Iterable[Column]) -> pa.DataFrameSchema:
+    """A layer table: a row a layer, exactly these columns."""
+    return pa.DataFrameSchema(
+        {
+            column.name: pa.Column(
+                column.kind,
+                _bounds(column.least, column.most),
+                nullable=column.nullable,
+                unique=column.unique,
+            )
+            for column in columns
+        },
+        strict=True,
+        coerce=True,
+    )
 
 
-class SelectedLayers(_Layers):
-    """What `select` did, a row a layer. Contributions are in the metric's own unit; NaN where none applies."""
-
-    metric: Series[str] = pa.Field(nullable=True)
-    contribution_q01: Series[float] = pa.Field(nullable=True, ge=0)
-    contribution_q50: Series[float] = pa.Field(nullable=True, ge=0)
-    contribution_q99: Series[float] = pa.Field(nullable=True, ge=0)
-    mean: Series[float] = pa.Field(nullable=True)
-    deviation: Series[float] = pa.Field(nullable=True)
-    multiplier: Series[float] = pa.Field(nullable=True)
-    wanted_sparsity: Series[float] = pa.Field(nullable=True, ge=0, le=1)
-    reached_sparsity: Series[float] = pa.Field(ge=0, le=1)
+def _comparison() -> pa.DataFrameSchema:
+    """The variants side by side: a row a variant, a column a figure."""
+    figures = {
+        figure.name: pa.Column(
+            int if figure.whole else float,
+            [pa.Check.gt(0) if figure.positive else pa.Check.ge(0), *_bounds(None, figure.most)],
+        )
+        for figure in FIGURES
+    }
+    return pa.DataFrameSchema({"variant": pa.Column(str, unique=True), **figures}, strict=True, coerce=True)
 
 
-class CompressedLayers(_Layers):
-    """What `compress` did, a row a layer: relative squared output errors ‖(W−W₀)X‖²/‖W₀X‖²."""
-
-    error_pruned: Series[float] = pa.Field(nullable=True, ge=0)
-    error_recovered: Series[float] = pa.Field(nullable=True, ge=0)
-    error_quantized: Series[float] = pa.Field(nullable=True, ge=0)
+def _bounds(least: float | None, most: float | None) -> list[pa.Check]:
+    low = [] if least is None else [pa.Check.ge(least)]
+    return low if most is None else [*low, pa.Check.le(most)]
 
 
-class Layers(SelectedLayers):
-    """The report's table: what `select` and `compress` did to each layer."""
-
-    error_pruned: Series[float] = pa.Field(nullable=True, ge=0)
-    error_recovered: Series[float] = pa.Field(nullable=True, ge=0)
-    error_quantized: Series[float] = pa.Field(nullable=True, ge=0)
-
-
-class Comparison(_Table):
-    """The variants side by side, a row a variant."""
-
-    variant: Series[str] = pa.Field(unique=True)
-    perplexity: Series[float] = pa.Field(gt=0)
-    perplexity_ratio: Series[float] = pa.Field(gt=0)
-    kl_divergence: Series[float]
-    top1_agreement: Series[float] = pa.Field(ge=0, le=1)
-    sparsity: Series[float] = pa.Field(ge=0, le=1)
-    size_bytes: Series[int] = pa.Field(gt=0)
-    compression_ratio: Series[float] = pa.Field(gt=0)
-    seconds: Series[float] = pa.Field(ge=0)
+#: What `select` did, and what `compress` did; the report's table holds both.
+SelectedLayers = _layers([*IDENTITY, *SELECTED])
+CompressedLayers = _layers([*IDENTITY, *COMPRESSED])
+Layers = _layers([*IDENTITY, *SELECTED, *COMPRESSED])
+Comparison = _comparison()

@@ -14,8 +14,9 @@ from hwpq_pipeline.calibration.statistics import Statistics, collect_statistics
 from hwpq_pipeline.checkpoints.layers import layer_map
 from hwpq_pipeline.checkpoints.reader import Checkpoint
 from hwpq_pipeline.errors import HwpqError
+from hwpq_pipeline.layer_columns import IDENTITY, Column, names
 from hwpq_pipeline.method.groups import Groups
-from hwpq_pipeline.pipelines.tables import IDENTITY, layer_table
+from hwpq_pipeline.pipelines.tables import layer_table
 from tests.tiny import tiny_checkpoint, tiny_tokens
 
 
@@ -135,8 +136,8 @@ def test_a_damaged_weight_stops_the_walk(places, tmp_path):
 
 def test_table_has_a_row_a_layer_and_gaps_for_what_is_not_known(places):
     layers = layer_map(places / "model")
-    table = layer_table(layers, {layers.names[1]: {"x": 2.0}}, ["x"])
-    assert list(table.columns) == [*IDENTITY, "x"]
+    table = layer_table(layers, {layers.names[1]: {"x": 2.0}}, (Column("x"),))
+    assert list(table.columns) == [*names(IDENTITY), "x"]
     assert table["layer"].tolist() == layers.names
     assert table["x"].notna().sum() == 1
     assert table.loc[1, ["kind", "rows", "columns"]].tolist() == ["k_proj", 16, 32]

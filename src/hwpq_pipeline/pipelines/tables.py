@@ -8,25 +8,11 @@ from typing import Any
 import pandas as pd
 
 from hwpq_pipeline.checkpoints.layers import Layer
-
-IDENTITY = ("layer", "block", "kind", "rows", "columns")
-#: What `select` and `compress` tell of a layer; `schemas.SelectedLayers` and `CompressedLayers` say what each is.
-SELECTED = (
-    "metric",
-    "contribution_q01",
-    "contribution_q50",
-    "contribution_q99",
-    "mean",
-    "deviation",
-    "multiplier",
-    "wanted_sparsity",
-    "reached_sparsity",
-)
-COMPRESSED = ("error_pruned", "error_recovered", "error_quantized")
+from hwpq_pipeline.layer_columns import IDENTITY, Column, names
 
 
 def layer_table(
-    layers: Iterable[Layer], facts: Mapping[str, Mapping[str, Any]], columns: Iterable[str]
+    layers: Iterable[Layer], facts: Mapping[str, Mapping[str, Any]], columns: tuple[Column, ...]
 ) -> pd.DataFrame:
     """A table of `layers` with the `columns` of `facts`; what a layer's facts lack is missing.
 
@@ -35,7 +21,7 @@ def layer_table(
         facts: by layer name.
         columns: to take from the facts, in this order.
     """
-    columns = list(columns)
+    told = names(columns)
     return pd.DataFrame(
         [
             {
@@ -44,9 +30,9 @@ def layer_table(
                 "kind": layer.name.rpartition(".")[2],
                 "rows": layer.shape[0],
                 "columns": layer.shape[1],
-                **{column: facts.get(layer.name, {}).get(column) for column in columns},
+                **{column: facts.get(layer.name, {}).get(column) for column in told},
             }
             for layer in layers
         ],
-        columns=[*IDENTITY, *columns],
+        columns=[*names(IDENTITY), *told],
     )

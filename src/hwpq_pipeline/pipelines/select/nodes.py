@@ -10,11 +10,12 @@ import pandas as pd
 
 from hwpq_pipeline.checkpoints.compressed import write_masks
 from hwpq_pipeline.kernels.devices import choose_device
+from hwpq_pipeline.layer_columns import SELECTED
 from hwpq_pipeline.method.groups import open_groups
 from hwpq_pipeline.method.recipe import Recipe
 from hwpq_pipeline.method.select import select_model
 from hwpq_pipeline.parameters import Compute, Variant
-from hwpq_pipeline.pipelines.tables import SELECTED, layer_table
+from hwpq_pipeline.pipelines.tables import layer_table
 
 
 def select_weights(

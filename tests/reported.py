@@ -1,0 +1,32 @@
+"""A variant's `metrics.json` and layer table, as the pipelines leave them, for tests of what shows them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from hwpq_pipeline.figures import FIGURES
+
+#: A figure that is added later has a value here too.
+METRICS: dict[str, Any] = {
+    **{figure.name: 0.5 for figure in FIGURES if figure.name != "seconds_to_make"},
+    "perplexity": 68.1, "perplexity_ratio": 3.3, "dense_perplexity": 20.61, "kl_divergence": 1.28,
+    "top1_agreement": 0.48, "sparsity": 0.5, "size_bytes": 163_227_736, "dense_bytes": 269_060_552,
+    "compression_ratio": 1.65, "evaluation_samples": 16, "evaluation_length": 512, "evaluation_predictions": 8176,
+    "seconds": {"calibrate": 46.0, "select": 3.0, "compress": 44.0, "export": 1.0, "evaluate": 33.0},
+}  # fmt: skip
+#: The same as people read them, in order; the seconds are 46 + 3 + 44 + 1.
+SHOWN = ("68.10", "3.300", "1.2800", "48.0%", "50.0%", "163.2", "1.65", "94")
+
+
+def layer_figures(blocks: int = 2, kinds: tuple[str, ...] = ("q_proj", "k_proj")) -> pd.DataFrame:
+    """A layer table with errors and sparsities, drawn with seed 0."""
+    generator = np.random.default_rng(0)
+    table = pd.DataFrame([{"block": block, "kind": kind} for block in range(blocks) for kind in kinds])
+    for column in ("error_pruned", "error_recovered", "error_quantized"):
+        table[column] = generator.uniform(1e-4, 1e-1, len(table))
+    table["wanted_sparsity"] = 0.5
+    table["reached_sparsity"] = generator.uniform(0.499, 0.501, len(table))
+    return table
