@@ -26,18 +26,19 @@ from typing import Any
 import transformers
 import yaml
 
-from benchmarks.claims import claims, headline, presets
+from benchmarks.claims import claims, headline, metrics, presets
 from benchmarks.inference_tables import decoding_table, layer_table, measured_on, speed
 from benchmarks.machine import machine, processor
 from benchmarks.output import RESULTS
 from benchmarks.peers.contest import TASKS, seconds
+from hwpq_pipeline.figures import FIGURES, TIMES, cells, values
 
 ROOT = Path(__file__).resolve().parents[1]
 BEGIN, END = "<!-- {}: made by `python -m benchmarks.readme` -->", "<!-- end of {} -->"
 PICTURES = {
     "data/09_comparison/pareto.png": "pareto.png",
-    "data/08_reporting/2of4-fp8/error_by_layer.png": "error_by_layer.png",
-    "data/08_reporting/ewma50-fp8/sparsity_by_layer.png": "sparsity_by_layer.png",
+    "data/09_comparison/charts/2of4-fp8/error_by_layer.png": "error_by_layer.png",
+    "data/09_comparison/charts/ewma50-fp8/sparsity_by_layer.png": "sparsity_by_layer.png",
 }
 
 
@@ -51,31 +52,20 @@ def about() -> str:
 
 
 def results() -> str:
-    """The variants."""
+    """The variants with their figures."""
     parameters = yaml.safe_load((ROOT / "conf/base/parameters.yml").read_text())
     variants = yaml.safe_load((ROOT / "conf/base/parameters_variants.yml").read_text())["variants"]
-    lines = [
-        (
-            "| variant | perplexity | × dense | KL (nats) | top-1 agreement | sparsity | MB on disk | × smaller "
-            "| seconds to make |"
-        ),
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
-    for name in variants:
-        values = json.loads((ROOT / f"data/08_reporting/{name}/metrics.json").read_text())
-        made = sum(seconds for stage, seconds in values["seconds"].items() if stage not in ("calibrate", "evaluate"))
-        lines.append(
-            f"| `{name}` | {values['perplexity']:.2f} | {values['perplexity_ratio']:.3f} "
-            f"| {values['kl_divergence']:.4f} | {values['top1_agreement']:.1%} | {values['sparsity']:.1%} "
-            f"| {values['size_bytes'] / 1e6:.1f} | {values['compression_ratio']:.2f} | {made:.0f} |"
-        )
+    heads = ["variant", *(figure.label for figure in FIGURES)]
+    rows = [[f"`{name}`", *cells(values(metrics(name), where=name))] for name in variants]
+    lines = [f"| {' | '.join(cell)} |" for cell in (heads, ["---"] * len(heads), *rows)]
     calibration, evaluation = parameters["calibration"], parameters["evaluation"]
+    calibrated = metrics(next(iter(variants)))[TIMES]["calibrate"]
     lines += [
         "",
         (
             f"{parameters['model']['name']}; {parameters['corpus']['name']}. Calibrated on {calibration['samples']} × "
             f"{calibration['length']} tokens (seed {calibration['seed']}, even articles), once for all variants, in "
-            f"{values['seconds']['calibrate']:.0f} s; evaluated from the exports, activation rounding included, "
+            f"{calibrated:.0f} s; evaluated from the exports, activation rounding included, "
             f"on {evaluation['samples']} × {evaluation['length']} (seed {evaluation['seed']}, odd articles). Machine: "
             f"{about()}."
         ),
@@ -114,17 +104,22 @@ def peers() -> str:
         name = (row["processor"], row["samples"], row["task"], row["side"], row["method"])
         if "perplexity" in row and row["perplexity"] < best.get(name, {"perplexity": float("inf")})["perplexity"]:
             best[name] = row
+    compared = [figure for figure in FIGURES if figure.name in ("perplexity", "perplexity_ratio", "kl_divergence")]
+
+    def judged(row: dict[str, Any]) -> tuple[float, float, float]:
+        return row["perplexity"], row["perplexity"] / report["dense_perplexity"], row["kl_divergence"]
+
     ordered = sorted(best.values(), key=lambda row: (row["samples"], TASKS.index(row["task"]), row["perplexity"]))
     parts = []
     for where in sorted({row["processor"] for row in ordered}):
         lines = [
-            "| samples | task | side | method | perplexity | × dense | KL (nats) | seconds |",
+            f"| samples | task | side | method | {' | '.join(figure.label for figure in compared)} | seconds |",
             "|---|---|---|---|---|---|---|---|",
         ]
         lines += [
-            f"| {row['samples']} | {row['task']} | {row['side']} | {row['method']} | {row['perplexity']:.2f} "
-            f"| {row['perplexity'] / report['dense_perplexity']:.3f} | {row['kl_divergence']:.4f} | "
-            f"{seconds(row)} |"
+            f"| {row['samples']} | {row['task']} | {row['side']} | {row['method']} "
+            f"| {' | '.join(figure.show(value) for figure, value in zip(compared, judged(row), strict=True))} "
+            f"| {seconds(row)} |"
             for row in ordered
             if row["processor"] == where
         ]

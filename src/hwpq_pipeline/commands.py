@@ -123,11 +123,13 @@ def plan(env: str | None) -> None:
 def _plan_table(rows: Sequence[Row]) -> Table:
     from rich.table import Table
 
+    from hwpq_pipeline.figures import SIZE
+
     table = Table(title="A run of all variants, estimated")
-    for head in ("", "MB to deploy", "MB on disk", "seconds"):
+    for head in ("", SIZE.label, "MB of all files in data/", "seconds"):
         table.add_column(head, justify="right" if head else "left")
     for row in rows:
-        export = f"{row.export_bytes / 1e6:.1f}" if row.export_bytes else ""
+        export = SIZE.show(row.export_bytes) if row.export_bytes else ""
         table.add_row(row.name, export, f"{row.disk_bytes / 1e6:.1f}", f"{row.seconds:.0f}")
     table.add_section()
     disk, seconds = sum(row.disk_bytes for row in rows), sum(row.seconds for row in rows)

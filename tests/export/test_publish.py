@@ -15,19 +15,21 @@ from typing import Any
 import pytest
 
 from hwpq_pipeline.errors import HwpqError
-from hwpq_pipeline.export.card import CardInfo, render_card, with_quality
+from hwpq_pipeline.export import compressed_tensors, gguf
+from hwpq_pipeline.export.card import CardInfo, render_card
+from hwpq_pipeline.export.measured import with_quality
 from hwpq_pipeline.export.publish import push_to_hub
 from hwpq_pipeline.parameters import Export
 from hwpq_pipeline.pipelines.publish.nodes import publish
+from tests.reported import METRICS as WHOLE
 
 # huggingface_hub hands its upload to httpx in a way that httpx calls old.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
 
 TOKEN = "hf_standin"  # noqa: S105 (what the stand-in takes for a token)
 METRICS = {
-    "perplexity": 23.04, "dense_perplexity": 20.61, "kl_divergence": 0.14712, "top1_agreement": 0.8055,
-    "sparsity": 0.134,
-    "size_bytes": 113_175_416, "dense_bytes": 269_060_552, "evaluation_samples": 16, "evaluation_length": 512,
+    **WHOLE, "perplexity": 23.04, "dense_perplexity": 20.61, "top1_agreement": 0.8055,
+    "size_bytes": 113_175_416, "dense_bytes": 269_060_552,
 }  # fmt: skip
 
 
@@ -152,7 +154,7 @@ def export(tmp_path: Path) -> Path:
     (folder / "model.safetensors").write_bytes(b"weights" * 1000)
     (folder / "config.json").write_text("{}")
     card = CardInfo("int4", "Four bits.", "tiny/model", "apache-2.0", "int4", "dense")
-    (folder / "README.md").write_text(render_card(card))
+    (folder / "README.md").write_text(render_card(card, compressed_tensors.STORAGE))
     return folder
 
 
@@ -161,8 +163,8 @@ def formats(tmp_path: Path) -> Path:
     folder = tmp_path / "formats" / "gguf"
     folder.mkdir(parents=True)
     (folder / "model-Q4_0.gguf").write_bytes(b"gguf")
-    card = CardInfo("int4", "Four bits.", "tiny/model", "apache-2.0", "int4", "dense", format="gguf")
-    (folder / "README.md").write_text(render_card(card))
+    card = CardInfo("int4", "Four bits.", "tiny/model", "apache-2.0", "int4", "dense")
+    (folder / "README.md").write_text(render_card(card, gguf.STORAGE))
     return folder.parent
 
 
@@ -181,7 +183,7 @@ def test_every_export_and_its_card_arrive(tmp_path: Path, hub: Hub, export: Path
     assert files["model.safetensors"] == (export / "model.safetensors").read_bytes()
     assert files["README.md"] == (cards / "README.md").read_bytes()
     assert hub.cards[0].encode() == files["README.md"]
-    assert b"| perplexity | 20.61 | 23.04 |" in files["README.md"]
+    assert b"| perplexity | 20.61 | 23.04 | " in files["README.md"]
     assert hub.repositories["me/model-int4-gguf"]["README.md"] == (cards / "gguf" / "README.md").read_bytes()
 
 
@@ -236,8 +238,10 @@ def test_quality_stands_before_loading_and_the_rest_is_kept(export: Path) -> Non
     card = (export / "README.md").read_text()
     whole = with_quality(card, METRICS)
     assert whole.index("## Quality") < whole.index("## How to load")
-    assert "| megabytes of weights | 269.1 | 113.2 |" in whole
-    assert "| same likeliest token as the dense model | 100 % | 80.5 % |" in whole
+    assert "| MB on disk | 269.1 | 113.2 | " in whole
+    assert "| top-1 agreement | 100.0% | 80.5% | " in whole
+    assert "| sparsity |  | 50.0% | " in whole
+    assert "seconds" not in whole.partition("## How to load")[0]
     kept = iter(whole.splitlines())
     assert all(line in kept for line in card.splitlines())
 

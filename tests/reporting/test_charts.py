@@ -33,7 +33,7 @@ def comparison() -> pd.DataFrame:
             "variant": ["dense", "fp8", "int4", "2of4-fp8"],
             "perplexity_ratio": [1.0, 1.02, 1.18, 3.5],
             "size_bytes": [269_000_000, 163_000_000, 113_000_000, 163_000_000],
-            "seconds": [20.0, 40.0, 90.0, 60.0],
+            "seconds_to_make": [20.0, 40.0, 90.0, 60.0],
         }
     )
 

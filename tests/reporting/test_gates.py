@@ -6,9 +6,11 @@ import math
 
 import pytest
 
-from hwpq_pipeline.reporting.gates import LIMITS, broken_gates, count_gates
+from hwpq_pipeline.figures import GATED
+from hwpq_pipeline.reporting.gates import broken_gates, count_gates
+from tests.reported import METRICS
 
-FIGURES = {"perplexity_ratio": 3.3, "top1_agreement": 0.48, "size_bytes": 163_227_736}
+FIGURES = {**METRICS, "perplexity_ratio": 3.3, "top1_agreement": 0.48, "size_bytes": 163_227_736}
 
 
 def test_limits_that_are_met_exactly_hold():
@@ -35,12 +37,12 @@ def test_each_limit_that_is_missed_is_an_error_of_its_own(limit, bound, message)
 def test_all_that_fails_is_named():
     tight = {"maximum_perplexity_ratio": 1.0, "minimum_top1_agreement": 1.0, "maximum_bytes": 1}
     errors = broken_gates({"a": tight, "b": tight}, {"a": FIGURES, "b": FIGURES})
-    assert len(errors) == 2 * len(LIMITS)
+    assert len(errors) == 2 * len(GATED)
 
 
-@pytest.mark.parametrize("limit", [limit for limit, _, _ in LIMITS])
+@pytest.mark.parametrize("limit", [figure.limit for figure in GATED])
 def test_a_figure_that_is_not_a_number_keeps_no_limit(limit):
-    lost = dict.fromkeys(FIGURES, math.nan)
+    lost = {**FIGURES, **dict.fromkeys((figure.name for figure in GATED), math.nan)}
     assert len(broken_gates({"a": {limit: 1.0}}, {"a": lost})) == 1
 
 

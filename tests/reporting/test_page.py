@@ -10,25 +10,22 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from hwpq_pipeline.figures import FIGURES
+from hwpq_pipeline.reporting.comparison import comparison_table
 from hwpq_pipeline.reporting.heatmap import heatmap, place
 from hwpq_pipeline.reporting.page import Reported, render
 from hwpq_pipeline.reporting.scatter import LETTER, Point, place_labels, scatter, ticks
+from tests.reported import METRICS, SHOWN
 
 NAMES = ("dense", "fp8", "2of4-fp8")
 
 
 def comparison() -> pd.DataFrame:
-    return pd.DataFrame(
+    ratios, sizes = (1.0, 1.02, 3.31), (269_060_552, 163_227_736, 163_227_736)
+    return comparison_table(
         {
-            "variant": NAMES,
-            "perplexity": [20.6, 21.0, 68.1],
-            "perplexity_ratio": [1.0, 1.02, 3.31],
-            "kl_divergence": [0.0, 0.03, 1.28],
-            "top1_agreement": [1.0, 0.909, 0.481],
-            "sparsity": [0.0, 0.0, 0.5],
-            "size_bytes": [269_060_552, 163_227_736, 163_227_736],
-            "compression_ratio": [1.0, 1.65, 1.65],
-            "seconds": [56.0, 63.0, 110.0],
+            name: {**METRICS, "perplexity_ratio": ratio, "size_bytes": size}
+            for name, ratio, size in zip(NAMES, ratios, sizes, strict=True)
         }
     )
 
@@ -50,7 +47,8 @@ def page(**changes) -> str:
         Reported(
             name=name,
             description=f"About {name}.",
-            recipe=f"{name}:\n  x: 1\n",
+            entry=f"{name}:\n  x: 1\n",
+            recipe=f"{name}:\n  x: 1\n  damping: 0.01\n",
             layers=layers(0.001),
             continuations=[{"prompt": "Once <b>", "continuation": f"& {name} went"}],
             command=f"dvc repro evaluate@{name}",
@@ -84,8 +82,8 @@ def test_everything_is_in_the_page_and_nothing_is_fetched():
     assert reader.fetched == []
     assert "url(" not in text
     words = "".join(reader.words)
-    for part in ("68.10", "3.310", "48.1%", "163.2", "16 × 512", "Once <b>", "& 2of4-fp8 went", "About fp8.",
-                 "dvc repro evaluate@fp8"):  # fmt: skip
+    for part in (*SHOWN[2:], "3.310", "16 × 512", "Once <b>", "& 2of4-fp8 went", "About fp8.", "dvc repro evaluate@fp8",
+                 "damping: 0.01", *(figure.label for figure in FIGURES)):  # fmt: skip
         assert part in words
     assert "<b>" not in text  # what models write is text
 
@@ -95,17 +93,17 @@ def test_the_same_input_gives_the_same_page():
 
 
 def test_a_point_is_where_its_figures_are_and_says_them():
-    svg = scatter([Point("a", 100, 1), Point("b", 200, 10), Point("c", 150, 10**0.5)], "MB")
+    svg = scatter([Point("a", 100, 1), Point("b", 200, 10), Point("c", 150, 10**0.5)], across="MB", down="ratio")
     (ax, ay), (bx, by), (cx, cy) = (map(float, found) for found in re.findall(r'cx="([\d.]+)" cy="([\d.]+)"', svg))
     assert ax < cx < bx
     assert ay > cy > by  # worse is higher
     assert cx == pytest.approx((ax + bx) / 2, abs=0.1)
     assert cy == pytest.approx((ay + by) / 2, abs=0.1)  # logarithmic: the geometric mean is half-way
-    assert "b: 10.000 × dense, 200.0 MB" in svg
+    assert "b. ratio: 10.000. MB: 200.0" in svg
 
 
 def test_one_variant_alone_is_drawn():
-    assert "<circle" in scatter([Point("a", 100, 1)], "MB")
+    assert "<circle" in scatter([Point("a", 100, 1)], across="MB", down="ratio")
 
 
 def test_labels_cover_neither_each_other_nor_points():

@@ -6,13 +6,15 @@ import numpy as np
 import pandas as pd
 
 from hwpq_pipeline.tracking.description import describe, layer_series
-from tests.reporting.test_comparison import FIGURES
+from tests.reported import METRICS, SHOWN
 
 
-def test_headline_figures_and_the_model_stand_in_the_description():
-    text = describe("Words.", FIGURES, export="data/07_export/x", digest="ab" * 32, command="dvc repro evaluate@x")
-    for part in ("Words.", "**68.10**", "**3.300**", "**48.0%**", "**163.2**", "data/07_export/x", "ab" * 8, "@x"):
+def test_the_figures_and_the_model_stand_in_the_description():
+    text = describe("Words.", METRICS, export="data/07_export/x", digest="ab" * 32, command="dvc repro evaluate@x")
+    for part in ("Words.", *(f"| {shown} |" for shown in SHOWN), "data/07_export/x", "ab" * 8, "@x"):
         assert part in text
+    heads, rule, row = (line.count("|") for line in text.splitlines() if line.startswith("|"))
+    assert heads == rule == row
 
 
 def test_a_curve_a_kind_and_stage_in_the_order_of_blocks_without_gaps():

@@ -1,11 +1,12 @@
 """Charts of a report, as PNG files: errors and sparsity by layer, and variants against each other.
 
-Colours are those of Okabe and Ito (2008), which people with any common colour blindness tell apart; line
-styles and markers say the same again for print in grey. Errors and sizes span orders of magnitude, so their
-axes are logarithmic. The same table gives the same bytes: no time and no library version in the file, no
-random placing.
+The colours are those of Okabe and Ito (2008). People with any common colour blindness can tell them apart. Line
+styles and markers repeat the distinction for print in grey. Errors and perplexities span orders of magnitude, so
+their axes are logarithmic. The same table gives the same bytes: the file holds no time and no library version, and no
+label is placed at random.
 
-Drawn through `matplotlib.figure.Figure` rather than pyplot: no global state, no window, safe in any thread.
+The charts are drawn through `matplotlib.figure.Figure` and not through pyplot: there is no global state and no window,
+and any thread may draw.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ import pandas as pd
 
 from hwpq_pipeline.checkpoints.writer import atomic_file
 from hwpq_pipeline.errors import HwpqError
+from hwpq_pipeline.figures import ERRORS, QUALITY, REACHED, SIZE, TIME, WANTED
+from hwpq_pipeline.figures import Figure as Metric
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -29,35 +32,32 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#E69F00", "#CC79A7", "#56B4E9", "#0
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 GREY = "#666666"
 _DPI = 110
-#: Column, label, line width: curves that lie on each other stay visible, the later one drawn thinner on top.
-_STAGES = (
-    ("error_pruned", "pruned", 1.2),
-    ("error_recovered", "recovered", 3.4),
-    ("error_quantized", "quantized", 1.0),
-)
+#: Line widths of the errors, in the order of the steps: where curves lie on each other, the later one is thinner and on
+#: top, so that both are seen.
+_WIDTHS = dict(zip(ERRORS, (1.2, 3.4, 1.0), strict=True))
 
 
 def error_by_layer(layers: pd.DataFrame, path: str | Path) -> Path:
-    """Relative output error of every layer after each stage, a panel a kind of layer.
+    """Draw the relative output error of every layer after each step, a panel for each kind of layer.
 
     Args:
-        layers: the layer table: `block`, `kind`, and `error_pruned`, `error_recovered`, `error_quantized`
-            (relative squared output errors, NaN where a stage was not run).
+        layers: the layer table: `block`, `kind`, and the columns of `figures.ERRORS` (relative squared output errors,
+            NaN where a step was not run).
         path: the PNG to write.
 
     Raises:
         HwpqError: a column is missing, or there is no layer.
     """
-    _require(layers, ("block", "kind", *(column for column, _, _ in _STAGES)))
-    shown = [(index, *stage) for index, stage in enumerate(_STAGES) if layers[stage[0]].gt(0).any()]
+    _require(layers, ("block", "kind", *(error.column for error in ERRORS)))
+    shown = [(index, error) for index, error in enumerate(ERRORS) if layers[error.column].gt(0).any()]
     if not shown:
         return _save(_nothing("No layer was changed, or no error is known."), path)
     figure, panels = _panels(layers)
     for panel, (kind, rows) in zip(panels, _kinds(layers), strict=True):
-        for index, column, label, width in shown:
-            values = rows[column].where(rows[column] > 0)  # a logarithmic axis has no place for zero
-            panel.plot(rows["block"], values, color=COLOURS[index], marker=MARKERS[index], ms=3.4, lw=width,
-                       label=label)  # fmt: skip
+        for index, error in shown:
+            values = rows[error.column].where(rows[error.column] > 0)  # a logarithmic axis has no place for zero
+            panel.plot(rows["block"], values, color=COLOURS[index], marker=MARKERS[index], ms=3.4, lw=_WIDTHS[error],
+                       label=error.label)  # fmt: skip
         panel.set_title(kind, fontsize=10)
         panel.set_yscale("log")
     _finish_panels(figure, panels, "Output error by layer:  ‖(W − W₀)X‖² / ‖W₀X‖²", "relative squared error")
@@ -65,7 +65,7 @@ def error_by_layer(layers: pd.DataFrame, path: str | Path) -> Path:
 
 
 def sparsity_by_layer(layers: pd.DataFrame, path: str | Path) -> Path:
-    """Reached sparsity of every layer beside the wanted one, a panel a kind of layer.
+    """Draw the reached sparsity of every layer beside the wanted one, a panel for each kind of layer.
 
     Args:
         layers: the layer table: `block`, `kind`, `wanted_sparsity` (NaN where none was), `reached_sparsity`,
@@ -75,16 +75,17 @@ def sparsity_by_layer(layers: pd.DataFrame, path: str | Path) -> Path:
     Raises:
         HwpqError: a column is missing, or there is no layer.
     """
-    _require(layers, ("block", "kind", "wanted_sparsity", "reached_sparsity"))
+    both = [REACHED.column, WANTED.column]
+    _require(layers, ("block", "kind", *both))
     figure, panels = _panels(layers)
     for panel, (kind, rows) in zip(panels, _kinds(layers), strict=True):
-        panel.plot(rows["block"], 100 * rows["reached_sparsity"], color=COLOURS[0], marker=MARKERS[0], ms=3.4,
-                   lw=1.2, label="reached")  # fmt: skip
-        if rows["wanted_sparsity"].notna().any():
-            panel.plot(rows["block"], 100 * rows["wanted_sparsity"], color=COLOURS[1], ls="--", lw=1.4,
-                       label="wanted")  # fmt: skip
+        panel.plot(rows["block"], 100 * rows[REACHED.column], color=COLOURS[0], marker=MARKERS[0], ms=3.4,
+                   lw=1.2, label=REACHED.label)  # fmt: skip
+        if rows[WANTED.column].notna().any():
+            panel.plot(rows["block"], 100 * rows[WANTED.column], color=COLOURS[1], ls="--", lw=1.4,
+                       label=WANTED.label)  # fmt: skip
         panel.set_title(kind, fontsize=10)
-    values = 100 * layers[["wanted_sparsity", "reached_sparsity"]].to_numpy(float)
+    values = 100 * layers[both].to_numpy(float)
     low, high = float(np.nanmin(values)), float(np.nanmax(values))
     margin = max(1.0, 0.1 * (high - low))  # a wanted sparsity is met to 0.1 %: a full axis would hide the rest
     panels[0].set_ylim(max(low - margin, -margin / 4), min(high + margin, 100 + margin / 4))
@@ -93,12 +94,12 @@ def sparsity_by_layer(layers: pd.DataFrame, path: str | Path) -> Path:
 
 
 def pareto(table: pd.DataFrame, path: str | Path) -> Path:
-    """Perplexity ratio against size, and against the seconds it took, a labelled point a variant.
+    """Draw the variants' quality against their size, and against the seconds they took, a labelled point each.
 
     The line joins the variants that no other beats in both (lower is better on both axes).
 
     Args:
-        table: `variant`, `perplexity_ratio` (to dense), `size_bytes`, `seconds`.
+        table: `variant` and the columns of `figures.QUALITY`, `SIZE` and `TIME`.
         path: the PNG to write.
 
     Raises:
@@ -106,13 +107,11 @@ def pareto(table: pd.DataFrame, path: str | Path) -> Path:
     """
     from matplotlib.figure import Figure
 
-    _require(table, ("variant", "perplexity_ratio", "size_bytes", "seconds"))
+    _require(table, ("variant", QUALITY.name, SIZE.name, TIME.name))
     figure = Figure(figsize=(12.5, 5.4), dpi=_DPI, layout="constrained")
     left, right = figure.subplots(1, 2)
-    quality = table["perplexity_ratio"].to_numpy(float)
-    names = [str(name) for name in table["variant"]]
-    _scatter(left, table["size_bytes"].to_numpy(float) / 1e6, quality, names, "size on disk, MB")
-    _scatter(right, table["seconds"].to_numpy(float), quality, names, "seconds to make, calibration included")
+    _scatter(left, table, SIZE)
+    _scatter(right, table, TIME)
     left.set_title("Quality against size", fontsize=11)
     right.set_title("Quality against time", fontsize=11)
     return _save(figure, path)
@@ -135,9 +134,11 @@ def pareto_front(x: np.ndarray[Any, Any], y: np.ndarray[Any, Any]) -> list[int]:
     return front
 
 
-def _scatter(axes: Axes, x: np.ndarray[Any, Any], y: np.ndarray[Any, Any], names: Sequence[str], label: str) -> None:
+def _scatter(axes: Axes, table: pd.DataFrame, cost: Metric) -> None:
     from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
+    names = [str(name) for name in table["variant"]]
+    x, y = table[cost.name].to_numpy(float) / cost.divisor, table[QUALITY.name].to_numpy(float)
     front = pareto_front(x, y)
     axes.plot(x[front], y[front], color=GREY, lw=1.2, ls="--", zorder=1, label="none is better in both")
     for index, name in enumerate(names):
@@ -152,8 +153,8 @@ def _scatter(axes: Axes, x: np.ndarray[Any, Any], y: np.ndarray[Any, Any], names
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}×"))
     axes.yaxis.set_minor_formatter(NullFormatter())
     axes.set_yticks(_ticks(low, high))
-    axes.set_xlabel(label)
-    axes.set_ylabel("perplexity, times the dense model's (lower is better)")
+    axes.set_xlabel(cost.label)
+    axes.set_ylabel(f"{QUALITY.label} ({QUALITY.better} is better)")
     axes.grid(True, which="major", color="#DDDDDD", lw=0.7)
     axes.set_axisbelow(True)
     _label(axes, x, y, names)

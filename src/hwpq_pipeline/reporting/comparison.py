@@ -10,27 +10,24 @@ import rich
 from rich.console import Console
 from rich.table import Table
 
-from hwpq_pipeline.figures import FIGURES, making_seconds
+from hwpq_pipeline.figures import FIGURES, cells, values
 
-TABLE_WIDTH = 140
+TITLE = "Compressed variants"
+#: The widest table, that of the figures, fits into it.
+TABLE_WIDTH = 170
 
 
 def comparison_table(metrics: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:
-    """A row a variant.
+    """A row a variant: `variant` and the figures.
 
     Args:
         metrics: by variant, as in its `metrics.json`.
 
-    Returns:
-        Columns `variant`, those of `FIGURES`, and `seconds`: the sum over the stages that made the variant
-        (calibrate, select, compress, export), evaluation left out.
+    Raises:
+        HwpqError: a figure of a variant is missing.
     """
-    return pd.DataFrame(
-        [
-            {"variant": name, **{figure: values[figure] for figure in FIGURES}, "seconds": making_seconds(values)}
-            for name, values in metrics.items()
-        ]
-    )
+    rows = [{"variant": name, **values(found, where=f"metrics of {name}")} for name, found in metrics.items()]
+    return pd.DataFrame(rows, columns=["variant", *(figure.name for figure in FIGURES)])
 
 
 def console() -> Console:
@@ -40,31 +37,11 @@ def console() -> Console:
 
 
 def show_table(table: pd.DataFrame) -> None:
-    """Print the table."""
-    view = Table(title="Compressed variants")
-    heads = {
-        "variant": "variant",
-        "perplexity": "perplexity",
-        "perplexity_ratio": "× dense",
-        "kl_divergence": "KL (nats)",
-        "top1_agreement": "top-1 agreement",
-        "sparsity": "sparsity",
-        "size_bytes": "MB on disk",
-        "compression_ratio": "× smaller",
-        "seconds": "seconds to make",
-    }
-    for head in heads.values():
-        view.add_column(head, justify="left" if head == "variant" else "right")
+    """Print the table that `comparison_table` made."""
+    view = Table(title=TITLE)
+    view.add_column("variant")
+    for figure in FIGURES:
+        view.add_column(figure.label, justify="right")
     for row in table.to_dict("records"):
-        view.add_row(
-            str(row["variant"]),
-            f"{row['perplexity']:.2f}",
-            f"{row['perplexity_ratio']:.3f}",
-            f"{row['kl_divergence']:.4f}",
-            f"{row['top1_agreement']:.1%}",
-            f"{row['sparsity']:.1%}",
-            f"{row['size_bytes'] / 1e6:.1f}",
-            f"{row['compression_ratio']:.2f}",
-            f"{row['seconds']:.0f}",
-        )
+        view.add_row(str(row["variant"]), *cells(row))
     console().print(view)

@@ -1,7 +1,8 @@
-"""Quality gates: limits that a variant's figures must keep.
+"""Quality gates: limits that a variant's figures (metrics) must keep.
 
 A gate is for CI: it turns "is this still good enough to ship?" into an exit status. It looks at what was measured and
-changes nothing, so that a variant that misses is still on disk, in MLflow and in the report.
+changes nothing, so a variant that misses a limit is still on disk, in MLflow and in the report. The field `gate` in
+`figures` says which figures have a limit, and what it is called.
 """
 
 from __future__ import annotations
@@ -10,13 +11,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from hwpq_pipeline.errors import HwpqError
+from hwpq_pipeline.figures import GATED, values
 
-#: Limit, the figure of `metrics.json` that it is on, whether it is a maximum.
-LIMITS = (
-    ("maximum_perplexity_ratio", "perplexity_ratio", True),
-    ("minimum_top1_agreement", "top1_agreement", False),
-    ("maximum_bytes", "size_bytes", True),
-)
 WHERE = "quality_gates.yml"
 
 
@@ -26,8 +22,11 @@ def broken_gates(
     """What does not hold, one error a variant and figure.
 
     Args:
-        gates: limits by variant and by the names in `LIMITS`; None is no limit.
-        metrics: figures by variant, as in `metrics.json`. A figure that is not a number keeps no limit.
+        gates: limits by variant and by the names of `figures.GATED`; None is no limit.
+        metrics: figures by variant, as in `metrics.json`. A figure that is not a number breaks every limit.
+
+    Raises:
+        HwpqError: a figure is missing.
     """
     broken = []
     for variant, limits in gates.items():
@@ -38,14 +37,14 @@ def broken_gates(
                 )
             )
             continue
-        for limit, figure, is_maximum in LIMITS:
-            bound = limits.get(limit)
-            value = metrics[variant][figure]
-            if bound is None or (value <= bound if is_maximum else value >= bound):
+        found = values(metrics[variant], where=f"metrics of {variant}")
+        for figure in GATED:
+            bound, value, low = limits.get(figure.limit), found[figure.name], figure.better == "lower"
+            if bound is None or (value <= bound if low else value >= bound):
                 continue
             broken.append(
                 HwpqError(
-                    f"{figure} is {_shown(value)}, {'above' if is_maximum else 'below'} {limit} {_shown(bound)}",
+                    f"{figure.name} is {_shown(value)}, {'above' if low else 'below'} {figure.limit} {_shown(bound)}",
                     where=f"quality gate, {variant}",
                     remedy=f"Improve the variant, or change the limit in {WHERE}",
                 )
@@ -55,7 +54,7 @@ def broken_gates(
 
 def count_gates(gates: Mapping[str, Mapping[str, float | None]]) -> int:
     """How many limits are set."""
-    return sum(limits.get(limit) is not None for limits in gates.values() for limit, _, _ in LIMITS)
+    return sum(limits.get(figure.limit) is not None for limits in gates.values() for figure in GATED)
 
 
 def _shown(value: float) -> str:

@@ -1,7 +1,7 @@
-"""A scatter plot as inline SVG: quality, logarithmic and upwards worse, against a cost, linear.
+"""A scatter plot as inline SVG: quality on a logarithmic axis, worse upwards, against a cost on a linear one.
 
-SVG in the page rather than a picture: it takes the page's colours in the dark, stays sharp on a phone, and its points
-say their figures when touched. Labels take the first free place around their point.
+It is SVG in the page and no picture: it takes the page's colours in the dark, it stays sharp on a phone, and its points
+say their figures when they are touched. A label takes the first free place around its point.
 """
 
 from __future__ import annotations
@@ -28,12 +28,13 @@ class Point:
     y: float
 
 
-def scatter(points: Sequence[Point], label: str) -> str:
-    """The plot as an `<svg>` element.
+def scatter(points: Sequence[Point], *, across: str, down: str) -> str:
+    """Draw the plot as an `<svg>` element.
 
     Args:
-        points: one a variant; ratios above zero.
-        label: of the axis of costs, with its unit.
+        points: one for each variant; ratios above zero.
+        across: the label of the axis of costs.
+        down: the label of the axis of quality.
     """
     low, high = min(point.x for point in points), max(point.x for point in points)
     span = (high - low) or max(high, 1.0)
@@ -42,26 +43,26 @@ def scatter(points: Sequence[Point], label: str) -> str:
     margin = 0.08 * (y1 - y0) or 0.1
     y0, y1 = y0 - margin, y1 + margin
 
-    def across(value: float) -> float:
+    def x_of(value: float) -> float:
         return LEFT + (value - x0) / (x1 - x0) * (WIDTH - LEFT - RIGHT)
 
-    def down(ratio: float) -> float:
+    def y_of(ratio: float) -> float:
         return HEIGHT - BOTTOM - (math.log(ratio) - y0) / (y1 - y0) * (HEIGHT - TOP - BOTTOM)
 
-    parts = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="Perplexity against {escape(label)}">']
+    parts = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(down)} against {escape(across)}">']
     for ratio in _ratios(math.exp(y0), math.exp(y1)):
-        y = down(ratio)
+        y = y_of(ratio)
         parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
         parts.append(f'<text class="tick" x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{ratio:g}×</text>')
     for value in ticks(x0, x1):
-        x = across(value)
+        x = x_of(value)
         parts.append(f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>')
         parts.append(f'<text class="tick" x="{x:.1f}" y="{HEIGHT - BOTTOM + 16}" text-anchor="middle">{value:g}</text>')
     middle = (LEFT + WIDTH - RIGHT) / 2
-    parts.append(f'<text class="tick" x="{middle}" y="{HEIGHT - 6}" text-anchor="middle">{escape(label)}</text>')
-    places = [(across(point.x), down(point.y)) for point in points]
+    parts.append(f'<text class="tick" x="{middle}" y="{HEIGHT - 6}" text-anchor="middle">{escape(across)}</text>')
+    places = [(x_of(point.x), y_of(point.y)) for point in points]
     for point, (x, y), (tx, ty) in zip(points, places, place_labels(points, places), strict=True):
-        words = f"{escape(point.name)}: {point.y:.3f} × dense, {point.x:.1f} {escape(label)}"
+        words = escape(f"{point.name}. {down}: {point.y:.3f}. {across}: {point.x:.1f}")
         parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="5"><title>{words}</title></circle>')
         parts.append(f'<text class="name" x="{tx:.1f}" y="{ty:.1f}">{escape(point.name)}</text>')
     return "".join([*parts, "</svg>"])
@@ -80,7 +81,7 @@ def _ratios(low: float, high: float) -> list[float]:
 
 
 def place_labels(points: Sequence[Point], places: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Left ends of the labels' baselines: the first place that covers no point and no label before it."""
+    """The left ends of the labels' baselines: for each the first place that covers no point and no earlier label."""
     taken: list[Box] = [(x - 6, y - 6, x + 6, y + 6) for x, y in places]
     found = []
     for index, (point, (x, y)) in enumerate(zip(points, places, strict=True)):

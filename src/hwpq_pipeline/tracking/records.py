@@ -1,4 +1,4 @@
-"""What is known of a finished variant, as it goes into a run."""
+"""What is known about a finished variant, as it goes into a run."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hwpq_pipeline.figures import TIMES, making_seconds
+from hwpq_pipeline.figures import TIME, TIMES, making_seconds
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class Dataset:
     Attributes:
         name: for people.
         digest: sha256 of the content; MLflow shows its beginning.
-        context: what it was for: `calibration`, `evaluation`, `model`.
+        context: what it was read for: `calibration`, `evaluation`, `model`.
         source: where it came from, as plain values.
         profile: its extent, as plain values.
     """
@@ -33,7 +33,7 @@ class Dataset:
 
 @dataclass(frozen=True)
 class Record:
-    """What is logged of one variant.
+    """What is logged for one variant.
 
     Attributes:
         variant: its name.
@@ -61,7 +61,7 @@ class Record:
 
     @property
     def key(self) -> str:
-        """Digest of the content, seconds left out."""
+        """Digest of the content without the seconds."""
         content = {
             "variant": self.variant,
             "parameters": flat(self.parameters),
@@ -72,12 +72,12 @@ class Record:
 
     @property
     def figures(self) -> dict[str, float]:
-        """All single numbers: `perplexity`, `seconds/compress`, and `seconds_to_make`, evaluation left out."""
+        """All single numbers by name: the figures with `seconds_to_make`, and each stage's `seconds/<stage>`."""
         single = {name: float(value) for name, value in self.metrics.items() if _is_number(value)}
         stages = {stage: float(value) for stage, value in self.metrics.get(TIMES, {}).items()}
         # MLflow makes a section of charts from what stands before the slash.
         single |= {f"{TIMES}/{stage}": value for stage, value in stages.items()}
-        return single | ({"seconds_to_make": making_seconds(self.metrics)} if stages else {})
+        return single | ({TIME.name: making_seconds(self.metrics)} if stages else {})
 
 
 def flat(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -5,22 +5,23 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from hwpq_pipeline.parameters import QualityGates
 from hwpq_pipeline.pipelines.variants import by_variant
 from hwpq_pipeline.reporting.gates import broken_gates, count_gates
+
+from .limits import QualityGates
 
 logger = logging.getLogger(__name__)
 
 
 def check(quality_gates: QualityGates, **metrics: dict[str, Any]) -> None:
-    """Hold every variant's figures against its limits.
+    """Check every variant's figures against its limits.
 
     Args:
         quality_gates: the limits.
         metrics: of each variant, keyed as `by_variant` reads them.
 
     Raises:
-        ExceptionGroup: of HwpqError, one a limit that does not hold.
+        ExceptionGroup: of HwpqError, one for each limit that does not hold.
     """
     gates = {name: gate.model_dump() for name, gate in quality_gates.variants.items()}
     figures = by_variant(metrics, "metrics")

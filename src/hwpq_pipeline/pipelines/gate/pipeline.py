@@ -1,4 +1,4 @@
-"""metrics, limits → nothing, or an error: all variants in one node, so that one run names all that fails."""
+"""metrics, limits → nothing, or an error. One node checks all variants, so that one run names all that fails."""
 
 from __future__ import annotations
 

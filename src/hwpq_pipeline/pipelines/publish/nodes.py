@@ -1,4 +1,4 @@
-"""Node that completes the model cards, and uploads where that is asked for."""
+"""The node that completes the model cards, and uploads the exports if a repository is named."""
 
 from __future__ import annotations
 
@@ -7,15 +7,16 @@ from pathlib import Path
 from typing import Any
 
 from hwpq_pipeline.checkpoints.writer import write_text
-from hwpq_pipeline.export.card import with_quality
+from hwpq_pipeline.export.measured import with_quality
 from hwpq_pipeline.export.publish import push_to_hub
 from hwpq_pipeline.parameters import Export
 
 
 def publish(export: Path, formats: Path, metrics: dict[str, Any], name: str, parameters: Export, scratch: Path) -> Path:
-    """A directory with the card of every export, quality in it: `README.md`, and `<format>/README.md`.
+    """A directory with the card of every export, the measured quality in it: `README.md`, and `<format>/README.md`.
 
-    With `push_to_hub: owner/model` the exports go to `owner/model-<variant>` and `owner/model-<variant>-<format>`.
+    With `push_to_hub: owner/model` the exports are uploaded to `owner/model-<variant>` and
+    `owner/model-<variant>-<format>`.
     """
     target = scratch / "cards"
     others = sorted(path for path in formats.iterdir() if path.is_dir())
