@@ -73,10 +73,10 @@ def test_reports_are_whole(kedro_project, variant):
     figures = metrics(kedro_project, variant)
     assert set(figures) >= KEYS
     assert set(figures["seconds"]) == STAGES
-    folder = kedro_project / "data" / "08_reporting" / variant
+    charts = kedro_project / "data" / "09_comparison" / "charts" / variant
     for name in ("error_by_layer.png", "sparsity_by_layer.png"):
-        assert (folder / name).read_bytes().startswith(b"\x89PNG")
-    texts = json.loads((folder / "continuations.json").read_text())
+        assert (charts / name).read_bytes().startswith(b"\x89PNG")
+    texts = json.loads((kedro_project / "data" / "08_prompts" / f"{variant}.json").read_text())
     assert [entry["prompt"] for entry in texts] == ["The capital of France is"]
     assert texts[0]["continuation"] in (kedro_project / "data" / "09_comparison" / "index.html").read_text()
     assert (kedro_project / "data" / "09_comparison" / "pareto.png").read_bytes().startswith(b"\x89PNG")
@@ -169,9 +169,11 @@ def dvc_project(tmp_path_factory) -> Path:
     git(project, "commit", "--quiet", "--message", "start")
     done = check(dvc(project, "repro"))
     per_variant = {
-        f"{stage}@{variant}" for stage in ("select", "compress", "export", "evaluate") for variant in VARIANTS
+        f"{stage}@{variant}"
+        for stage in ("select", "compress", "export", "evaluate", "prompts")
+        for variant in VARIANTS
     }
-    assert ran(done) == {"fetch", "calibrate", "reference", "track", "report", "publish"} | per_variant
+    assert ran(done) == {"fetch", "calibrate", "reference", "recipes", "report", "track", "publish"} | per_variant
     return project
 
 

@@ -14,16 +14,15 @@ from hwpq_pipeline.parameters import (
     Corpus,
     Evaluation,
     Export,
-    Gate,
     Model,
-    QualityGates,
+    Prompts,
     Quantization,
     Recovery,
-    Report,
     Selection,
     Track,
     Variant,
 )
+from hwpq_pipeline.pipelines.gate.limits import Gate, QualityGates
 
 SHARED = {
     "model": Model,
@@ -33,7 +32,7 @@ SHARED = {
     "evaluation": Evaluation,
     "export": Export,
     "track": Track,
-    "report": Report,
+    "report": Prompts,
 }
 
 
@@ -68,7 +67,7 @@ def test_yaml_spells_out_the_codes_defaults(root):
     for name, fields in {"calibration": ("batch", "mode", "dtype"), "evaluation": ("batch", "dtype")}.items():
         for field in fields:
             assert read(root, "base/parameters.yml")[name][field] == SHARED[name].model_fields[field].default
-    assert read(root, "base/parameters.yml")["report"]["new_tokens"] == Report.model_fields["new_tokens"].default
+    assert read(root, "base/parameters.yml")["report"]["new_tokens"] == Prompts.model_fields["new_tokens"].default
 
 
 def test_parameters_are_frozen():

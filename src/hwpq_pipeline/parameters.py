@@ -42,6 +42,12 @@ def _one_of(known: Iterable[str]) -> AfterValidator:
     return AfterValidator(partial(_check_word, known=tuple(known)))
 
 
+def _check_format(word: str) -> str:
+    from hwpq_pipeline.export.formats import further_formats  # imports torch, so only where a format is asked for
+
+    return _check_word(word, further_formats())
+
+
 class Model(Parameters):
     """Where the dense model comes from (pipeline `fetch`).
 
@@ -111,7 +117,7 @@ class Compute(Parameters):
 
 
 class Evaluation(Parameters):
-    """Token samples that variants are judged on, and how (pipelines `reference`, `evaluate`)."""
+    """Token samples that variants are judged on, and how (pipelines `reference`, `evaluate`, `prompts`)."""
 
     samples: Annotated[int, Field(ge=1)]
     length: Annotated[int, Field(ge=8)]
@@ -228,14 +234,14 @@ class Export(Parameters):
     """What is written beside the compressed-tensors export of every variant (pipeline `export`).
 
     `gguf` is one file for llama.cpp and Ollama in the type of the variant's grid, `gguf-f16` the same in 16 bits,
-    `onnx` a graph for ONNX Runtime, `semi-structured` the packed 2:4 checkpoint. A format that cannot hold a variant
-    (2:4 of a dense one) is left out of it, and the log says so.
+    `onnx` a graph for ONNX Runtime, `semi-structured` the packed 2:4 checkpoint (`export.formats` has them). A variant
+    that a format cannot hold (a dense one in packed 2:4) goes without that format, and the log says so.
 
     `push_to_hub: owner/model` uploads the exports, with their cards, to `owner/model-<variant>` and, for further
     formats, `owner/model-<variant>-<format>` (pipeline `publish`), with the user's own token.
     """
 
-    formats: tuple[Literal["gguf", "gguf-f16", "onnx", "semi-structured"], ...] = ()
+    formats: tuple[Annotated[str, AfterValidator(_check_format)], ...] = ()
     push_to_hub: Annotated[str, Field(pattern=r"^[\w.-]+/[\w.-]+$")] | None = None
 
 
@@ -250,22 +256,8 @@ class Track(Parameters):
     log_model: bool = False
 
 
-class Report(Parameters):
-    """Prompts that every variant continues (pipeline `evaluate`), shown side by side (pipeline `report`)."""
+class Prompts(Parameters):
+    """`report:` in the YAML: what every variant continues (pipeline `prompts`), shown side by side in the report."""
 
     prompts: tuple[Annotated[str, Field(min_length=1)], ...]
     new_tokens: Annotated[int, Field(ge=1)] = 16
-
-
-class Gate(Parameters):
-    """Limits that one variant's figures must keep; None is no limit."""
-
-    maximum_perplexity_ratio: Annotated[float, Field(gt=0)] | None = None
-    minimum_top1_agreement: Annotated[float, Field(ge=0, le=1)] | None = None
-    maximum_bytes: Annotated[int, Field(gt=0)] | None = None
-
-
-class QualityGates(Parameters):
-    """`conf/*/quality_gates.yml`: limits by variant (pipeline `gate`)."""
-
-    variants: dict[str, Gate]

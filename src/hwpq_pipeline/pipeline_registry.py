@@ -1,4 +1,4 @@
-"""The pipelines that `kedro run --pipelines` knows; all but `gate` together are the default."""
+"""The pipelines that `kedro run --pipelines` knows. The default is all of them but `gate`."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from hwpq_pipeline.pipelines import (
     export,
     fetch,
     gate,
+    prompts,
     publish,
     recipes,
     reference,
@@ -22,7 +23,7 @@ from hwpq_pipeline.project import variant_names
 
 
 def register_pipelines() -> dict[str, Pipeline]:
-    """Pipelines by name, those a variant with a namespace for each entry of the configuration."""
+    """Pipelines by name. Those that run for each variant have a namespace for each entry of the configuration."""
     names = variant_names()
     pipelines = {
         "fetch": fetch.create_pipeline(),
@@ -33,13 +34,14 @@ def register_pipelines() -> dict[str, Pipeline]:
         "compress": compress.create_pipeline(names),
         "export": export.create_pipeline(names),
         "evaluate": evaluate.create_pipeline(names),
+        "prompts": prompts.create_pipeline(names),
         "publish": publish.create_pipeline(names),
-        "track": track.create_pipeline(names),
         "report": report.create_pipeline(names),
+        "track": track.create_pipeline(names),
     }
     return {
         **pipelines,
         "__default__": sum(pipelines.values(), Pipeline([])),
-        # Asked for by name: whoever tries variants out wants their figures, good or bad, and no failed run.
+        # Runs by name only: those who try variants out want their figures, good or bad, and no failed run.
         "gate": gate.create_pipeline(names),
     }

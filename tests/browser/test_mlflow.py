@@ -123,7 +123,7 @@ def test_the_plots_of_a_run_are_drawn(page, server, runs, small_project):
     run = runs[EWMA]
     for name in ("error_by_layer.png", "sparsity_by_layer.png"):
         open_artifact(page, server, experiment_of(runs), run.info.run_id, name)
-        header = (small_project / "data" / "08_reporting" / EWMA / name).read_bytes()[16:24]
+        header = (small_project / "data" / "09_comparison" / "charts" / EWMA / name).read_bytes()[16:24]
         page.wait_for_function(
             f"size => ({DRAWN})().some(([width, height]) => width === size[0] && height === size[1])",
             arg=list(struct.unpack(">II", header)), timeout=WAIT,

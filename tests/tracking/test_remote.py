@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import threading
 from collections.abc import Iterator
@@ -18,7 +19,7 @@ from hwpq_pipeline.errors import HwpqError
 from hwpq_pipeline.tracking.records import Dataset, Record
 from hwpq_pipeline.tracking.runs import log_once
 from tests.servers import free_port, mlflow_server, postgres, postgres_missing
-from tests.small import VARIANTS, error_lines, kedro, ok
+from tests.small import EWMA, VARIANTS, error_lines, kedro, ok
 
 pytestmark = pytest.mark.slow
 
@@ -163,16 +164,16 @@ def test_two_tracks_at_once_give_one_run_a_variant(server, small_project):
 
 
 def test_a_server_that_is_down_and_goes_down_by_the_command(server, small):
-    """`kedro run --pipelines track`: nobody there, then somebody for a while, then all is well."""
+    """`kedro run --pipelines report,track`: nobody there, then somebody for a while, then all is well."""
     experiment = f"down-{small.parent.name}"
     local = small / "conf" / "local" / "parameters.yml"
     local.write_text(f"track:\n  experiment: {experiment}\n  tracking_uri: sqlite:///mlflow.db\n")
-    comparison = small / "data" / "09_comparison" / "comparison.csv"
-    comparison.unlink()
+    shown = small / "data" / "09_comparison"
+    shutil.rmtree(shown)
 
     def track(address: str, retries: str = "0") -> subprocess.CompletedProcess[str]:
         environment = {"MLFLOW_TRACKING_URI": address, "MLFLOW_HTTP_REQUEST_MAX_RETRIES": retries}
-        return kedro(small, "--pipelines", "track", env=environment)
+        return kedro(small, "--pipelines", "report,track", env=environment)
 
     def fails(done: subprocess.CompletedProcess[str], address: str) -> None:
         assert done.returncode == 1
@@ -183,7 +184,8 @@ def test_a_server_that_is_down_and_goes_down_by_the_command(server, small):
 
     nobody = f"http://127.0.0.1:{free_port()}"
     fails(track(nobody, retries="3"), nobody)
-    assert comparison.exists()  # what was computed is kept
+    for name in ("comparison.csv", "pareto.png", "index.html", f"charts/{EWMA}/error_by_layer.png"):
+        assert (shown / name).exists()  # what was computed is kept
     with fails_after(server, 25) as (address, _):  # in the second variant's run
         fails(track(address), address)
     statuses = sorted(run.info.status for run in runs(server, experiment))

@@ -15,7 +15,7 @@ read (`reference`).
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -50,22 +50,26 @@ class Quality:
     Attributes:
         perplexity: of the export.
         perplexity_ratio: to the dense model's.
+        dense_perplexity: of the dense model on the same tokens.
         kl_divergence: KL(dense ‖ export), nats a token, not below 0.
         top1_agreement: 0 to 1.
         tokens: number of predictions.
         nll: mean negative log-likelihood of each sample, nats a token.
-        dense_perplexity: of the dense model on the same tokens.
         seconds: the evaluation took, loading included.
     """
 
     perplexity: float
     perplexity_ratio: float
+    dense_perplexity: float
     kl_divergence: float
     top1_agreement: float
     tokens: int
     nll: tuple[float, ...]
-    dense_perplexity: float
     seconds: float
+
+    def figures(self) -> dict[str, float]:
+        """What `metrics.json` holds of it, by name."""
+        return {name: value for name, value in asdict(self).items() if name not in ("tokens", "nll", "seconds")}
 
 
 def evaluate_export(

@@ -14,7 +14,7 @@ whether it was pruned or rounded to zero.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,20 +33,24 @@ class Size:
     """What `measure_size` found.
 
     Attributes:
+        sparsity: share of zeros among the compressible layers' weights, 0 to 1.
         size_bytes: of the export's safetensors files.
         dense_bytes: of the dense checkpoint's.
         compression_ratio: dense_bytes / size_bytes.
-        sparsity: share of zeros among the compressible layers' weights, 0 to 1.
         weights: number of those weights.
         expected_bytes: what the arithmetic gives for `size_bytes`, headers left out.
     """
 
+    sparsity: float
     size_bytes: int
     dense_bytes: int
     compression_ratio: float
-    sparsity: float
     weights: int
     expected_bytes: int
+
+    def figures(self) -> dict[str, float]:
+        """What `metrics.json` holds of it, by name."""
+        return {name: value for name, value in asdict(self).items() if name not in ("weights", "expected_bytes")}
 
 
 def measure_size(export_dir: str | Path, model_dir: str | Path) -> Size:

@@ -1,4 +1,4 @@
-"""A pipeline for every variant: the same nodes in the namespace `variants.<name>`."""
+"""A pipeline for every variant: the same nodes, in the namespace `variants.<name>`."""
 
 from __future__ import annotations
 
@@ -7,14 +7,18 @@ from typing import Any
 
 from kedro.pipeline import Node, Pipeline
 
-SHARED = {"model", "corpus", "calibration", "evaluation", "statistics", "reference", "scratch", "calibrate_seconds"}
+#: Datasets that all variants read, hence without a namespace.
+SHARED = {
+    "model", "corpus", "sources", "calibration", "evaluation", "statistics", "reference", "scratch",
+    "calibrate_seconds",
+}  # fmt: skip
 
 
 def for_each_variant(nodes: Iterable[Node], names: Iterable[str]) -> Pipeline:
-    """One copy of `nodes` a variant.
+    """One copy of `nodes` for each variant.
 
-    Datasets get the namespace `variants.<name>` except those in `SHARED`; `params:variant` becomes the
-    variant's entry; other parameters are shared.
+    Datasets get the namespace `variants.<name>`, except those in `SHARED`. `params:variant` becomes the variant's
+    entry. All variants share the other parameters.
 
     Args:
         nodes: written for one variant.
@@ -41,11 +45,11 @@ def for_each_variant(nodes: Iterable[Node], names: Iterable[str]) -> Pipeline:
 
 
 def keyed(names: Iterable[str], dataset: str) -> dict[str, str]:
-    """Inputs of a node over all variants: a dataset of each, told from the node's other arguments by a prefix."""
+    """Inputs of a node over all variants: a dataset of each. A prefix tells them from the node's other arguments."""
     return {f"{dataset}:{name}": f"variants.{name}.{dataset}" for name in names}
 
 
 def by_variant(inputs: Mapping[str, Any], dataset: str) -> dict[str, Any]:
-    """What such a node was handed of that dataset, by variant."""
+    """What such a node was given of that dataset, by variant."""
     prefix = f"{dataset}:"
     return {key.removeprefix(prefix): value for key, value in inputs.items() if key.startswith(prefix)}

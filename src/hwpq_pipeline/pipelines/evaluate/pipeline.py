@@ -1,4 +1,4 @@
-"""export, the dense model's answer → metrics, plots and continued prompts, for every variant."""
+"""export, the dense model's answer → metrics and layer table, for every variant."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from kedro.pipeline import Pipeline, node
 
 from hwpq_pipeline.pipelines.variants import for_each_variant
 
-from .nodes import evaluate, plot, report, write
+from .nodes import evaluate, report
 
 
 def create_pipeline(names: Iterable[str]) -> Pipeline:
-    """Evaluation of the export, then the report."""
+    """Evaluation of the export, then all that is known about the variant in one place."""
     return for_each_variant(
         [
             node(
@@ -36,8 +36,6 @@ def create_pipeline(names: Iterable[str]) -> Pipeline:
                 ["metrics", "layers"],
                 name="report",
             ),
-            node(write, ["export", "params:report", "params:evaluation"], "continuations", name="write"),
-            node(plot, ["layers", "scratch"], ["error_plot", "sparsity_plot"], name="plot"),
         ],
         names,
     )

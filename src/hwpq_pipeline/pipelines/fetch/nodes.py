@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
+from hwpq_pipeline.checkpoints.digest import sha256_directory
+from hwpq_pipeline.checkpoints.reader import read_json
 from hwpq_pipeline.checkpoints.sources import ModelSource
 from hwpq_pipeline.checkpoints.sources import fetch_model as fetch_model_into
 from hwpq_pipeline.corpus.documents import CorpusSource, read_corpus
@@ -29,3 +32,14 @@ def fetch_corpus(corpus: Corpus, downloads: Path, scratch: Path) -> Path:
 def read_documents(corpus: Path) -> pd.DataFrame:
     """The documents as a checked table."""
     return read_corpus(corpus)
+
+
+def identify(model: Path, corpus: Path) -> dict[str, dict[str, Any]]:
+    """Say of `model` and `corpus` where they came from, and what is in them: `source` and `sha256` of the directory.
+
+    This is the one place that hashes them; all variants share the answer.
+    """
+    return {
+        name: {"source": read_json(folder / "source.json"), "sha256": sha256_directory(folder)}
+        for name, folder in (("model", model), ("corpus", corpus))
+    }

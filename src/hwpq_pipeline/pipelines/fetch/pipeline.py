@@ -1,10 +1,10 @@
-"""source → dense model, corpus, table of documents."""
+"""source → dense model, corpus, table of documents, and what both are."""
 
 from __future__ import annotations
 
 from kedro.pipeline import Pipeline, node
 
-from .nodes import fetch_corpus, fetch_model, read_documents
+from .nodes import fetch_corpus, fetch_model, identify, read_documents
 
 
 def create_pipeline() -> Pipeline:
@@ -14,5 +14,6 @@ def create_pipeline() -> Pipeline:
             node(fetch_model, ["params:model", "downloads", "scratch"], "model", name="fetch_model"),
             node(fetch_corpus, ["params:corpus", "downloads", "scratch"], "corpus", name="fetch_corpus"),
             node(read_documents, "corpus", "documents", name="read_documents"),
+            node(identify, ["model", "corpus"], "sources", name="identify"),
         ]
     )

@@ -1,38 +1,64 @@
-"""The node that writes the report."""
+"""Nodes that put the variants side by side and write the report."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import yaml
 
 from hwpq_pipeline.parameters import Calibration, Evaluation, Variant
 from hwpq_pipeline.pipelines.variants import by_variant
+from hwpq_pipeline.reporting.charts import error_by_layer, pareto, sparsity_by_layer
 from hwpq_pipeline.reporting.comparison import comparison_table
 from hwpq_pipeline.reporting.page import Reported, render
 
 
+def draw(layers: pd.DataFrame, scratch: Path) -> tuple[Path, Path]:
+    """Draw a variant's output error and reached sparsity, layer by layer."""
+    return (
+        error_by_layer(layers, scratch / "error_by_layer.png"),
+        sparsity_by_layer(layers, scratch / "sparsity_by_layer.png"),
+    )
+
+
+def compare(scratch: Path, **metrics: dict[str, Any]) -> tuple[pd.DataFrame, Path]:
+    """Make the comparison table and the Pareto plot.
+
+    Args:
+        scratch: where the plot is built.
+        metrics: those of each variant, keyed as `by_variant` reads them.
+    """
+    table = comparison_table(by_variant(metrics, "metrics"))
+    return table, pareto(table, scratch / "pareto.png")
+
+
 def page(
+    comparison: pd.DataFrame,
     entries: dict[str, Any],
     calibration: Calibration,
     evaluation: Evaluation,
     **tables: Any,
 ) -> str:
-    """The report as HTML.
+    """Write the report as HTML.
 
     Args:
-        entries: the variants' configuration; of Kedro, plain where no other node of the run takes it, else typed.
+        comparison: the table of the variants.
+        entries: the variants' configuration; Kedro hands it over plain where no other node of the run takes it, else
+            typed.
         calibration: what the figures depend on.
-        evaluation: likewise.
-        tables: metrics, layers and continuations of each variant, keyed as `by_variant` reads them.
+        evaluation: the same.
+        tables: recipe, layers and continuations of each variant, keyed as `by_variant` reads them.
     """
-    layers, continuations = by_variant(tables, "layers"), by_variant(tables, "continuations")
+    recipes, layers, continuations = (by_variant(tables, name) for name in ("recipe", "layers", "continuations"))
     typed = {name: Variant.model_validate(entry) for name, entry in entries.items()}
     variants = [
         Reported(
             name=name,
             description=variant.description,
-            recipe=yaml.safe_dump({name: variant.model_dump(exclude_unset=True)}, sort_keys=False, allow_unicode=True),
+            entry=_as_yaml({name: variant.model_dump(exclude_unset=True)}),
+            recipe=_as_yaml({name: _given(recipes[name])}),
             layers=layers[name],
             continuations=continuations[name],
             command=f"dvc repro evaluate@{name}",
@@ -43,4 +69,15 @@ def page(
         "calibrated on": f"{calibration.samples} × {calibration.length} tokens, seed {calibration.seed}",
         "evaluated on": f"{evaluation.samples} × {evaluation.length} tokens, seed {evaluation.seed}",
     }
-    return render(comparison_table(by_variant(tables, "metrics")), variants, conditions=conditions)
+    return render(comparison, variants, conditions=conditions)
+
+
+def _as_yaml(value: dict[str, Any]) -> str:
+    return str(yaml.safe_dump(value, sort_keys=False, allow_unicode=True))
+
+
+def _given(recipe: dict[str, Any]) -> dict[str, Any]:
+    """The recipe without what does not apply to it."""
+    return {
+        name: _given(value) if isinstance(value, dict) else value for name, value in recipe.items() if value is not None
+    }

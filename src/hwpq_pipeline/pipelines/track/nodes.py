@@ -1,4 +1,4 @@
-"""Nodes that put the variants side by side and log every one of them to MLflow."""
+"""Nodes that log every variant to MLflow."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from typing import Any
 import pandas as pd
 
 from hwpq_pipeline.checkpoints.digest import sha256_directory
+from hwpq_pipeline.checkpoints.reader import read_json
 from hwpq_pipeline.corpus.samples import token_matrix
 from hwpq_pipeline.parameters import Calibration, Evaluation, Track, Variant
 from hwpq_pipeline.pipelines.variants import by_variant
-from hwpq_pipeline.reporting.charts import pareto
-from hwpq_pipeline.reporting.comparison import comparison_table, console, show_table
+from hwpq_pipeline.reporting.comparison import console, show_table
 from hwpq_pipeline.tracking.connection import masked, resolve_uri
 from hwpq_pipeline.tracking.description import describe, layer_series
 from hwpq_pipeline.tracking.models import log_model
@@ -23,23 +23,9 @@ from hwpq_pipeline.tracking.records import Dataset, Record
 from hwpq_pipeline.tracking.runs import log_once
 
 
-def compare(scratch: Path, **metrics: dict[str, Any]) -> tuple[pd.DataFrame, Path]:
-    """The comparison table and the Pareto plot.
-
-    Args:
-        scratch: where the plot is built.
-        metrics: of each variant, keyed as `by_variant` reads them.
-    """
-    table = comparison_table(by_variant(metrics, "metrics"))
-    plot = scratch / "pareto.png"
-    pareto(table, plot)
-    return table, plot
-
-
 def record(
     name: str,
-    model: Path,
-    corpus: Path,
+    sources: dict[str, dict[str, Any]],
     calibration_samples: pd.DataFrame,
     evaluation_samples: pd.DataFrame,
     export: Path,
@@ -51,10 +37,9 @@ def record(
     calibration: Calibration,
     evaluation: Evaluation,
 ) -> Record:
-    """All that is logged of one variant."""
+    """Collect all that is logged for one variant."""
     digests = {
-        "model": sha256_directory(model),
-        "corpus": sha256_directory(corpus),
+        **{source: found["sha256"] for source, found in sources.items()},
         "calibration": _digest(calibration_samples),
         "evaluation": _digest(evaluation_samples),
         "export": sha256_directory(export),
@@ -65,14 +50,15 @@ def record(
     return Record(
         variant=name,
         parameters={
-            **variant.model_dump(exclude={"description"}, exclude_none=True),
+            # What made this export. The configuration may have changed since.
+            **read_json(export / "recipe.json")["recipe"],
             "calibration": calibration.model_dump(),
             "evaluation": evaluation.model_dump(),
         },
         metrics=metrics,
         digests=digests,
         series=layer_series(layers),
-        datasets=_datasets(model, corpus, digests, calibration, evaluation),
+        datasets=_datasets(sources, digests, calibration, evaluation),
         files=(error_plot, sparsity_plot, export / "README.md"),
         texts={"metrics.json": json.dumps(metrics, indent=2), "layers.csv": layers.to_csv(index=False)},
         tags={"command": command, "export": place},
@@ -81,7 +67,7 @@ def record(
 
 
 def log(recorded: Record, export: Path, track: Track) -> bool:
-    """Log one variant unless its content is logged already; whether the run is new."""
+    """Log one variant unless its content is logged already, and say whether the run is new."""
     uri = resolve_uri(track.tracking_uri)
     run_id, new = log_once(recorded, experiment=track.experiment, tracking_uri=uri)
     if track.log_model:
@@ -95,7 +81,7 @@ def announce(comparison: pd.DataFrame, track: Track, **new_runs: bool) -> None:
     Args:
         comparison: the table.
         track: names the experiment.
-        new_runs: of each variant, whether its run is new, keyed likewise.
+        new_runs: whether each variant's run is new, keyed as `by_variant` reads them.
     """
     show_table(comparison)
     console().print(
@@ -110,22 +96,20 @@ def _digest(samples: pd.DataFrame) -> str:
 
 
 def _datasets(
-    model: Path, corpus: Path, digests: dict[str, str], calibration: Calibration, evaluation: Evaluation
+    sources: dict[str, dict[str, Any]], digests: dict[str, str], calibration: Calibration, evaluation: Evaluation
 ) -> list[Dataset]:
     """What the variant was made from and judged on."""
-    of_model = json.loads((model / "source.json").read_text(encoding="utf-8"))
-    of_corpus = json.loads((corpus / "source.json").read_text(encoding="utf-8"))
-    tokens = (("calibration", calibration), ("evaluation", evaluation))
+    model, corpus = sources["model"]["source"], sources["corpus"]["source"]
     return [
-        Dataset(str(of_model.get("name")), digests["model"], "model", of_model),
+        Dataset(str(model.get("name")), digests["model"], "model", model),
         *(
             Dataset(
-                f"{of_corpus.get('name')}: {part}",
+                f"{corpus.get('name')}: {part}",
                 digests[part],
                 part,
-                {**of_corpus, "sha256.corpus": digests["corpus"]},
+                {**corpus, "sha256.corpus": digests["corpus"]},
                 {"samples": values.samples, "length": values.length, "seed": values.seed},
             )
-            for part, values in tokens
+            for part, values in (("calibration", calibration), ("evaluation", evaluation))
         ),
     ]

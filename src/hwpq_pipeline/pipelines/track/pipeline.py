@@ -1,4 +1,4 @@
-"""metrics and plots → comparison table and Pareto plot; then MLflow, one run a variant."""
+"""metrics, charts, exports → MLflow, one run for each variant; then the comparison on the terminal."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from kedro.pipeline import Pipeline, node
 
 from hwpq_pipeline.pipelines.variants import for_each_variant, keyed
 
-from .nodes import announce, compare, log, record
+from .nodes import announce, log, record
 
 
 def create_pipeline(names: Iterable[str]) -> Pipeline:
-    """Logging in each variant's namespace, and the comparison.
+    """Logging in each variant's namespace, and the announcement.
 
-    A runner takes the nodes level by level: `compare` is of the first, `log` of the second, so that the comparison is
-    on disk before a server can fail.
+    A runner takes the nodes level by level. `log` is a level below the page, which is the last of the report: the
+    comparison, the charts and the page are on disk before a server can fail.
     """
     names = list(names)
     logging = for_each_variant(
@@ -24,8 +24,7 @@ def create_pipeline(names: Iterable[str]) -> Pipeline:
                 record,
                 [
                     "name",
-                    "model",
-                    "corpus",
+                    "sources",
                     "calibration",
                     "evaluation",
                     "export",
@@ -44,16 +43,6 @@ def create_pipeline(names: Iterable[str]) -> Pipeline:
         ],
         names,
     )
-    comparing = node(
-        compare,
-        {
-            "scratch": "scratch",
-            **keyed(names, "metrics"),
-        },
-        ["comparison", "pareto_plot"],
-        name="compare",
-        namespace="variants",
-    )
     announcing = node(
         announce,
         {"comparison": "comparison", "track": "params:track", **keyed(names, "new_run")},
@@ -61,4 +50,4 @@ def create_pipeline(names: Iterable[str]) -> Pipeline:
         name="announce",
         namespace="variants",
     )
-    return logging + Pipeline([comparing, announcing])
+    return logging + Pipeline([announcing])
