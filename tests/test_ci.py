@@ -18,7 +18,7 @@ from tests.small import EWMA, GATES, VARIANTS, configure, dvc, error_lines, git,
 pytestmark = pytest.mark.slow
 
 FILE = "conf/base/parameters_variants.yml"
-PER_VARIANT = {"select", "compress", "export", "evaluate"}
+PER_VARIANT = {"select", "compress", "export", "evaluate", "prompts"}
 
 
 def tighten(project: Path, *, room: str = "base") -> None:
@@ -78,15 +78,14 @@ def test_ci_reruns_one_variant_compares_with_main_and_fails_on_a_gate(small):
     before = metrics_of(small)
     configure(small, "parameters_variants", variants=with_sparsity(0.7))
     done = ok(run_in(small, "make", "ci"))
-    assert ran(done) == {f"{stage}@{EWMA}" for stage in PER_VARIANT} | {"track", "report", "publish"}
+    assert ran(done) == {f"{stage}@{EWMA}" for stage in PER_VARIANT} | {"recipes", "report", "track", "publish"}
     assert len(runs(small)) == len(VARIANTS) + 1
     summary = (small / "data" / "09_comparison" / "summary.md").read_text()
     assert "All quality gates hold" in summary
-    (row,) = [line for line in summary.splitlines() if f"{EWMA}/metrics.json" in line and "| perplexity " in line]
-    old, new, _ = (float(cell) for cell in row.strip("| ").split("|")[2:])
-    assert old == pytest.approx(before["perplexity"], abs=1e-4)
-    assert new == pytest.approx(metrics_of(small)["perplexity"], abs=1e-4)
-    assert "dense/metrics.json" not in summary
+    after = metrics_of(small)
+    assert f"| {EWMA} | perplexity | {before['perplexity']:.2f} | {after['perplexity']:.2f} | " in summary
+    assert f"| {EWMA} | sparsity | {before['sparsity']:.1%} | {after['sparsity']:.1%} | " in summary
+    assert "| dense |" not in summary
     assert "](pareto.png)" in summary
     changed = json.loads(ok(dvc(small, "metrics", "diff", "--json")).stdout)
     assert set(changed) == {f"data/08_reporting/{EWMA}/metrics.json"}
@@ -136,7 +135,7 @@ def test_the_picture_is_published_beside_the_code(small, tmp_path):
 def test_workflow_runs_what_there_is(root):
     """Every local command of the workflow exists; its YAML loads with the keys that GitHub reads."""
     workflow = yaml.safe_load((root / ".github" / "workflows" / "ci.yml").read_text())
-    assert set(workflow["jobs"]) == {"tests", "long", "variants"}
+    assert set(workflow["jobs"]) == {"tests", "newest", "long", "variants"}
     steps = [step for job in workflow["jobs"].values() for step in job["steps"]]
     commands = "\n".join(step["run"] for step in steps if "run" in step)
     makefile = (root / "Makefile").read_text()
@@ -182,6 +181,27 @@ def test_a_wiped_copy_is_pulled_whole(small, tmp_path):
     page = (small / "plots" / "index.html").read_text()
     for picture in ("pareto.png", "error_by_layer.png", "sparsity_by_layer.png"):
         assert picture in page
+
+
+def test_a_prompt_evaluates_nothing_again(small):
+    configure(small, "parameters", report={"prompts": ["the wide river"], "new_tokens": 8})
+    assert stale(small) == {f"prompts@{variant}" for variant in VARIANTS}
+    assert ran(ok(dvc(small, "repro"))) == {f"prompts@{variant}" for variant in VARIANTS} | {"report", "track"}
+    assert "the wide river" in (small / "data" / "09_comparison" / "index.html").read_text()
+
+
+def test_a_colour_of_a_chart_evaluates_nothing_again(small):
+    file = small / "src" / "hwpq_pipeline" / "reporting" / "charts.py"
+    assert '"#0072B2"' in file.read_text()
+    file.write_text(file.read_text().replace('"#0072B2"', '"#0072B3"'))
+    assert stale(small) == {"report"}
+
+
+def test_a_label_of_a_figure_evaluates_nothing_again(small):
+    file = small / "src" / "hwpq_pipeline" / "figures.py"
+    assert '"MB on disk"' in file.read_text()
+    file.write_text(file.read_text().replace('"MB on disk"', '"megabytes"'))
+    assert stale(small) == {"report", "publish"}
 
 
 def test_an_experiment_changes_one_variant_and_shows(small):
