@@ -86,7 +86,7 @@ def test_a_recipe_is_taken_as_it_is(model: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("variant", "options", "message"),
     [
-        ({"quantization": {"grid": "int5"}}, {}, "recipe.quantization.grid: Input should be"),
+        ({"quantization": {"grid": "int5"}}, {}, "recipe.quantization.grid: 'int5' is none of"),
         ({"recovery": {}}, {}, "add selection or remove recovery"),
         ({"selection": {"structure": "2of4"}}, {}, "needs text to calibrate on.*calibration="),
         ({"selection": {"structure": "2of4"}}, {"calibration": "no/such"}, "no/such: no such file"),

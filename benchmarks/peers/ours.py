@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM
 from benchmarks.judge import broken_fours, judge, linears, zeros_by_layer
 from hwpq_pipeline.calibration.statistics import collect_statistics
 from hwpq_pipeline.checkpoints.compressed import CompressedModel
-from hwpq_pipeline.compression.codes import Quantized, dequantize
+from hwpq_pipeline.compression.codes import dequantize
 from hwpq_pipeline.method.recipe import Recipe
 from hwpq_pipeline.method.run import write_model
 
@@ -54,8 +54,7 @@ def put(compressed: Path, model: nn.Module) -> None:
     for layer in source.layers:
         weight = model.get_submodule(layer).weight
         if layer in source.quantized:
-            read = source.read_quantized(layer, tuple(weight.shape))
-            weight.data.copy_(dequantize(Quantized(read.codes, read.scale, str(source.grid), source.group_size)))
+            weight.data.copy_(dequantize(source.read_quantized(layer, tuple(weight.shape))))
         else:
             weight.data.copy_(source.read_weight(layer, tuple(weight.shape)))
 

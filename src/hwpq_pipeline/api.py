@@ -22,6 +22,7 @@ import numpy as np
 import torch
 
 from hwpq_pipeline.calibration.statistics import collect_statistics
+from hwpq_pipeline.checkpoints.packed import is_packed
 from hwpq_pipeline.corpus.documents import CorpusSource, fetch_corpus, read_corpus
 from hwpq_pipeline.corpus.samples import draw_samples, token_matrix
 from hwpq_pipeline.errors import HwpqError
@@ -113,7 +114,7 @@ def load(directory: str | Path, *, device: str = "cpu", dtype: torch.dtype = tor
         HwpqError: no such checkpoint, or a damaged one.
     """
     directory = Path(directory)
-    if (directory / "packed.json").is_file():
+    if is_packed(directory):
         from hwpq_pipeline.runtime import load_packed
 
         return load_packed(directory, device, dtype)

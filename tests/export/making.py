@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
+from tests.kernels.packed import codes, two_of_four
+
 ROW = {
     "q_proj": 32,
     "k_proj": 16,
@@ -18,6 +20,10 @@ ROW = {
     "up_proj": 64,
     "down_proj": 32,
 }
+#: Codes of the integer grids.
+RANGE = {"int8": (-127, 127), "int4": (-8, 7)}
+#: ONNX Runtime's attention wants heads of a multiple of 16; the layers' shapes stay those of `tiny_config()`.
+HEADS = {"num_attention_heads": 2, "num_key_value_heads": 1}
 COLUMNS = {**dict.fromkeys(ROW, 32), "down_proj": 64}
 
 
@@ -39,7 +45,7 @@ def random_codes(grid: str, shape: tuple[int, int], generator: torch.Generator) 
             values = values.to(torch.float8_e5m2).float()
         codes = values.clamp(-448, 448).to(torch.float8_e4m3fn)
     else:
-        low, high = {"int8": (-127, 127), "int4": (-8, 7)}[grid]
+        low, high = RANGE[grid]
         codes = torch.randint(low, high + 1, shape, generator=generator).to(torch.int8)
     keep = torch.rand(shape, generator=generator) > 1 / 3
     return torch.where(keep, codes.float(), torch.zeros(())).to(codes.dtype)
@@ -55,7 +61,7 @@ def make_compressed(
     seed: int = 0,
     shapes: dict[str, tuple[int, int]] | None = None,
 ) -> dict[str, np.ndarray]:
-    """Write an intermediate for the tiny model and return its weights, float64, by layer (none for dense)."""
+    """Write a compressed model of the tiny one and return its weights, float64, by layer (none for dense)."""
     generator = torch.Generator().manual_seed(seed)
     shapes = layer_shapes() if shapes is None else shapes
     if grid is None and structure == "dense":
@@ -69,7 +75,7 @@ def make_compressed(
             weights[layer] = weight.double().numpy()
             continue
         groups = columns // group_size if group_size else 1
-        top = {"fp8_e4m3": 448, "fp8_e5m2": 448, "int8": 127, "int4": 8}[grid]
+        top = -RANGE[grid][0] if grid in RANGE else 448
         scale = (0.1 + torch.rand(rows, groups, generator=generator)) / (2 * top)
         if bfloat16_scales:
             scale = scale.bfloat16().float()
@@ -77,15 +83,37 @@ def make_compressed(
         tensors[f"{layer}.codes"], tensors[f"{layer}.scale"] = codes, scale
         spread = np.repeat(scale.double().numpy(), columns // groups, axis=1)
         weights[layer] = codes.double().numpy() * spread
+    _write(target, tensors, list(shapes), grid=grid, group_size=group_size, structure=structure)
+    return weights
+
+
+def make_two_of_four(target: Path, grid: str | None, group_size: int | None) -> dict[str, torch.Tensor]:
+    """Write a compressed model of 2:4 layers for the tiny one and return its weights."""
+    generator, tensors, weights = torch.Generator().manual_seed(4), {}, {}
+    for layer, shape in layer_shapes().items():
+        weight = two_of_four(*shape, generator)
+        if grid is None:
+            tensors[f"{layer}.weight"] = weights[layer] = 0.1 * weight
+            continue
+        low, high = RANGE.get(grid, (0, 0))
+        if 0 < high < 127:
+            code = (3 * weight).round().clamp(low, high).to(torch.int8)
+        else:
+            code = codes("int8" if grid == "int8" else "float8_e4m3fn", weight)
+        scale = 0.001 + 0.002 * torch.rand(shape[0], shape[1] // group_size if group_size else 1, generator=generator)
+        tensors[f"{layer}.codes"], tensors[f"{layer}.scale"] = code, scale
+        weights[layer] = code.float() * scale.repeat_interleave(shape[1] // scale.shape[1], dim=1)
+    _write(target, tensors, list(weights), grid=grid, group_size=group_size, structure="2of4")
+    return weights
+
+
+def _write(target: Path, tensors: dict[str, torch.Tensor], layers: list[str], **facts: object) -> None:
+    """The files of a compressed model, written out by hand."""
     target.mkdir(parents=True)
     if tensors:
         half = len(tensors) // 2 + len(tensors) // 2 % 2  # two files, as a writer a block at a time leaves
         names = sorted(tensors)
         save_file({name: tensors[name] for name in names[:half]}, target / "block_000.safetensors")
         save_file({name: tensors[name] for name in names[half:]}, target / "block_001.safetensors")
-    recipe = {
-        "variant": "test", "grid": grid, "group_size": group_size, "structure": structure, "recipe": {},
-        "layers": list(shapes),
-    }  # fmt: skip
+    recipe = {"variant": "test", **facts, "recipe": {}, "layers": layers}
     (target / "recipe.json").write_text(json.dumps(recipe))
-    return weights

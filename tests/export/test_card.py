@@ -8,8 +8,11 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard
 
+from hwpq_pipeline.compression.grids import OFFERED
 from hwpq_pipeline.errors import HwpqError
-from hwpq_pipeline.export.card import LIBRARIES, LOADING, CardInfo, check_card, render_card
+from hwpq_pipeline.export.card import CardInfo, check_card, render_card
+from hwpq_pipeline.export.compressed_tensors import FORMAT, STORAGE
+from hwpq_pipeline.export.formats import further_formats
 
 INFO = CardInfo(
     variant="2of4-fp8",
@@ -25,7 +28,7 @@ INFO = CardInfo(
 
 
 def test_metadata_is_read_back_by_the_hubs_library() -> None:
-    data = ModelCard(render_card(INFO)).data.to_dict()
+    data = ModelCard(render_card(INFO, STORAGE)).data.to_dict()
     assert data["base_model"] == "acme/small-1"
     assert data["base_model_relation"] == "quantized"
     assert data["license"] == "apache-2.0"
@@ -35,7 +38,7 @@ def test_metadata_is_read_back_by_the_hubs_library() -> None:
 
 
 def test_text_says_what_was_done_and_how_to_repeat_it() -> None:
-    text = render_card(INFO)
+    text = render_card(INFO, STORAGE)
     for part in ("E5M2", "stored as E4M3", "2:4", "apache-2.0", "Wikipedia", "| samples | 32 |",
                  "AutoModelForCausalLM.from_pretrained", INFO.command, INFO.description):  # fmt: skip
         assert part in text, part
@@ -44,31 +47,40 @@ def test_text_says_what_was_done_and_how_to_repeat_it() -> None:
 
 
 def test_every_kind_of_variant_has_a_card() -> None:
-    for grid in ("fp8_e4m3", "fp8_e5m2", "int8", "int4", None):
+    for grid in (*OFFERED, None):
         for structure in ("dense", "2of4", "unstructured"):
-            check_card(render_card(replace(INFO, grid=grid, structure=structure, calibration={}, command="")))
-    assert "base_model_relation" not in render_card(replace(INFO, grid=None, structure="dense"))
+            check_card(render_card(replace(INFO, grid=grid, structure=structure, calibration={}, command=""), STORAGE))
+    assert "base_model_relation" not in render_card(replace(INFO, grid=None, structure="dense"), STORAGE)
 
 
-@pytest.mark.parametrize("kind", LOADING)
-def test_every_format_has_a_card_that_names_it(kind: str) -> None:
-    data = ModelCard(render_card(replace(INFO, format=kind))).data.to_dict()
-    assert kind in data["tags"]
-    assert data["library_name"] == LIBRARIES[kind]
-    assert (kind == "semi-structured") != ("Zeros are stored" in render_card(replace(INFO, format=kind)))
+LIBRARIES = {"compressed-tensors": "transformers", "gguf": "gguf", "gguf-f16": "gguf", "onnx": "onnx",
+             "semi-structured": "hwpq-pipeline"}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LIBRARIES)
+def test_every_format_has_a_card_that_names_it(name: str) -> None:
+    text = render_card(INFO, {FORMAT.name: FORMAT, **further_formats()}[name].storage)
+    data = ModelCard(text).data.to_dict()
+    assert name.removesuffix("-f16") in data["tags"]
+    assert data["library_name"] == LIBRARIES[name]
+    assert (name == "semi-structured") != ("Zeros are stored" in text)
+
+
+def test_no_format_is_without_a_card() -> None:
+    assert {FORMAT.name, *further_formats()} == set(LIBRARIES)
 
 
 def test_the_same_variant_gives_the_same_card() -> None:
-    assert render_card(INFO) == render_card(replace(INFO))
+    assert render_card(INFO, STORAGE) == render_card(replace(INFO), STORAGE)
 
 
 def test_a_path_is_no_base_model_for_hubs() -> None:
-    data = ModelCard(render_card(replace(INFO, base_model="/models/mine here"))).data.to_dict()
+    data = ModelCard(render_card(replace(INFO, base_model="/models/mine here"), STORAGE)).data.to_dict()
     assert "base_model" not in data
 
 
 def test_unknown_licence_is_said_to_be_unknown() -> None:
-    data = ModelCard(render_card(replace(INFO, license=None))).data.to_dict()
+    data = ModelCard(render_card(replace(INFO, license=None), STORAGE)).data.to_dict()
     assert (data["license"], data["license_name"]) == ("other", "unknown")
 
 
@@ -89,4 +101,4 @@ def test_bad_cards_are_refused(text: str, what: str) -> None:
 
 def test_bad_licence_is_refused_when_the_card_is_made() -> None:
     with pytest.raises(HwpqError, match="Apache License"):
-        render_card(replace(INFO, license="Apache License"))
+        render_card(replace(INFO, license="Apache License"), STORAGE)

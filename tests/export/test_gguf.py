@@ -145,7 +145,7 @@ def test_a_tokenizer_that_begins_with_bos_says_so(tmp_path: Path) -> None:
 
 def test_card_names_the_file_s_engines_and_bytes_repeat(tmp_path: Path) -> None:
     exported(tmp_path, "int4", 32)
-    card = CardInfo("int4", "Four bits.", "tiny", "apache-2.0", "int4", "dense", format="gguf")
+    card = CardInfo("int4", "Four bits.", "tiny", "apache-2.0", "int4", "dense")
     first, second = (
         export_gguf(tmp_path / "model", tmp_path / "compressed", tmp_path / name, card=card) for name in ("a", "b")
     )

@@ -13,16 +13,12 @@ from hwpq_pipeline.checkpoints.digest import sha256_directory
 from hwpq_pipeline.errors import HwpqError
 from hwpq_pipeline.export.card import CardInfo
 from hwpq_pipeline.export.onnx import export_onnx
-from tests.export.making import layer_shapes, make_compressed
+from tests.export.making import HEADS, layer_shapes, make_compressed
 from tests.tiny import tiny_checkpoint, tiny_config, tiny_model, tiny_tokens
 
 CASES = [
     ("fp8_e4m3", None), ("fp8_e5m2", None), ("int8", None), ("int4", 32), ("int4", 16), ("int4", None), (None, None),
 ]  # fmt: skip
-
-
-#: ONNX Runtime's attention wants heads of a multiple of 16; the layers' shapes are those of `tiny_config()`.
-HEADS = {"num_attention_heads": 2, "num_key_value_heads": 1}
 
 
 def exported(tmp_path: Path, grid: str | None, group_size: int | None = None, config: Any = None) -> Path:
@@ -80,7 +76,7 @@ def test_bytes_are_the_arithmetic(tmp_path: Path, grid: str, group_size: int | N
 
 def test_the_same_input_gives_the_same_bytes_with_card_and_tokenizer(tmp_path: Path) -> None:
     exported(tmp_path, "int4", 32)
-    card = CardInfo("int4", "Four bits.", "tiny", "apache-2.0", "int4", "dense", format="onnx")
+    card = CardInfo("int4", "Four bits.", "tiny", "apache-2.0", "int4", "dense")
     first, second = (
         export_onnx(tmp_path / "model", tmp_path / "compressed", tmp_path / name, card=card) for name in ("a", "b")
     )

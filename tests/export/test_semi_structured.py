@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
@@ -13,38 +12,12 @@ from hwpq_pipeline.errors import HwpqError
 from hwpq_pipeline.export.card import CardInfo
 from hwpq_pipeline.export.semi_structured import export_semi_structured
 from hwpq_pipeline.runtime import PackedLinear, load_packed, packed_linear
-from tests.export.making import layer_shapes
-from tests.kernels.packed import codes, two_of_four
+from tests.export.making import make_two_of_four
 from tests.tiny import tiny_checkpoint, tiny_config, tiny_model, tiny_tokens
 
 CASES = [("fp8_e4m3", None), ("int8", None), ("int4", 32), (None, None)]
 #: Bytes of a 2:4 layer's values and positions, a weight of the dense layer.
 BYTES = {"fp8_e4m3": 5 / 8, "int8": 5 / 8, "int4": 3 / 8, None: 17 / 8}  # the last: float32, 2 · 4 and 1/2 for 4
-
-
-def make_two_of_four(target: Path, grid: str | None, group_size: int | None) -> dict[str, torch.Tensor]:
-    """An intermediate of 2:4 layers for the tiny model; returns their weights."""
-    generator, tensors, weights = torch.Generator().manual_seed(4), {}, {}
-    for layer, shape in layer_shapes().items():
-        weight = two_of_four(*shape, generator)
-        if grid is None:
-            tensors[f"{layer}.weight"] = weights[layer] = 0.1 * weight
-            continue
-        if grid == "int4":
-            code = (3 * weight).round().clamp(-8, 7).to(torch.int8)
-        else:
-            code = codes("int8" if grid == "int8" else "float8_e4m3fn", weight)
-        scale = 0.001 + 0.002 * torch.rand(shape[0], shape[1] // group_size if group_size else 1, generator=generator)
-        tensors[f"{layer}.codes"], tensors[f"{layer}.scale"] = code, scale
-        weights[layer] = code.float() * scale.repeat_interleave(shape[1] // scale.shape[1], dim=1)
-    target.mkdir()
-    save_file(tensors, target / "layers.safetensors")
-    recipe = {
-        "variant": "t", "grid": grid, "group_size": group_size, "structure": "2of4", "recipe": {},
-        "layers": list(weights),
-    }  # fmt: skip
-    (target / "recipe.json").write_text(json.dumps(recipe))
-    return weights
 
 
 def exported(tmp_path: Path, grid: str | None, group_size: int | None = None) -> tuple[Path, dict[str, torch.Tensor]]:
@@ -106,7 +79,7 @@ def test_stock_transformers_finds_no_weights_rather_than_half_of_them(tmp_path: 
 
 def test_card_and_tokenizer_are_there(tmp_path: Path) -> None:
     exported(tmp_path, "int8")
-    card = CardInfo("v", "Packed.", "tiny", "apache-2.0", "int8", "2of4", format="semi-structured")
+    card = CardInfo("v", "Packed.", "tiny", "apache-2.0", "int8", "2of4")
     directory = export_semi_structured(tmp_path / "model", tmp_path / "compressed", tmp_path / "again", card=card)
     assert "load_packed" in (directory / "README.md").read_text()
     assert (directory / "tokenizer.json").is_file()
@@ -130,7 +103,7 @@ def test_a_variant_that_is_not_two_of_four_is_refused(tmp_path: Path) -> None:
     make_two_of_four(tmp_path / "compressed", "int8", None)
     file = tmp_path / "compressed" / "recipe.json"
     file.write_text(file.read_text().replace('"2of4"', '"unstructured"'))
-    with pytest.raises(HwpqError, match="structure unstructured cannot be packed"):
+    with pytest.raises(HwpqError, match="holds structure 2of4, not unstructured"):
         export_semi_structured(tmp_path / "model", tmp_path / "compressed", tmp_path / "packed")
     assert not (tmp_path / "packed").exists()
 

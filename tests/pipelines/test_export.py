@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from hwpq_pipeline.export.formats import further_formats
 from hwpq_pipeline.parameters import Calibration, Export, Variant
-from hwpq_pipeline.pipelines.export.nodes import WRITERS, export_formats, export_variant
-from tests.export.test_onnx import HEADS
-from tests.export.test_semi_structured import make_two_of_four
+from hwpq_pipeline.pipelines.export.nodes import export_formats, export_variant
+from tests.export.making import HEADS, make_two_of_four
 from tests.tiny import tiny_checkpoint, tiny_config
 
 CALIBRATION = Calibration(samples=4, length=64, seed=0)
@@ -32,9 +32,9 @@ def sources(tmp_path: Path) -> tuple[Path, Path, Path]:
 
 def test_every_format_is_there_with_its_card(sources: tuple[Path, Path, Path], tmp_path: Path) -> None:
     variant = Variant.model_validate({**VARIANT, "selection": {"structure": "2of4"}})
-    wanted = Export(formats=tuple(WRITERS))
+    wanted = Export(formats=tuple(further_formats()))
     made = export_formats(*sources, "v", variant, CALIBRATION, wanted, tmp_path / "scratch")
-    assert {path.name for path in made.iterdir()} == set(WRITERS)
+    assert {path.name for path in made.iterdir()} == set(further_formats())
     for folder in made.iterdir():
         card = (folder / "README.md").read_text()
         assert "## How to load" in card
@@ -51,7 +51,7 @@ def test_a_format_that_the_variant_cannot_have_is_left_out_and_said(
     with caplog.at_level(logging.INFO):
         made = export_formats(*sources, "v", Variant.model_validate(VARIANT), CALIBRATION, wanted, tmp_path / "scratch")
     assert [path.name for path in made.iterdir()] == ["gguf"]
-    assert "v is not 2:4" in caplog.text
+    assert "no semi-structured export of v: semi-structured holds structure 2of4, not dense" in caplog.text
 
 
 def test_without_formats_there_is_an_empty_directory_and_the_export_is_as_before(

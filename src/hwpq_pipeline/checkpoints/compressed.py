@@ -13,7 +13,6 @@ checked here: names, shapes, ranges, finiteness.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,21 +20,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from hwpq_pipeline.checkpoints.reader import read_json, read_names, read_tensors
+from hwpq_pipeline.checkpoints.reader import Checkpoint, read_json, read_names, read_tensors
 from hwpq_pipeline.checkpoints.writer import write_json, write_tensors
+from hwpq_pipeline.compression.codes import Quantized, code_dtype, on_grid
+from hwpq_pipeline.compression.grids import GRIDS, OFFERED
 from hwpq_pipeline.errors import HwpqError
 
-GRIDS = ("fp8_e4m3", "fp8_e5m2", "int8", "int4")
-_CODE_RANGE = {"int8": (-127, 127), "int4": (-8, 7)}
 _AGAIN = "Run the compress pipeline for this variant again."
-
-
-@dataclass(frozen=True)
-class QuantizedLayer:
-    """A layer on a grid: `codes` (out, in), int8 or float8_e4m3fn, and `scale` (out, groups), float32."""
-
-    codes: Tensor
-    scale: Tensor
 
 
 class CompressedModel:
@@ -45,13 +36,13 @@ class CompressedModel:
         path: its directory.
 
     Attributes:
-        grid: a name in `GRIDS`, or None.
+        grid: a name in `compression.grids.OFFERED`, or None where nothing is rounded.
         group_size: columns that share a scale; None for one scale a row.
         structure: `dense`, `2of4` or `unstructured`.
         variant: the variant's name.
         recipe: what was done, in plain numbers.
-        layers: names of all layers in it.
-        quantized: names of those with codes and scales.
+        layers: names of its layers.
+        quantized: names of the layers that have codes and scales.
 
     Raises:
         HwpqError: missing or corrupt files, an unknown grid, or files that do not agree with the recipe.
@@ -69,23 +60,26 @@ class CompressedModel:
             self.layers: dict[str, None] = dict.fromkeys(recipe["layers"])
         except (KeyError, TypeError) as error:
             raise HwpqError(f"it lacks {error}", where=f"{self.path}/recipe.json", remedy=_AGAIN) from error
-        if self.grid is not None and self.grid not in GRIDS:
-            raise HwpqError(
-                f"no export for grid {self.grid!r}",
-                where=f"{self.path}/recipe.json",
-                remedy=f"Quantize to one of {', '.join(GRIDS)}.",
-            )
-        if self.group_size is not None and self.grid != "int4":
-            raise HwpqError(
-                f"grid {self.grid} with groups of {self.group_size} has no engine",
-                where=f"{self.path}/recipe.json",
-                remedy="Leave the group size out.",
-            )
+        self._check_grid()
         self._handles: dict[str, Any] = {}
         for file in sorted(self.path.glob("*.safetensors")):
             self._open(file)
         self.quantized = {layer: None for layer in self.layers if f"{layer}.codes" in self._handles}
         self._check_names()
+
+    def _check_grid(self) -> None:
+        if self.grid is not None and self.grid not in OFFERED:
+            raise HwpqError(
+                f"no export for grid {self.grid!r}",
+                where=f"{self.path}/recipe.json",
+                remedy=f"Quantize to one of {', '.join(OFFERED)}.",
+            )
+        if self.group_size is not None and (self.grid is None or not GRIDS[self.grid].group_sizes):
+            raise HwpqError(
+                f"grid {self.grid} with groups of {self.group_size} has no engine",
+                where=f"{self.path}/recipe.json",
+                remedy="Leave the group size out.",
+            )
 
     def _open(self, file: Path) -> None:
         try:
@@ -123,38 +117,33 @@ class CompressedModel:
             raise HwpqError(f"cannot be read ({error})", where=f"{self.path}: {name}", remedy=_AGAIN) from error
         return tensor
 
-    def read_quantized(self, layer: str, shape: tuple[int, ...]) -> QuantizedLayer:
-        """A layer's codes and scale, checked against the dense weight's `shape` (out, in) and the grid.
+    def read_quantized(self, layer: str, shape: tuple[int, ...]) -> Quantized:
+        """A layer's codes and scales, checked against the dense weight's `shape` (out, in) and the grid.
 
         Raises:
             HwpqError: another shape or dtype, a code off the grid, or a scale that is no positive number.
         """
         codes, scale = self._tensor(f"{layer}.codes"), self._tensor(f"{layer}.scale")
         where = f"{self.path}: {layer}"
-        dtype = torch.float8_e4m3fn if str(self.grid).startswith("fp8") else torch.int8
+        grid = GRIDS[str(self.grid)]
         groups = shape[1] // self.group_size if self.group_size else 1
-        if codes.dtype != dtype or tuple(codes.shape) != tuple(shape):
+        if codes.dtype != code_dtype(grid) or tuple(codes.shape) != tuple(shape):
             raise HwpqError(
-                f"codes are {codes.dtype} {tuple(codes.shape)}, wanted {dtype} {tuple(shape)}",
+                f"codes are {codes.dtype} {tuple(codes.shape)}, expected {code_dtype(grid)} {tuple(shape)}",
                 where=where,
                 remedy=_AGAIN,
             )
         if tuple(scale.shape) != (shape[0], groups) or shape[1] % groups:
             raise HwpqError(
-                f"scale has shape {tuple(scale.shape)}, wanted {(shape[0], groups)}",
+                f"scale has shape {tuple(scale.shape)}, expected {(shape[0], groups)}",
                 where=where,
                 remedy=_AGAIN,
             )
         if not bool((torch.isfinite(scale) & (scale > 0)).all()):
             raise HwpqError("a scale is not a positive number", where=where, remedy=_AGAIN)
-        if dtype == torch.float8_e4m3fn:
-            off = bool(torch.isnan(codes.float()).any())
-        else:
-            low, high = _CODE_RANGE[str(self.grid)]
-            off = bool(((codes < low) | (codes > high)).any())
-        if off:
-            raise HwpqError(f"a code is not on grid {self.grid}", where=where, remedy=_AGAIN)
-        return QuantizedLayer(codes, scale)
+        if not on_grid(codes, grid):
+            raise HwpqError(f"a code is not on grid {grid.name}", where=where, remedy=_AGAIN)
+        return Quantized(codes, scale, grid.name, self.group_size)
 
     def read_weight(self, layer: str, shape: tuple[int, ...]) -> Tensor:
         """The weight of a layer that was pruned only, checked against the dense one's `shape` (out, in).
@@ -165,7 +154,7 @@ class CompressedModel:
         weight = self._tensor(f"{layer}.weight")
         if tuple(weight.shape) != tuple(shape) or not weight.is_floating_point():
             raise HwpqError(
-                f"weight is {weight.dtype} {tuple(weight.shape)}, wanted floats {tuple(shape)}",
+                f"weight is {weight.dtype} {tuple(weight.shape)}, expected floats {tuple(shape)}",
                 where=f"{self.path}: {layer}",
                 remedy=_AGAIN,
             )
@@ -174,12 +163,28 @@ class CompressedModel:
         return weight
 
     def scale_dtype(self, dtype: torch.dtype) -> torch.dtype:
-        """`dtype` if every scale is a number of that dtype, else float32: scales never change their value."""
+        """`dtype` if every scale is a number of that dtype, else float32. So no scale changes its value."""
         for layer in self.quantized:
             scale = self._tensor(f"{layer}.scale")
             if not torch.equal(scale.to(dtype).to(scale.dtype), scale):
                 return torch.float32
         return dtype
+
+
+def open_compressed(model_dir: str | Path, compressed_dir: str | Path) -> tuple[Checkpoint, CompressedModel]:
+    """A dense checkpoint and a compressed model of it.
+
+    Raises:
+        HwpqError: one of them is damaged, or the compressed model has a layer that the dense one lacks.
+    """
+    dense, compressed = Checkpoint(model_dir), CompressedModel(compressed_dir)
+    if lost := sorted(layer for layer in compressed.layers if f"{layer}.weight" not in dense):
+        raise HwpqError(
+            f"the dense model has no {lost[0]}.weight",
+            where=str(dense.path),
+            remedy="Compress this model again: the compressed layers belong to another one.",
+        )
+    return dense, compressed
 
 
 class CompressedWriter:

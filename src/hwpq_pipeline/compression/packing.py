@@ -1,12 +1,16 @@
-"""2:4 weights without their zeros: two values of every aligned four inputs, and where they stood.
+"""Packing: 2:4 weights without their zeros, and 4-bit codes two a byte.
+
+**2:4.** Of every aligned four inputs, two values and the columns where they stood:
 
     kept       (out, in / 2)      the group's two values, in the order of their columns
-    positions  (out, ⌈in / 8⌉)    uint8: bits 4g … 4g + 3 of a row (lowest bits first) belong to its group g of four;
-                                  the lower two are the column of its first value, the upper two of its second
+    positions  (out, ⌈in / 8⌉)    uint8: bits 4g … 4g + 3 of a row (lowest bits first) belong to its group g of four.
+                                  The lower two are the column of its first value, the upper two of its second
 
-That is 2 · 16 + 4 bits for the 4 · 16 of a group in 16-bit numbers (9/16), 2 · 8 + 4 for 4 · 8 in 8-bit ones (5/8) and
-2 · 4 + 4 for 4 · 4 in 4-bit ones (3/4). A group with fewer than two weights that are not zero is filled up with zeros
-of its lowest free columns, so the same weight always packs to the same bytes.
+That is 2 · 16 + 4 bits instead of 4 · 16 for a group of 16-bit numbers (9/16), 2 · 8 + 4 instead of 4 · 8 for 8-bit
+ones (5/8), and 2 · 4 + 4 instead of 4 · 4 for 4-bit ones (3/4). A group with fewer than two nonzero weights is filled
+up with zeros of its lowest free columns, so the same weight always packs to the same bytes.
+
+**Codes.** Codes −8 … 7 are stored with an offset of 8, the first of two in the lower half of a byte.
 """
 
 from __future__ import annotations
@@ -74,3 +78,15 @@ def _as_bits(values: Tensor) -> Tensor:
     """As integers of the same width, which every tensor operation takes."""
     width = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[values.dtype.itemsize]
     return values.contiguous().view(width)
+
+
+def pack_nibbles(codes: Tensor) -> Tensor:
+    """Two codes (−8 … 7) a byte: (out, n) int8 to (out, n / 2) uint8; n is even."""
+    shifted = (codes.to(torch.int16) + 8).to(torch.uint8)
+    return shifted[:, ::2] | shifted[:, 1::2] << 4
+
+
+def unpack_nibbles(packed: Tensor) -> Tensor:
+    """The inverse of `pack_nibbles`: (out, n / 2) uint8 to (out, n) int8."""
+    both = torch.stack([packed & 15, packed >> 4], dim=2).view(packed.shape[0], -1)
+    return (both.to(torch.int16) - 8).to(torch.int8)

@@ -1,35 +1,36 @@
-"""The GGUF file: what llama.cpp, Ollama and LM Studio load, weights, tokenizer and chat template in one file.
+"""The GGUF file: what llama.cpp, Ollama and LM Studio load. Weights, tokenizer and chat template are in one file.
 
 GGUF's types hold blocks of 32 neighbouring weights of a row, each block with a float16 scale `d`:
 
     grid               type    a block                       bits    what becomes of `scale · code`
     int4               Q4_0    d, 32 × (q − 8), q 0 … 15     4.5     codes −8 … 7 as they are, `d = scale`
     int8               Q8_0    d, 32 × q, q −128 … 127       8.5     codes as they are, `d = scale`
-    fp8_e4m3, fp8_e5m2 Q8_0    likewise                      8.5     rounded again: `d = max|w| / 127` of the block
-    none               F16     no blocks                     16      weights of float16's precision
-    any, `gguf-f16`    F16     no blocks                     16      `scale · code` of float16's precision
+    fp8_e4m3, fp8_e5m2 Q8_0    d, 32 × q, q −128 … 127       8.5     rounded again: `d = max|w| / 127` of the block
+    none               F16     no blocks                     16      weights with float16's precision
+    any, `gguf-f16`    F16     no blocks                     16      `scale · code` with float16's precision
 
-Groups of 32, 64 and 128 columns, and whole rows, are whole blocks: INT4 and INT8 keep every code, and blocks of one
-group repeat its scale. (Q4_1, which adds a minimum to each block, would hold the same numbers in 5 bits: the grids here
-are symmetric and do not need it.) A scale that is a bfloat16 number, as the compression chooses them, is a float16
-number too from 2⁻¹⁷ up; below, it is off by 2⁻²⁵ at most; other scales are rounded to 11 bits.
+Groups of 32, 64 and 128 columns, and whole rows, are whole blocks. So INT4 and INT8 keep every code, and the blocks of
+one group repeat its scale. (Q4_1 adds a minimum to each block. It would hold the same numbers in 5 bits; the grids here
+are symmetric and do not need it.) The compression chooses scales that are bfloat16 numbers. From 2⁻¹⁷ up these are
+float16 numbers too; below, they are off by 2⁻²⁵ at most. Other scales are rounded to 11 bits.
 
-GGUF has no 8-bit floats. An FP8 weight's code has 4 significant bits wherever it lies, Q8_0 has steps of 1/127 of the
-block's largest: the second rounding moves a weight by at most 1/254 of that, less than the first one did to all but
-small weights. `gguf-f16` avoids it at twice the bytes. The rounding of activations to FP8 or INT8 is no part of a GGUF
-file: llama.cpp rounds them to 8 bits a block of 32 in its own way, whatever the weights.
+GGUF has no 8-bit floats. An FP8 code has 4 significant bits, so FP8 moves a weight by at most |w|/16. Q8_0 has steps
+of m/127 in a block whose largest weight is m, so the second rounding moves a weight by at most m/254. That is less
+than the first one, except for weights below m/16. `gguf-f16` avoids it at twice the bytes. A GGUF file does not say
+how activations are rounded: llama.cpp rounds them to 8 bits for each block of 32, whatever the weights.
 
 Everything else is copied: embeddings and an untied head as F16 (bfloat16 weights are float16 numbers within 2⁻²⁵),
 norms as F32. llama.cpp rotates neighbouring pairs where transformers rotates halves, so the rows of queries and keys
-are put in its order; rows move whole, and no code changes.
+are put in its order. Rows move whole, and no code changes.
 
-Served architecture: `llama`. One tensor at a time is in memory.
+The architecture is `llama`. One tensor at a time is in memory.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,13 +38,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hwpq_pipeline.checkpoints.compressed import CompressedModel
+from hwpq_pipeline.checkpoints.compressed import CompressedModel, open_compressed
 from hwpq_pipeline.checkpoints.reader import Checkpoint
-from hwpq_pipeline.checkpoints.writer import atomic_directory, write_text
+from hwpq_pipeline.checkpoints.writer import atomic_directory
+from hwpq_pipeline.compression.codes import Quantized, dequantize
+from hwpq_pipeline.compression.grids import GRIDS
 from hwpq_pipeline.errors import HwpqError
 
-from .card import CardInfo, render_card
+from .card import CardInfo, Storage, write_card
+from .formats import Format
 from .gguf_tokenizer import add_tokenizer
+from .llama import USE_ANOTHER, LlamaShape, read_llama
 
 BLOCK = 32
 _TYPES = {"int4": "Q4_0", "int8": "Q8_0", "fp8_e4m3": "Q8_0", "fp8_e5m2": "Q8_0"}
@@ -54,13 +59,12 @@ Array = np.ndarray[Any, Any]
 
 @dataclass(frozen=True)
 class _Model:
-    """What the tensors are made from: both sources, the type of compressed layers, and the heads."""
+    """What the tensors are made from: both sources, the type of compressed layers, and the shape."""
 
     dense: Checkpoint
     compressed: CompressedModel
     type: str
-    heads: int
-    key_heads: int
+    shape: LlamaShape
 
 
 def export_gguf(
@@ -75,10 +79,10 @@ def export_gguf(
 
     Args:
         model_dir: the dense checkpoint, with its tokenizer.
-        compressed_dir: the format-neutral compressed model.
+        compressed_dir: the compressed model (`checkpoints.compressed`).
         target_dir: replaced when the new one is complete; the file in it is `model-<type>.gguf`.
         card: what the model card says; without it the directory gets none.
-        float16: every weight as F16, rather than the type of its grid.
+        float16: whether every weight is stored as F16, and not as the type of its grid.
 
     Returns:
         `target_dir`.
@@ -86,30 +90,16 @@ def export_gguf(
     Raises:
         HwpqError: an architecture, a tokenizer or a group size that this module does not write; a damaged input.
     """
-    dense, compressed = Checkpoint(model_dir), CompressedModel(compressed_dir)
-    config = dense.config
-    _check_architecture(config, str(model_dir))
+    dense, compressed = open_compressed(model_dir, compressed_dir)
+    (FLOAT16 if float16 else FORMAT).check(compressed.structure, compressed.grid, str(compressed_dir))
+    shape = read_llama(dense, "GGUF")
     kind = "F16" if float16 or compressed.grid is None else _TYPES[compressed.grid]
     _check_groups(dense, compressed, kind)
-    model = _Model(
-        dense, compressed, kind, config["num_attention_heads"],
-        config.get("num_key_value_heads") or config["num_attention_heads"],
-    )  # fmt: skip
-    with atomic_directory(target_dir) as partial:
-        _write_file(partial / f"model-{kind}.gguf", model, card)
-        if card is not None:
-            write_text(partial / "README.md", render_card(card))
+    model = _Model(dense, compressed, kind, shape)
+    with atomic_directory(target_dir) as folder:
+        _write_file(folder / f"model-{kind}.gguf", model, card)
+        write_card(folder, card, STORAGE)
     return Path(target_dir)
-
-
-def _check_architecture(config: dict[str, Any], where: str) -> None:
-    rope = config.get("rope_parameters") or {}
-    if config.get("model_type") != "llama" or rope.get("rope_type", "default") != "default":
-        raise HwpqError(
-            f"no GGUF for model type {config.get('model_type')!r} with rope type {rope.get('rope_type', 'default')!r}",
-            where=f"{where}/config.json",
-            remedy="GGUF is written for llama with plain rotary embeddings; use the compressed-tensors export.",
-        )
 
 
 def _check_groups(dense: Checkpoint, compressed: CompressedModel, kind: str) -> None:
@@ -132,8 +122,8 @@ def _write_file(path: Path, model: _Model, card: CardInfo | None) -> None:
     writer = GGUFWriter(path, "llama")
     try:
         _add_description(writer, model, card)
-        _add_shapes(writer, model.dense.config)
-        add_tokenizer(writer, model.dense.path, model.dense.config["vocab_size"])
+        _add_shape(writer, model.shape)
+        add_tokenizer(writer, model.dense.path, model.shape.vocabulary)
         for name, target in _names(model).items():
             _announce(writer, model, name, target)
         writer.write_header_to_file()
@@ -160,30 +150,26 @@ def _add_description(writer: Any, model: _Model, card: CardInfo | None) -> None:
         writer.add_base_model_name(0, card.base_model)
 
 
-def _add_shapes(writer: Any, config: dict[str, Any]) -> None:
-    """Hyperparameters, from config.json as transformers 4 and 5 write it."""
-    heads = config["num_attention_heads"]
-    head_dim = config.get("head_dim") or config["hidden_size"] // heads
-    rope = config.get("rope_parameters") or {}
-    writer.add_block_count(config["num_hidden_layers"])
-    writer.add_context_length(config["max_position_embeddings"])
-    writer.add_embedding_length(config["hidden_size"])
-    writer.add_feed_forward_length(config["intermediate_size"])
-    writer.add_head_count(heads)
-    writer.add_head_count_kv(config.get("num_key_value_heads") or heads)
-    writer.add_key_length(head_dim)
-    writer.add_value_length(head_dim)
-    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
-    writer.add_rope_dimension_count(head_dim)
-    writer.add_rope_freq_base(float(rope.get("rope_theta") or config.get("rope_theta") or 10_000.0))
-    writer.add_vocab_size(config["vocab_size"])
+def _add_shape(writer: Any, shape: LlamaShape) -> None:
+    writer.add_block_count(shape.blocks)
+    writer.add_context_length(shape.context)
+    writer.add_embedding_length(shape.hidden)
+    writer.add_feed_forward_length(shape.feed_forward)
+    writer.add_head_count(shape.heads)
+    writer.add_head_count_kv(shape.key_heads)
+    writer.add_key_length(shape.head_size)
+    writer.add_value_length(shape.head_size)
+    writer.add_layer_norm_rms_eps(shape.epsilon)
+    writer.add_rope_dimension_count(shape.head_size)
+    writer.add_rope_freq_base(shape.theta)
+    writer.add_vocab_size(shape.vocabulary)
 
 
 def _names(model: _Model) -> dict[str, str]:
     """GGUF's name for every tensor of the dense checkpoint, in a fixed order."""
     from gguf import MODEL_ARCH, get_tensor_name_map
 
-    table = get_tensor_name_map(MODEL_ARCH.LLAMA, model.dense.config["num_hidden_layers"])
+    table = get_tensor_name_map(MODEL_ARCH.LLAMA, model.shape.blocks)
     names = {}
     for name in model.dense.names:
         target = table.get_name(name, try_suffixes=(".weight", ".bias"))
@@ -191,15 +177,9 @@ def _names(model: _Model) -> dict[str, str]:
             raise HwpqError(
                 f"GGUF's llama has no place for tensor {name}",
                 where=str(model.dense.path),
-                remedy="Use the compressed-tensors export for this model.",
+                remedy=USE_ANOTHER,
             )
         names[name] = target
-    if lost := sorted(layer for layer in model.compressed.layers if f"{layer}.weight" not in names):
-        raise HwpqError(
-            f"the dense model has no {lost[0]}.weight",
-            where=str(model.dense.path),
-            remedy="Compress this model again: the compressed layers are of another one.",
-        )
     return names
 
 
@@ -227,11 +207,11 @@ def _arrays(model: _Model) -> Iterator[Array]:
     for name in _names(model):
         layer, shape, where = name.removesuffix(".weight"), model.dense.shape(name), f"{model.dense.path}: {name}"
         kind = _stored_type(model, name)
-        heads = {"q_proj": model.heads, "k_proj": model.key_heads}.get(name.split(".")[-2])
+        heads = {"q_proj": model.shape.heads, "k_proj": model.shape.key_heads}.get(name.split(".")[-2])
         if layer in model.compressed.quantized:
-            quantized = model.compressed.read_quantized(layer, shape)
-            codes, scale = _interleaved(quantized.codes, heads), _interleaved(quantized.scale, heads)
-            yield _blocks(codes, scale, kind, where)
+            read = model.compressed.read_quantized(layer, shape)
+            moved = replace(read, codes=_interleaved(read.codes, heads), scale=_interleaved(read.scale, heads))
+            yield _blocks(moved, kind, where)
             continue
         weight = (
             model.compressed.read_weight(layer, shape) if layer in model.compressed.layers else model.dense.finite(name)
@@ -249,19 +229,19 @@ def _interleaved(rows: Tensor, heads: int | None) -> Tensor:
 
 def _float16(weight: Tensor, where: str) -> Array:
     if float(weight.abs().max()) > _FLOAT16_MAX:
-        raise HwpqError("a weight is too large for float16", where=where, remedy="Use the compressed-tensors export.")
+        raise HwpqError("a weight is too large for float16", where=where, remedy=USE_ANOTHER)
     array: Array = weight.to(torch.float16).numpy()
     return array
 
 
-def _blocks(codes: Tensor, scale: Tensor, kind: str, where: str) -> Array:
+def _blocks(quantized: Quantized, kind: str, where: str) -> Array:
     """A compressed layer as stored: float16 (out, in), or bytes (out, in / 32 · bytes a block)."""
+    codes, scale = quantized.codes, quantized.scale
     rows, columns = codes.shape
-    if kind == "F16" or codes.dtype != torch.int8:
-        weight = (codes.float().view(rows, scale.shape[1], -1) * scale[:, :, None]).view(rows, columns)
-        if kind == "F16":
-            return _float16(weight, where)
-        return _rounded(weight, where)
+    if kind == "F16":
+        return _float16(dequantize(quantized), where)
+    if GRIDS[quantized.grid].is_float:
+        return _rounded(dequantize(quantized), where)
     spread = scale.repeat_interleave(columns // BLOCK // scale.shape[1], dim=1)
     values = codes.view(rows, columns // BLOCK, BLOCK).numpy()
     if kind == "Q4_0":  # columns j and j + 16 of a block share a byte, the first in its lower half
@@ -283,3 +263,24 @@ def _with_scales(values: Array, scale: Tensor, where: str) -> Array:
     """Each block's scale before its codes, (out, bytes)."""
     halves = _float16(scale, where)[..., None].view(np.uint8)
     return np.concatenate([halves, values], axis=2).reshape(values.shape[0], -1)
+
+
+def _how_to_load(info: CardInfo) -> str:
+    rounded = (
+        "\n\nGGUF has no 8-bit floats: the weights are those of the FP8 variant rounded once more to Q8_0 (steps of "
+        "1/127 of the largest of 32), or kept as F16; the file's name says which."
+        if info.grid and GRIDS[info.grid].is_float
+        else ""
+    )
+    return (
+        "```bash\nllama-cli -m path/to/this/directory/model-*.gguf            # llama.cpp\n"
+        'echo "FROM ./path/to/this/directory/model-<type>.gguf" > Modelfile  # Ollama\n'
+        "ollama create my-model -f Modelfile && ollama run my-model\n```\n\n"
+        "Tokenizer and chat template are in the file. llama.cpp rounds activations in its own way, whatever the "
+        f"variant says of them.{rounded}"
+    )
+
+
+STORAGE = Storage("gguf", "gguf", _how_to_load)
+FORMAT = Format("gguf", export_gguf, STORAGE, grids=tuple(_TYPES))
+FLOAT16 = Format("gguf-f16", partial(export_gguf, float16=True), STORAGE)

@@ -1,9 +1,9 @@
 """The tokenizer of a checkpoint as GGUF's key-value pairs: vocabulary, merges, special tokens, chat template.
 
-llama.cpp has the tokenizers' pre-tokenizers (how text is cut before merging) built in, by name. The name is found from
-the rule itself, as `tokenizer.json` writes it: a rule that none of the names stands for would tokenize text differently
-than the model was trained on, and is refused. Byte-level BPE is served, which is what the Llama-3, GPT-2 and SmolLM
-families use.
+llama.cpp has the pre-tokenizers (how text is cut before merging) built in, by name. The name is found from the rule
+that `tokenizer.json` writes out (`checkpoints.pre_tokenizers`). A rule without a name is refused: under any of the
+names, text would be tokenized differently than in training. Byte-level BPE is served, which the Llama-3, GPT-2 and
+SmolLM families use.
 """
 
 from __future__ import annotations
@@ -11,30 +11,18 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from hwpq_pipeline.checkpoints.pre_tokenizers import PRE_TOKENIZERS, name_of
 from hwpq_pipeline.checkpoints.reader import read_json
 from hwpq_pipeline.errors import HwpqError
 
-_BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
-_LLAMA3 = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
-    r"|\s+(?!\S)|\s+"
-)
-#: llama.cpp's name for a sequence of pre-tokenizers, options that change nothing left out.
-_PRE_TOKENIZERS: dict[str, list[dict[str, Any]]] = {
-    "smollm": [{"type": "Digits", "individual_digits": True}, _BYTE_LEVEL],
-    "gpt-2": [_BYTE_LEVEL],
-    "llama-bpe": [
-        {"type": "Split", "pattern": {"Regex": _LLAMA3}, "behavior": "Isolated", "invert": False},
-        {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False},
-    ],
-}
+from .llama import USE_ANOTHER
 
 
 def add_tokenizer(writer: Any, model_dir: Path, vocabulary: int) -> None:
     """Add a checkpoint's tokenizer to a GGUF writer.
 
     Args:
-        writer: a `gguf.GGUFWriter` that is not written yet.
+        writer: a `gguf.GGUFWriter` that has not written yet.
         model_dir: the checkpoint.
         vocabulary: rows of the embedding; ids beyond the tokenizer's own become unused tokens.
 
@@ -49,7 +37,7 @@ def add_tokenizer(writer: Any, model_dir: Path, vocabulary: int) -> None:
         raise HwpqError(
             f"a tokenizer of type {content['model'].get('type')} that is not byte-level BPE",
             where=where,
-            remedy="Use the compressed-tensors export for this model.",
+            remedy=USE_ANOTHER,
         )
     tokens, kinds = _tokens(content, vocabulary)
     writer.add_tokenizer_model("gpt2")
@@ -83,13 +71,11 @@ def _tokens(content: dict[str, Any], vocabulary: int) -> tuple[list[str], list[i
 
 
 def _pre_tokenizer(rule: dict[str, Any], where: str) -> str:
-    steps = rule.get("pretokenizers", []) if rule.get("type") == "Sequence" else [rule]
-    plain = [{key: value for key, value in step.items() if key != "trim_offsets"} for step in steps]
-    for name, known in _PRE_TOKENIZERS.items():
-        if plain == known:
-            return name
-    raise HwpqError(
-        f"its pre-tokenizer is none of {', '.join(_PRE_TOKENIZERS)}",
-        where=where,
-        remedy="Add llama.cpp's name for it to export/gguf_tokenizer.py, or use the compressed-tensors export.",
-    )
+    name = name_of(rule)
+    if name is None:
+        raise HwpqError(
+            f"its pre-tokenizer is none of {', '.join(PRE_TOKENIZERS)}",
+            where=where,
+            remedy=f"Add llama.cpp's name for it to checkpoints/pre_tokenizers.py. {USE_ANOTHER}",
+        )
+    return name

@@ -1,10 +1,11 @@
 """The ONNX model: what ONNX Runtime runs, on servers, phones (its Android and iOS packages) and in browsers.
 
-Chosen over ExecuTorch because more users of small models on CPUs and phones can load it as it is: one runtime for
-Python, C++, C#, Java, Swift and JavaScript, with 4-bit and 8-bit kernels for CPUs, and no tie to one release of torch,
-which an ExecuTorch program has.
+It was chosen over ExecuTorch because more users of small models on CPUs and phones can load it as it is. There is one
+runtime for Python, C++, C#, Java, Swift and JavaScript, with 4-bit and 8-bit kernels for CPUs. An ExecuTorch program is
+tied to one release of torch, an ONNX model is not.
 
-The graph is written here, operation by operation, not traced from torch, since a tracer would see unpacked weights:
+The graph is written here, operation by operation. It is not traced from torch, since a tracer would see unpacked
+weights:
 
     grid        stored                                                      computed by
     int4        two codes a byte, scale a block of 32, 64 or 128            MatMulNBits, 4 bits: `scale · (q − 8)`
@@ -12,21 +13,21 @@ The graph is written here, operation by operation, not traced from torch, since 
     fp8         float8_e4m3fn, scale a row                                  widened when the model is loaded
     none        the dense model's dtype                                     widened when the model is loaded
 
-Codes and scales keep their values (scales as float32), also at `fp8`: no CPU kernel multiplies 8-bit floats, so FP8
-saves bytes on disk and in transfer here, not in memory. Activations are float32 and not rounded by the graph. A block
-must be a power of two of at least 16 columns, hence rows without groups get blocks of the largest one that divides
-them. What MatMulNBits and the attention do is told by ONNX Runtime's documentation of its `com.microsoft` operators.
+Codes and scales keep their values (scales as float32). No CPU kernel multiplies 8-bit floats, so FP8 saves bytes on
+disk and in transfer here, not in memory. Activations are float32, and the graph does not round them. A block must be
+a power of two and at least 16 columns, so rows without groups get the largest such block that divides them. ONNX
+Runtime's documentation of its `com.microsoft` operators says what MatMulNBits and the attention do.
 
 Inputs are `input_ids` and `attention_mask` (batch, length) and the cache, `past_key_values.<block>.{key,value}`
-(batch, key heads, length, head size); outputs `logits` and `present.<block>.{key,value}`: the names that Optimum,
-ONNX Runtime GenAI and Transformers.js use. Weights lie in `model.onnx.data`, so that size has no limit, and are written
-a tensor at a time.
+(batch, key heads, length, head size). Outputs are `logits` and `present.<block>.{key,value}`. Optimum, ONNX Runtime
+GenAI and Transformers.js use these names. Weights are in `model.onnx.data`, so that the model may be of any size, and
+are written a tensor at a time.
 
-ONNX Runtime's attention takes several sequences without a cache, or one token of each with it; more tokens behind a
-cache only of one sequence ("batch_size must be 1 when sequence_length > 1 and past context is given"). Batches are of
-sequences of one length: padding has not been tried.
+ONNX Runtime's attention takes several sequences without a cache, or one token of each with it. It takes more tokens
+behind a cache only for one sequence ("batch_size must be 1 when sequence_length > 1 and past context is given"). The
+sequences of a batch have one length: padding has not been tried.
 
-Served architecture: `llama` without biases, with plain rotary embeddings and heads of a multiple of 16.
+The architecture is `llama` without biases, with plain rotary embeddings and heads of a multiple of 16.
 """
 
 from __future__ import annotations
@@ -38,19 +39,25 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hwpq_pipeline.checkpoints.compressed import CompressedModel, QuantizedLayer
+from hwpq_pipeline.checkpoints.compressed import CompressedModel, open_compressed
 from hwpq_pipeline.checkpoints.reader import Checkpoint
-from hwpq_pipeline.checkpoints.writer import atomic_directory, write_json, write_text
+from hwpq_pipeline.checkpoints.side_files import copy_side_files
+from hwpq_pipeline.checkpoints.writer import atomic_directory, write_json
+from hwpq_pipeline.compression.codes import Quantized
+from hwpq_pipeline.compression.grids import GRIDS
+from hwpq_pipeline.compression.packing import pack_nibbles
 from hwpq_pipeline.errors import HwpqError
 
-from .card import CardInfo, render_card
-from .compressed_tensors import copy_side_files
+from .card import CardInfo, Storage, write_card
+from .formats import Format
+from .llama import USE_ANOTHER, LlamaShape, read_llama
 
 OPSET, MICROSOFT = 21, "com.microsoft"
 LARGEST_BLOCK, SMALLEST_BLOCK = 128, 16
 HEAD_STEP = 16  # "head_size shall be a multiple of 16", says GroupQueryAttention when it runs
 _ALIGNMENT = 64
-_USE_ANOTHER = "Use the compressed-tensors export for this model."
+#: Bits of the integer codes that are stored here.
+_CODE_BITS = (4, 8)
 
 
 class _Graph:
@@ -106,7 +113,7 @@ def export_onnx(
 
     Args:
         model_dir: the dense checkpoint.
-        compressed_dir: the format-neutral compressed model.
+        compressed_dir: the compressed model (`checkpoints.compressed`).
         target_dir: replaced when the new one is complete.
         card: what the model card says; without it the directory gets none.
 
@@ -116,58 +123,37 @@ def export_onnx(
     Raises:
         HwpqError: an architecture that this module does not write, or a damaged input.
     """
-    dense, compressed = Checkpoint(model_dir), CompressedModel(compressed_dir)
-    _check_architecture(dense)
-    if lost := sorted(layer for layer in compressed.layers if f"{layer}.weight" not in dense):
-        raise HwpqError(
-            f"the dense model has no {lost[0]}.weight",
-            where=str(dense.path),
-            remedy="Compress this model again: the compressed layers are of another one.",
-        )
+    dense, compressed = open_compressed(model_dir, compressed_dir)
+    FORMAT.check(compressed.structure, compressed.grid, str(compressed_dir))
+    shape = _read_shape(dense)
     with atomic_directory(target_dir) as partial:
         with open(partial / "model.onnx.data", "wb") as data:
-            model = _Llama(dense, compressed, _Graph(data)).build()
+            model = _Llama(dense, compressed, shape, _Graph(data)).build()
         (partial / "model.onnx").write_bytes(model.SerializeToString(deterministic=True))
         write_json(partial / "config.json", dense.config)
         copy_side_files(Path(model_dir), partial)
-        if card is not None:
-            write_text(partial / "README.md", render_card(card))
+        write_card(partial, card, STORAGE)
     return Path(target_dir)
 
 
-def _check_architecture(dense: Checkpoint) -> None:
-    config = dense.config
-    rope = config.get("rope_parameters") or {}
-    known = config.get("model_type") == "llama" and rope.get("rope_type", "default") == "default"
-    where = f"{dense.path}/config.json"
-    if not known or config.get("hidden_act", "silu") != "silu" or any(name.endswith(".bias") for name in dense.names):
+def _read_shape(dense: Checkpoint) -> LlamaShape:
+    shape, where = read_llama(dense, "ONNX graph"), f"{dense.path}/config.json"
+    if any(name.endswith(".bias") for name in dense.names):
+        raise HwpqError("no ONNX graph for layers with biases", where=where, remedy=USE_ANOTHER)
+    if over := shape.head_size % HEAD_STEP:
         raise HwpqError(
-            f"no ONNX graph for model type {config.get('model_type')!r} with this rope, activation or biases",
+            f"heads of {shape.head_size} numbers, which is {over} more than a multiple of {HEAD_STEP}",
             where=where,
-            remedy=_USE_ANOTHER,
+            remedy=f"ONNX Runtime's attention wants a multiple of {HEAD_STEP}. {USE_ANOTHER}",
         )
-    if size := _head_size(config) % HEAD_STEP:
-        raise HwpqError(
-            f"heads of {_head_size(config)} numbers, which is {size} more than a multiple of {HEAD_STEP}",
-            where=where,
-            remedy=f"ONNX Runtime's attention wants a multiple of {HEAD_STEP}. {_USE_ANOTHER}",
-        )
-
-
-def _head_size(config: dict[str, Any]) -> int:
-    return int(config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"])
+    return shape
 
 
 class _Llama:
     """The graph of a Llama, written block by block."""
 
-    def __init__(self, dense: Checkpoint, compressed: CompressedModel, graph: _Graph) -> None:
-        self.dense, self.compressed, self.graph = dense, compressed, graph
-        config = dense.config
-        self.heads = config["num_attention_heads"]
-        self.key_heads = config.get("num_key_value_heads") or self.heads
-        self.head_size = _head_size(config)
-        self.blocks, self.epsilon = config["num_hidden_layers"], config["rms_norm_eps"]
+    def __init__(self, dense: Checkpoint, compressed: CompressedModel, shape: LlamaShape, graph: _Graph) -> None:
+        self.dense, self.compressed, self.shape, self.graph = dense, compressed, shape, graph
 
     def build(self) -> Any:
         """The `onnx.ModelProto`."""
@@ -177,7 +163,7 @@ class _Llama:
         self._positions()
         embedding = self._plain("model.embed_tokens.weight")
         hidden = graph.node("Gather", [embedding, "input_ids"], "embedded")
-        for block in range(self.blocks):
+        for block in range(self.shape.blocks):
             hidden = self._block(block, hidden)
         hidden = self._norm("model.norm", hidden)
         head = self._plain("lm_head.weight") if "lm_head.weight" in self.dense else embedding
@@ -188,13 +174,13 @@ class _Llama:
             return helper.make_tensor_value_info(name, kind, shape)
 
         def cache(prefix: str, length: str) -> list[Any]:
-            shape = ["batch", self.key_heads, length, self.head_size]
+            shape = ["batch", self.shape.key_heads, length, self.shape.head_size]
             return [tensor(f"{prefix}.{block}.{part}", TensorProto.FLOAT, shape)
-                    for block in range(self.blocks) for part in ("key", "value")]  # fmt: skip
+                    for block in range(self.shape.blocks) for part in ("key", "value")]  # fmt: skip
 
         inputs = [tensor("input_ids", TensorProto.INT64, ["batch", "length"]),
                   tensor("attention_mask", TensorProto.INT64, ["batch", "total"])]  # fmt: skip
-        logits = tensor("logits", TensorProto.FLOAT, ["batch", "length", self.dense.config["vocab_size"]])
+        logits = tensor("logits", TensorProto.FLOAT, ["batch", "length", self.shape.vocabulary])
         made = helper.make_graph(graph.nodes, "llama", inputs + cache("past_key_values", "past"),
                                  [logits, *cache("present", "total")], initializer=graph.weights)  # fmt: skip
         opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(MICROSOFT, 1)]
@@ -202,17 +188,17 @@ class _Llama:
 
     def _positions(self) -> None:
         """Lengths as the attention wants them, and the rotary tables."""
-        graph, config = self.graph, self.dense.config
+        graph = self.graph
         total = graph.node("ReduceSum", ["attention_mask", graph.small("one", np.array([1], np.int64))], "tokens",
                            keepdims=0)  # fmt: skip
         last = graph.node("Sub", [total, graph.small("a_one", np.int64(1))], "last")
         graph.node("Cast", [last], "lengths", to=6)
         shape = graph.node("Shape", ["attention_mask"], "mask.shape")
-        size = graph.node("Gather", [shape, graph.small("second", np.int64(1))], "mask.total", axis=0)
-        graph.node("Cast", [size], "total", to=6)
-        theta = float((config.get("rope_parameters") or {}).get("rope_theta") or config.get("rope_theta") or 10_000.0)
-        inverse = theta ** (-torch.arange(0, self.head_size, 2, dtype=torch.float64) / self.head_size)
-        angles = torch.arange(config["max_position_embeddings"], dtype=torch.float64)[:, None] * inverse
+        total = graph.node("Gather", [shape, graph.small("second", np.int64(1))], "mask.total", axis=0)
+        graph.node("Cast", [total], "total", to=6)
+        size, theta = self.shape.head_size, self.shape.theta
+        inverse = theta ** (-torch.arange(0, size, 2, dtype=torch.float64) / size)
+        angles = torch.arange(self.shape.context, dtype=torch.float64)[:, None] * inverse
         graph.weight("cosines", angles.cos().float())
         graph.weight("sines", angles.sin().float())
 
@@ -226,8 +212,8 @@ class _Llama:
             "GroupQueryAttention",
             [query, key, value, *past, "lengths", "total", "cosines", "sines"],
             [f"{name}.attended", *present],
-            num_heads=self.heads,
-            kv_num_heads=self.key_heads,
+            num_heads=self.shape.heads,
+            kv_num_heads=self.shape.key_heads,
             do_rotary=1,
         )
         moved = self._linear(f"{name}.self_attn.o_proj", attended)
@@ -242,7 +228,7 @@ class _Llama:
     def _norm(self, name: str, hidden: str) -> str:
         weight = self.graph.weight(f"{name}.weight", self.dense.finite(f"{name}.weight").float())
         return self.graph.node(
-            "SimplifiedLayerNormalization", [hidden, weight], f"{name}.normed", axis=-1, epsilon=self.epsilon
+            "SimplifiedLayerNormalization", [hidden, weight], f"{name}.normed", axis=-1, epsilon=self.shape.epsilon
         )
 
     def _plain(self, name: str, tensor: Tensor | None = None) -> str:
@@ -262,14 +248,14 @@ class _Llama:
             turned = graph.node("Transpose", [self._plain(name, weight)], f"{name}.turned", perm=[1, 0])
             return graph.node("MatMul", [hidden, turned], output)
         quantized = self.compressed.read_quantized(layer, shape)
-        if quantized.codes.dtype == torch.int8:
+        if not GRIDS[quantized.grid].is_float:
             return self._integers(layer, quantized, hidden, output)
         scale = graph.weight(f"{layer}.scale", quantized.scale.float())
         scaled = graph.node("Mul", [self._plain(name, quantized.codes), scale], f"{name}.scaled")
         turned = graph.node("Transpose", [scaled], f"{name}.turned", perm=[1, 0])
         return graph.node("MatMul", [hidden, turned], output)
 
-    def _integers(self, layer: str, quantized: QuantizedLayer, hidden: str, output: str) -> str:
+    def _integers(self, layer: str, quantized: Quantized, hidden: str, output: str) -> str:
         (rows, columns), groups = quantized.codes.shape, quantized.scale.shape[1]
         block = LARGEST_BLOCK
         while columns // groups % block:
@@ -280,11 +266,28 @@ class _Llama:
                 where=f"{self.compressed.path}: {layer}",
                 remedy="Use group_size 32, 64 or 128, or another export format.",
             )
-        bits = 4 if self.compressed.grid == "int4" else 8
-        codes = (quantized.codes.to(torch.int16) + 2 ** (bits - 1)).to(torch.uint8)
-        if bits == 4:
-            codes = codes[:, ::2] | codes[:, 1::2] << 4
+        bits = GRIDS[quantized.grid].bits
+        codes = pack_nibbles(quantized.codes) if bits == 4 else (quantized.codes.to(torch.int16) + 128).to(torch.uint8)
         packed = codes.view(rows, columns // block, block * bits // 8)
         scale = quantized.scale.float().repeat_interleave(columns // block // groups, dim=1)
         names = [self.graph.weight(f"{layer}.codes", packed), self.graph.weight(f"{layer}.scale", scale)]
         return self.graph.node("MatMulNBits", [hidden, *names], output, K=columns, N=rows, bits=bits, block_size=block)
+
+
+def _how_to_load(_info: CardInfo) -> str:
+    return (
+        "```bash\npip install onnxruntime transformers\n```\n\n```python\n"
+        "import onnxruntime\n"
+        "from transformers import AutoTokenizer\n\n"
+        'session = onnxruntime.InferenceSession("path/to/this/directory/model.onnx")\n'
+        'tokenizer = AutoTokenizer.from_pretrained("path/to/this/directory")\n```\n\n'
+        "Inputs are `input_ids`, `attention_mask` and `past_key_values.<block>.{key,value}`, outputs `logits` and "
+        "`present.<block>.{key,value}`. Activations are not rounded by the graph."
+    )
+
+
+STORAGE = Storage("onnx", "onnx", _how_to_load)
+FORMAT = Format(
+    "onnx", export_onnx, STORAGE,
+    grids=tuple(name for name, grid in GRIDS.items() if grid.is_float or grid.bits in _CODE_BITS),
+)  # fmt: skip

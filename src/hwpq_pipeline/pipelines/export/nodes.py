@@ -4,26 +4,14 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 from hwpq_pipeline.checkpoints.reader import read_json
 from hwpq_pipeline.export.card import CardInfo
 from hwpq_pipeline.export.compressed_tensors import export_checkpoint
-from hwpq_pipeline.export.gguf import export_gguf
-from hwpq_pipeline.export.onnx import export_onnx
-from hwpq_pipeline.export.semi_structured import export_semi_structured
+from hwpq_pipeline.export.formats import further_formats
 from hwpq_pipeline.parameters import Calibration, Export, Variant
-
-#: What the parameter `formats` may name: the writer, and the name of the format on the card.
-WRITERS: dict[str, tuple[Callable[..., Path], str]] = {
-    "gguf": (export_gguf, "gguf"),
-    "gguf-f16": (partial(export_gguf, float16=True), "gguf"),
-    "onnx": (export_onnx, "onnx"),
-    "semi-structured": (export_semi_structured, "semi-structured"),
-}
 
 
 def export_variant(
@@ -52,17 +40,17 @@ def export_formats(
     export: Export,
     scratch: Path,
 ) -> Path:
-    """A directory with one directory a further format, each with its model card."""
+    """A directory with a directory for each further format that can hold the variant, each with its model card."""
     target = scratch / "formats"
     target.mkdir()
     card = _card(model, corpus, name, variant, calibration)
+    known = further_formats()
     for word in export.formats:
-        if word == "semi-structured" and card.structure != "2of4":
-            logging.getLogger(__name__).info("%s is not 2:4: no semi-structured export of it", name)
+        if said := known[word].refusal(card.structure, card.grid):
+            logging.getLogger(__name__).info("no %s export of %s: %s", word, name, said)
             continue
-        write, kind = WRITERS[word]
         command = f"# with export.formats: [{word}] in conf/base/parameters.yml\n{card.command}"
-        write(model, compressed, target / word, card=replace(card, format=kind, command=command))
+        known[word].write(model, compressed, target / word, card=replace(card, command=command))
     return target
 
 

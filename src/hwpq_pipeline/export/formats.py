@@ -1,0 +1,68 @@
+"""Export formats: what each is called, which variants it holds, who writes it.
+
+Every variant has a compressed-tensors export, which is the one that is evaluated. The formats listed here are written
+beside it where the parameter `export.formats` names them. To add one, write its module with a `Format` in it and list
+it in `further_formats`; nothing else in `src` changes (docs/add-an-export-format.md).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from hwpq_pipeline.compression.grids import GRIDS
+from hwpq_pipeline.errors import HwpqError
+
+from .card import Storage
+
+STRUCTURES = ("dense", "2of4", "unstructured")
+
+
+@dataclass(frozen=True)
+class Format:
+    """An export format.
+
+    Attributes:
+        name: its word in `export.formats`, and the name of its directory.
+        write: writes it: `write(model_dir, compressed_dir, target_dir, *, card)` gives back `target_dir`.
+        storage: what the model card says of it.
+        grids: names of the grids that it stores, besides no grid at all.
+        structures: that it stores.
+    """
+
+    name: str
+    write: Callable[..., Path]
+    storage: Storage
+    grids: tuple[str, ...] = tuple(GRIDS)
+    structures: tuple[str, ...] = STRUCTURES
+
+    def refusal(self, structure: str, grid: str | None) -> str | None:
+        """Why the format cannot hold a variant; None if it can.
+
+        Args:
+            structure: of the variant.
+            grid: of the variant, or None.
+        """
+        if structure not in self.structures:
+            return f"{self.name} holds structure {' or '.join(self.structures)}, not {structure}"
+        if grid is not None and grid not in self.grids:
+            return f"{self.name} has no place for grid {grid}; it holds {', '.join(self.grids)}"
+        return None
+
+    def check(self, structure: str, grid: str | None, where: str) -> None:
+        """Refuse a variant that the format cannot hold.
+
+        Raises:
+            HwpqError: it cannot; `where` names the variant.
+        """
+        if said := self.refusal(structure, grid):
+            raise HwpqError(said, where=where, remedy="Use another export format for this variant.")
+
+
+def further_formats() -> dict[str, Format]:
+    """The formats beside compressed-tensors, by name. Their modules are imported here, because they import torch."""
+    from . import gguf, onnx, semi_structured
+
+    formats = (gguf.FORMAT, gguf.FLOAT16, onnx.FORMAT, semi_structured.FORMAT)
+    return {one.name: one for one in formats}
