@@ -30,6 +30,11 @@ def comparison_table(metrics: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["variant", *(figure.name for figure in FIGURES)])
 
 
+def records(table: pd.DataFrame) -> list[dict[str, Any]]:
+    """The rows by column name."""
+    return [{str(name): value for name, value in row.items()} for row in table.to_dict("records")]
+
+
 def console() -> Console:
     """Where to print. A pipe counts as 80 columns, which would cut every head short."""
     here = rich.get_console()
@@ -42,6 +47,6 @@ def show_table(table: pd.DataFrame) -> None:
     view.add_column("variant")
     for figure in FIGURES:
         view.add_column(figure.label, justify="right")
-    for row in table.to_dict("records"):
-        view.add_row(str(row["variant"]), *cells(row))
+    for row in records(table):
+        view.add_row(row["variant"], *cells(row))
     console().print(view)

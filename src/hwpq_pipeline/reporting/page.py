@@ -11,7 +11,7 @@ import pandas as pd
 
 from hwpq_pipeline.figures import ERRORS, FIGURES, QUALITY, REACHED, SIZE, TIME, Figure, LayerFigure, cells
 
-from .comparison import TITLE
+from .comparison import TITLE, records
 from .heatmap import gradient, heatmap
 from .scatter import Point, scatter
 
@@ -58,7 +58,7 @@ def render(comparison: pd.DataFrame, variants: Sequence[Reported], *, conditions
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
     low, high = _error_range(variants)
-    rows = [{str(name): value for name, value in row.items()} for row in comparison.to_dict("records")]
+    rows = records(comparison)
     return environment.get_template("page.html.j2").render(
         title=TITLE,
         figures=FIGURES,
@@ -76,9 +76,7 @@ def render(comparison: pd.DataFrame, variants: Sequence[Reported], *, conditions
 
 
 def _scatter(rows: Sequence[Mapping[str, Any]], cost: Figure) -> str:
-    points = [
-        Point(str(row["variant"]), float(row[cost.name]) / cost.divisor, float(row[QUALITY.name])) for row in rows
-    ]
+    points = [Point(row["variant"], float(row[cost.name]) / cost.divisor, float(row[QUALITY.name])) for row in rows]
     return scatter(points, across=cost.label, down=QUALITY.label)
 
 

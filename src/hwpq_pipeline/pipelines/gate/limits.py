@@ -27,3 +27,8 @@ class QualityGates(Parameters):
     """Limits by variant (pipeline `gate`)."""
 
     variants: dict[str, Gate]  # type: ignore[valid-type]  # a type that is made when the module is read
+
+    def limits(self) -> dict[str, dict[str, float | None]]:
+        """Plain values, by variant and by the limit's name."""
+        plain: dict[str, dict[str, float | None]] = self.model_dump()["variants"]
+        return plain

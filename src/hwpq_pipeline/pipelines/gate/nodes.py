@@ -23,7 +23,7 @@ def check(quality_gates: QualityGates, **metrics: dict[str, Any]) -> None:
     Raises:
         ExceptionGroup: of HwpqError, one for each limit that does not hold.
     """
-    gates = {name: gate.model_dump() for name, gate in quality_gates.variants.items()}
+    gates = quality_gates.limits()
     figures = by_variant(metrics, "metrics")
     if broken := broken_gates(gates, figures):
         raise ExceptionGroup("quality gates", broken)
