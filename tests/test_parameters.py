@@ -99,7 +99,7 @@ def test_shared_parameters_are_written_out_in_full(root, env):
         (Selection, {"structure": "2of4", "metrics": "wanda"}, "Extra inputs are not permitted"),
         (Quantization, {"grid": "int4"}, "needs group_size"),
         (Quantization, {"grid": "int4", "group_size": 48}, "needs group_size .32 or 64 or 128"),
-        (Quantization, {"grid": "int3", "group_size": 64}, "'int3' is none of 'fp8_e4m3', 'fp8_e5m2'"),
+        (Quantization, {"grid": "int5", "group_size": 64}, "'int5' is none of 'fp8_e4m3', 'fp8_e5m2'"),
         (Quantization, {"grid": "fp8_e4m3", "group_size": 64}, "remove group_size"),
         (Quantization, {"grid": "int8", "method": "coordinate_descent"}, "rounds to nearest"),
         (Quantization, {"grid": "int4", "group_size": 64, "sweeps": 3}, "sweeps belongs to"),

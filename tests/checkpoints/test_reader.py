@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from hwpq_pipeline.checkpoints.layers import layer_map
+from hwpq_pipeline.checkpoints.layers import Layer, layer_map
 from hwpq_pipeline.checkpoints.reader import Checkpoint, read_metadata, read_tensors
 from hwpq_pipeline.errors import HwpqError
 from tests.tiny import tiny_checkpoint, tiny_config
@@ -118,7 +118,6 @@ def test_layer_map_lists_linears_in_module_order(tmp_path: Path) -> None:
     assert [(layer.name, layer.block, layer.shape) for layer in found] == expected
     assert (found.blocks, found.blocks_name) == (3, "model.layers")
     assert found.tied == {"lm_head.weight": "model.embed_tokens.weight"}
-    assert found["model.layers.2.mlp.up_proj"].block == 2
     assert [layer.name for layer in found.in_block(1)] == [name for name, block, _ in expected if block == 1]
 
 
@@ -130,12 +129,12 @@ def test_layer_map_of_other_architectures(tmp_path: Path) -> None:
     OPTConfig(ffn_dim=48, word_embed_proj_dim=32, **small).save_pretrained(tmp_path / "opt")
     opt = layer_map(tmp_path / "opt")
     assert opt.blocks_name == "model.decoder.layers"
-    assert opt["model.decoder.layers.1.fc1"].shape == (48, 32)
+    assert Layer("model.decoder.layers.1.fc1", 1, (48, 32)) in opt.layers
     assert not any("embed" in name or "lm_head" in name for name in opt.names)
     GPTNeoXConfig(intermediate_size=48, **small).save_pretrained(tmp_path / "neox")
     neox = layer_map(tmp_path / "neox")
     assert (neox.blocks_name, neox.tied) == ("gpt_neox.layers", {})
-    assert neox["gpt_neox.layers.0.attention.query_key_value"].shape == (96, 32)
+    assert Layer("gpt_neox.layers.0.attention.query_key_value", 0, (96, 32)) in neox.layers
     GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=64).save_pretrained(tmp_path / "gpt2")
     with pytest.raises(HwpqError, match="decoder blocks"):
         layer_map(tmp_path / "gpt2")

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import subprocess
 import sys
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -26,6 +29,26 @@ def test_codes_fit_their_dtype_and_their_bits(grid: grids.Grid) -> None:
 def test_the_facts_import_no_torch() -> None:
     code = "import sys, hwpq_pipeline.compression.grids, hwpq_pipeline.parameters; assert 'torch' not in sys.modules"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def words(file: Path) -> Iterator[str]:
+    """Strings of a module's code, docstrings left out."""
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    docstrings = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docstrings:
+            yield node.value
+
+
+def test_only_the_grids_and_two_tables_of_engines_name_a_grid(root: Path) -> None:
+    """Everything else asks the grid for a fact. The kernels' `int8` is a dtype."""
+    sources = root / "src" / "hwpq_pipeline"
+    naming = {
+        file.relative_to(sources).as_posix()
+        for file in sources.rglob("*.py")
+        if not grids.GRIDS.keys().isdisjoint(words(file)) and "kernels" not in file.parts
+    }
+    assert naming == {"compression/grids.py", "export/compressed_tensors.py", "export/gguf.py"}
 
 
 @pytest.mark.parametrize(("group", "remedy"), [(128, "32, 64, 96"), (0, "16, 32"), (7, "64")])

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from hwpq_pipeline.checkpoints.reader import Checkpoint
 from hwpq_pipeline.errors import HwpqError
-from hwpq_pipeline.evaluation.size import exported_weight, measure_size
+from hwpq_pipeline.evaluation.size import exported_weight, measure_size, quantization_scheme
 from hwpq_pipeline.export.compressed_tensors import export_checkpoint
 from tests.export.making import layer_shapes, make_compressed
 from tests.tiny import tiny_checkpoint, tiny_config
@@ -67,12 +67,13 @@ def test_exported_weight_is_scale_times_code_where_scales_are_short(tmp_path: Pa
     weights = make_compressed(tmp_path / "compressed", "int4", group_size=16, bfloat16_scales=True)
     directory = export_checkpoint(tmp_path / "model", tmp_path / "compressed", tmp_path / "export")
     stored = load_file(directory / "model.safetensors")
-    from hwpq_pipeline.evaluation.size import _scheme
 
     export = Checkpoint(directory)
     for layer, weight in weights.items():
         assert stored[f"{layer}.weight_scale"].dtype == torch.bfloat16
-        np.testing.assert_array_equal(exported_weight(export, layer, _scheme(export)).double().numpy(), weight)
+        np.testing.assert_array_equal(
+            exported_weight(export, layer, quantization_scheme(export)).double().numpy(), weight
+        )
 
 
 def test_a_dense_export_is_as_large_as_its_model(tmp_path: Path) -> None:

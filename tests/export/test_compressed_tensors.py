@@ -229,7 +229,7 @@ BAD = {
     "a scale of zero": lambda tensors, recipe: tensors[f"{Q_PROJ}.scale"].fill_(0),
     "a code off the grid": lambda tensors, recipe: tensors[f"{Q_PROJ}.codes"].fill_(8),
     "other groups": lambda tensors, recipe: recipe.update(group_size=8),
-    "an unknown grid": lambda tensors, recipe: recipe.update(grid="int3"),
+    "an unknown grid": lambda tensors, recipe: recipe.update(grid="int5"),
     "no grid": lambda tensors, recipe: recipe.update(grid=None, group_size=None),
     "a recipe without layers": lambda tensors, recipe: recipe.pop("layers"),
 }  # fmt: skip

@@ -3,11 +3,11 @@
 **Masks.** One safetensors file holds `<layer>.keep` for each layer: uint8, one bit a weight, set where it is kept
 (`compression.bits`).
 
-**Compressed model.** It is in no deployment format. `recipe.json` says how the tensors read: `grid` (null where
-nothing is rounded), `group_size`, `structure` and `layers`; and how they were made: `variant` and the `recipe` in
-plain numbers. Beside it is one safetensors file an input group. For each layer it holds `<layer>.codes` (out, in) and
-`<layer>.scale` (out, groups), or `<layer>.weight` (out, in) where the layer was pruned only. What comes from disk is
-checked here: names, shapes, ranges, finiteness.
+**Compressed model.** It is in no engine's format. `recipe.json` says how to read the tensors: `grid` (null where
+nothing is rounded), `group_size`, `structure` and `layers`. It also says how they were made: `variant`, and the
+`recipe` in plain numbers. Beside it is a safetensors file for each input group. For each layer it holds
+`<layer>.codes` (out, in) and `<layer>.scale` (out, groups), or `<layer>.weight` (out, in) where the layer was pruned
+only. The reader checks names, shapes, ranges and finiteness.
 """
 
 from __future__ import annotations

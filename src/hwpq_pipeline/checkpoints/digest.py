@@ -1,7 +1,7 @@
-"""SHA-256 of files and directories: what a result was made from, and the key of a run.
+"""SHA-256 of files and directories: what a result was made from, and a run's key.
 
-A directory's digest is that of the lines `<file digest>  <relative path>` sorted by path, as `sha256sum`
-prints them: it depends on names and contents alone, not on times, owners or the order of a listing.
+A directory's digest is the digest of the lines `<file digest>  <relative path>`, sorted by path, as `sha256sum` prints
+them. It depends on names and contents only, not on times, owners or the order of a listing.
 """
 
 from __future__ import annotations
@@ -42,4 +42,4 @@ def sha256_path(path: str | Path) -> str:
         return sha256_directory(path)
     if path.is_file():
         return sha256_file(path)
-    raise HwpqError("there is nothing to digest", where=str(path), remedy="Run the step that makes it first.")
+    raise HwpqError("there is nothing to digest", where=str(path), remedy="Run the step that makes it.")

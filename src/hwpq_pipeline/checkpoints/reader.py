@@ -1,8 +1,8 @@
 """Reading a Hugging Face checkpoint a tensor at a time.
 
-safetensors puts a JSON header of names, dtypes, shapes and offsets before the raw bytes, so that opening a
-file costs its header and reading a tensor costs that tensor: a model is never in memory whole. The header's
-last offset must be the file's size, which finds a truncated file on opening.
+safetensors puts a JSON header with names, dtypes, shapes and offsets before the raw bytes. Opening a file reads its
+header, and reading a tensor reads that tensor, so a model is never in memory whole. The header's last offset must be
+the file's size. This finds a truncated file when it is opened.
 """
 
 from __future__ import annotations
@@ -49,7 +49,11 @@ def read_json(path: str | Path) -> dict[str, Any]:
 
 
 def read_tensors(path: str | Path, names: Sequence[str] | None = None) -> dict[str, torch.Tensor]:
-    """Tensors of one safetensors file by name: those wanted, or all.
+    """Tensors of one safetensors file by name.
+
+    Args:
+        path: the file.
+        names: the wanted ones; None for all.
 
     Raises:
         HwpqError: the file is missing or corrupt, or lacks a wanted tensor.
@@ -72,7 +76,11 @@ def read_names(path: str | Path) -> list[str]:
 
 
 def read_metadata(path: str | Path) -> dict[str, str]:
-    """The string pairs in a safetensors file's header."""
+    """The string pairs in a safetensors file's header.
+
+    Raises:
+        HwpqError: the file is missing or corrupt.
+    """
     with _open(Path(path)) as stream:
         return dict(stream.metadata() or {})
 
@@ -134,7 +142,7 @@ class Checkpoint:
 
     @property
     def dtype(self) -> str:
-        """The commonest dtype of the tensors by number of elements, as safetensors writes it (`BF16`)."""
+        """The dtype of most weights (counted by elements), as safetensors writes it: `BF16`."""
         weight: dict[str, int] = {}
         for name, dtype in self._dtypes.items():
             weight[dtype] = weight.get(dtype, 0) + torch.Size(self._shapes[name]).numel()
@@ -145,7 +153,7 @@ class Checkpoint:
         """`dtype` as torch names it.
 
         Raises:
-            HwpqError: it is none of float32, bfloat16 and float16.
+            HwpqError: it is not float32, bfloat16 or float16.
         """
         if self.dtype not in _FLOATS:
             raise HwpqError(
@@ -177,12 +185,20 @@ class Checkpoint:
         return name in self._files
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """A tensor's shape, from the header alone."""
+        """A tensor's shape, from the header alone.
+
+        Raises:
+            HwpqError: there is no such tensor.
+        """
         self._known(name)
         return self._shapes[name]
 
     def tensor(self, name: str) -> torch.Tensor:
-        """A tensor as stored."""
+        """A tensor as stored.
+
+        Raises:
+            HwpqError: there is no such tensor, or it cannot be read.
+        """
         self._known(name)
         try:
             tensor: torch.Tensor = self._handles[self._files[name]].get_tensor(name)
@@ -193,10 +209,10 @@ class Checkpoint:
         return tensor
 
     def finite(self, name: str) -> torch.Tensor:
-        """A tensor as stored, checked: every value is a number.
+        """A tensor as stored, checked to be finite.
 
         Raises:
-            HwpqError: NaN or infinity in it.
+            HwpqError: as `tensor`, or NaN or infinity in it.
         """
         tensor = self.tensor(name)
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
@@ -213,6 +229,9 @@ class Checkpoint:
 
         Args:
             layer: the module's name, as in the layer map.
+
+        Raises:
+            HwpqError: as `finite`.
         """
         return self.finite(f"{layer}.weight").float()
 

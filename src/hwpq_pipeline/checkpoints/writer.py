@@ -1,9 +1,9 @@
-"""Atomic writing: a reader sees the old artifact or the new one, never half of one.
+"""Atomic writing: a reader sees the old file or directory or the new one, never half of one.
 
-A file is written to a temporary sibling and moved over its name with `os.replace`, which POSIX makes
-atomic within a file system. A directory cannot replace a non-empty one in one step, so it is built as
-`<dir>.partial` and swapped in by two renames; a crash between the two leaves the old one complete under
-`<dir>.old`, which the next write puts back. No fsync: a power cut costs a rerun, not a wrong result.
+A file is written to a temporary sibling and moved over its name with `os.replace`, which POSIX makes atomic within a
+file system. A directory cannot replace a non-empty one in one step. It is built as `<dir>.partial` and swapped in by
+two renames. A crash between the two leaves the old one complete as `<dir>.old`, and the next write puts it back.
+There is no fsync: a power cut costs a rerun, not a wrong result.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def write_tensors(
 
     Args:
         path: the file.
-        tensors: by name; made contiguous and moved to the CPU here. They must not share memory.
+        tensors: by name; they are made contiguous and moved to the CPU here, and must not share memory.
         metadata: string pairs for the header, beside `{"format": "pt"}`.
     """
     plain = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}

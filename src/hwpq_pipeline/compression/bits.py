@@ -1,8 +1,8 @@
-"""Keep-masks as one bit a weight: packed along the inputs, in little bit order.
+"""Keep-masks with one bit a weight: packed along the inputs, in little bit order.
 
-Bit ``k`` of byte ``b`` of a row is column ``8 b + k``; 1 keeps the weight. The last byte of a row is padded with
-zeros, so a row of ``in`` columns takes ``ceil(in / 8)`` bytes and every row starts on a byte of its own. This is
-``numpy.packbits(..., bitorder="little")``: the masks written to disk can be opened with numpy alone.
+Bit `k` of byte `b` of a row is column `8 b + k`; 1 keeps the weight. The last byte of a row is padded with zeros, so
+a row of `in` columns takes ⌈in / 8⌉ bytes and every row starts at a byte. This is `numpy.packbits(…,
+bitorder="little")`: numpy alone can open the masks on disk.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from hwpq_pipeline.errors import HwpqError
 
 
 def packed_columns(columns: int) -> int:
-    """Bytes that a row of ``columns`` keep-bits takes."""
+    """Bytes that a row of `columns` keep-bits takes."""
     return (columns + 7) // 8
 
 

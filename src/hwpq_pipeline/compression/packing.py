@@ -30,16 +30,16 @@ def pack_two_of_four(weight: Tensor, *, where: str = "pack_two_of_four") -> tupl
         where: the layer's name, for errors.
 
     Returns:
-        ``(kept, positions)`` as above; kept has the weight's dtype.
+        `(kept, positions)` as above; kept has the weight's dtype.
 
     Raises:
-        HwpqError: a group of four with more than two that are not zero; columns that do not divide by 4.
+        HwpqError: a group of four has more than two nonzero weights, or the columns are not a multiple of 4.
     """
     plain = weight.float() if weight.is_floating_point() else weight
     check_two_of_four(plain, where)
     rows, columns = weight.shape
     column = torch.arange(GROUP, dtype=torch.int16)
-    order = column + GROUP * (plain.view(rows, -1, GROUP) == 0).to(torch.int16)  # what is not zero comes first
+    order = column + GROUP * (plain.view(rows, -1, GROUP) == 0).to(torch.int16)  # nonzero weights come first
     first = order.topk(KEPT, dim=2, largest=False).indices.sort(dim=2).values
     bits = _as_bits(weight).view(rows, -1, GROUP)
     kept = bits.gather(2, first).view(rows, columns // 2).view(weight.dtype)
@@ -61,13 +61,13 @@ def unpack_two_of_four(kept: Tensor, positions: Tensor, *, where: str = "unpack_
         raise HwpqError(
             f"positions {positions.dtype} {tuple(positions.shape)} do not belong to values {tuple(kept.shape)}",
             where=where,
-            remedy="The packed file is damaged: export the variant again",
+            remedy="The packed file is damaged: export the variant again.",
         )
     nibbles = torch.stack([positions & 15, positions >> 4], dim=2).view(rows, -1)[:, :groups]
     place = torch.stack([nibbles & 3, nibbles >> 2], dim=2).long()
     if bool((place[..., 0] == place[..., 1]).any()):
         raise HwpqError(
-            "a group of four names one column twice", where=where, remedy="The packed file is damaged: export again"
+            "a group of four names one column twice", where=where, remedy="The packed file is damaged: export it again."
         )
     bits = _as_bits(kept).view(rows, groups, KEPT)
     whole = bits.new_zeros(rows, groups, GROUP).scatter_(2, place, bits)
@@ -75,7 +75,7 @@ def unpack_two_of_four(kept: Tensor, positions: Tensor, *, where: str = "unpack_
 
 
 def _as_bits(values: Tensor) -> Tensor:
-    """As integers of the same width, which every tensor operation takes."""
+    """The same bytes as integers, which every tensor operation takes."""
     width = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[values.dtype.itemsize]
     return values.contiguous().view(width)
 

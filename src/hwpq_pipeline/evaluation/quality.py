@@ -2,14 +2,13 @@
 
     perplexity      exp of the mean negative log-likelihood of the true next token, over all samples
     KL divergence   mean over positions of KL(dense ‖ variant) between next-token distributions, nats
-    top-1 agreement share of positions where both find the same token likeliest
+    top-1 agreement share of positions where both models find the same token likeliest
 
-A sample of `length` tokens gives `length − 1` predictions. Softmax is float32, sums are float64. The export
-is loaded as a user would load it (`loading`), so FP8 and INT8 ones round their activations here as they do
-when deployed.
+A sample of `length` tokens gives `length − 1` predictions. Softmax is float32, sums are float64. The export is loaded
+as a user loads it (`loading`), so FP8 and INT8 exports round their activations here as they do when deployed.
 
-Cost: one forward pass of the body over all tokens and one product with the head; the dense model's side is
-read (`reference`).
+Cost: one forward pass of the body over all tokens, and one product with the head. The dense model's answer is read from
+disk (`reference`).
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ from .reference import (
 
 __all__ = ["Quality", "Reference", "evaluate_export", "load_reference", "make_reference"]
 
-#: Rounding leaves the divergence of a model from itself at ±1e-6; less means a reference of another model.
+#: Rounding leaves the divergence of a model from itself at ±1e-6. A lower value means a reference of another model.
 _KL_FLOOR = -1e-3
 
 
@@ -86,14 +85,14 @@ def evaluate_export(
     Args:
         export_dir: a checkpoint that `from_pretrained` loads.
         reference: from `make_reference` or `load_reference`.
-        token_ids: (samples, length) integers, to make sure that they are the reference's; None takes those.
-        batch: samples a forward pass; 1 is quickest on a CPU, whose caches hold the activations of one.
+        token_ids: (samples, length) integers, which must be the reference's; None takes those.
+        batch: samples in a forward pass; 1 is fastest on a CPU, whose caches hold the activations of one.
         dtype: `float32`, `bfloat16` or `auto`; the same as the reference's.
         progress: called with (batches done, batches).
 
     Raises:
-        HwpqError: a corrupt export, another head, other tokens or another dtype than the reference's, or
-            logits that are not finite.
+        HwpqError: a corrupt export, a head, tokens or a dtype that are not the reference's, or logits that are not
+            finite.
     """
     begun = time.perf_counter()
     tokens = reference.tokens if token_ids is None else check_tokens(token_ids)

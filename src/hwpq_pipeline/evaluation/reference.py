@@ -8,13 +8,13 @@ the head, so
               = Σ p log p − Σ p (W h_q + b) + logsumexp(W h_q + b)
               = c − e · h_q + logsumexp(W h_q + b)        e = Wᵀ p,   c = Σ p log p − p · b
 
-`e` (the expected output embedding) and the number `c` are all that the divergence needs of the dense model:
-as many bytes as its hidden states, and half the work of multiplying those by the head again for every
-variant, since the head is the largest single matrix of a small model. Beside them: the dense model's
+`e` (the expected output embedding) and the number `c` are all that the divergence needs from the dense model. They take
+as many bytes as its hidden states. They save half of the work, because the hidden states need not be multiplied by the
+head again for every variant, and the head is the largest matrix of a small model. Beside them stand the dense model's
 likeliest token and the negative log-likelihood of the true one.
 
-Products and softmax are float32; products are as exact as the logits themselves (about 1e-6 of their size),
-so a divergence is good to some 1e-5 nats a token.
+Products and softmax are float32. Products are as exact as the logits themselves (about 1e-6 of their size), so a
+divergence is exact to about 1e-5 nats a token.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from hwpq_pipeline.progress import Progress, no_progress
 from .loading import LoadedModel, evaluation_dtype, open_model
 
 FILE = "reference.safetensors"
-#: Facts go into a file of their own: safetensors writes metadata in random order, and bytes should repeat.
+#: A file of its own: safetensors writes metadata in random order, and the same answer should have the same bytes.
 FACTS = "reference.json"
 #: Rows of logits at a time: 256 × 49,152 float32 are 50 MB.
 CHUNK = 256
@@ -55,7 +55,7 @@ class Reference:
         constant: (samples, length − 1) float32, `c` above.
         top1: (samples, length − 1) int64, the likeliest next token.
         nll: (samples, length − 1) float32, −log p of the true next token, nats.
-        head_digest: of the head that `expected` was made with.
+        head_digest: SHA-256 of the head that `expected` was made with.
         dtype: that the dense model ran in.
     """
 
@@ -88,7 +88,7 @@ def make_reference(
         model_dir: the dense checkpoint.
         token_ids: (samples, length) integers.
         target: the directory; replaced when the new one is complete.
-        batch: samples a forward pass; 1 is quickest on a CPU, whose caches hold the activations of one.
+        batch: samples in a forward pass; 1 is fastest on a CPU, whose caches hold the activations of one.
         dtype: `float32`, `bfloat16` or `auto`.
         progress: called with (batches done, batches).
 
@@ -122,7 +122,7 @@ def load_reference(directory: str | Path) -> Reference:
     """Read what `make_reference` wrote.
 
     Raises:
-        HwpqError: it is missing, corrupt or of another make.
+        HwpqError: it is missing, corrupt, or no reference.
     """
     tensors, facts = read_tensors(Path(directory) / FILE), read_json(Path(directory) / FACTS)
     try:
@@ -135,7 +135,7 @@ def perplexity(nll: float, where: str) -> float:
     """Perplexity of a mean negative log-likelihood in nats: its exp.
 
     Raises:
-        HwpqError: it is beyond float64, as that of a model whose weights were destroyed may be.
+        HwpqError: it is too large for float64, which happens to models whose weights were destroyed.
     """
     if nll > 700:
         raise HwpqError(
@@ -175,7 +175,7 @@ def hidden_batches(
 
 
 def chunks(hidden: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Positions in pieces of `CHUNK`: hidden states (positions, hidden), and what else belongs to them."""
+    """Pieces of `CHUNK` positions: hidden states (positions, hidden), and the same positions of the others."""
     flat = [hidden.flatten(0, 1), *(other.flatten(0, 1) for other in others)]
     yield from zip(*(tensor.split(CHUNK) for tensor in flat), strict=True)
 

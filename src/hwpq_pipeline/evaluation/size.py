@@ -1,15 +1,15 @@
 """Size of an export: bytes on disk, how many times smaller than the dense model, share of zero weights.
 
-`size_bytes` counts the safetensors files: what is downloaded and what an engine reads into memory. Tokenizer,
-config and card are left out; they are the same in every variant. Embeddings are in it, unquantized: in a
-small model they are a large part (SmolLM2-135M: 56.6 of 269 MB), and the ratio says so.
+`size_bytes` counts the safetensors files, which users download and engines read into memory. Tokenizer, config and card
+are left out: they are the same in every variant. Embeddings are counted, unquantized. In a small model they are a large
+part (SmolLM2-135M: 56.6 of 269 MB), and the ratio shows it.
 
-The arithmetic beside it: for each quantized layer `out · in · bits / 8` plus one scale per row or group (and
-16 bytes of shape where weights are packed), plus the dense bytes of everything else. Headers make the
-difference.
+`expected_bytes` is the arithmetic: for each quantized layer `out · in · bits / 8` and a scale for each row or group
+(and 16 bytes of shape where weights are packed), and the dense bytes of everything else. Only the files' headers are
+missing.
 
-Sparsity is that of the compressible layers, as loaded: a weight counts as zero when `scale · code` is,
-whether it was pruned or rounded to zero.
+Sparsity counts the zeros of the compressible layers as loaded. A weight is zero if `scale · code` is, whether it was
+pruned or rounded to zero.
 """
 
 from __future__ import annotations
@@ -61,10 +61,10 @@ def measure_size(export_dir: str | Path, model_dir: str | Path) -> Size:
         model_dir: the dense checkpoint.
 
     Raises:
-        HwpqError: one of them is missing or corrupt, or they are not of one model.
+        HwpqError: one of them is missing or corrupt, or they belong to two models.
     """
     export, dense, layers = Checkpoint(export_dir), Checkpoint(model_dir), layer_map(model_dir)
-    scheme = _scheme(export)
+    scheme = quantization_scheme(export)
     zeros = weights = 0
     for layer in layers:
         weight = exported_weight(export, layer.name, scheme)
@@ -87,7 +87,7 @@ def measure_size(export_dir: str | Path, model_dir: str | Path) -> Size:
 
 
 def exported_weight(export: Checkpoint, layer: str, scheme: Any = None) -> Tensor:
-    """A layer's weight as an engine sees it, shape (out, in), unpacked by compressed-tensors itself.
+    """A layer's weight as an engine sees it, shape (out, in); compressed-tensors itself unpacks it.
 
     Args:
         export: the export.
@@ -106,8 +106,12 @@ def exported_weight(export: Checkpoint, layer: str, scheme: Any = None) -> Tenso
     return weight
 
 
-def _scheme(export: Checkpoint) -> Any:
-    """The export's quantization scheme, or None. Ours have one for all layers."""
+def quantization_scheme(export: Checkpoint) -> Any:
+    """The quantization scheme of an export, which holds for all its layers; None if nothing is quantized.
+
+    Raises:
+        HwpqError: the config holds no such scheme.
+    """
     written = export.config.get("quantization_config")
     if written is None:
         return None

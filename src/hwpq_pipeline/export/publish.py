@@ -1,9 +1,10 @@
-"""Sending an export to a Hugging Face hub, with the user's own token.
+"""Uploading an export to a Hugging Face hub, with the user's own token.
 
-A repository an export, private when it is made: who may see it is for its owner to decide. All files arrive in one
-commit, so that a reader never meets half of an export; large ones are uploaded before it. The card is the one with the
-quality table, which is known only after the export was evaluated and therefore is not in the exported directory.
-`HF_ENDPOINT` names another hub; the token comes from `HF_TOKEN` or `hf auth login`, and is in no message.
+Each export gets a repository of its own, which is private at first: its owner decides who may see it. All files
+arrive in one commit, so that a reader never meets half of an export; large files are uploaded before it. The card is
+the one with the quality table. The quality is known only after the export was evaluated, so that card is not in the
+exported directory. `HF_ENDPOINT` names another hub. The token comes from `HF_TOKEN` or `hf auth login`, and no
+message shows it.
 """
 
 from __future__ import annotations
@@ -18,12 +19,12 @@ from .card import check_card
 
 
 def push_to_hub(folder: str | Path, card: str, repo: str) -> str:
-    """Upload an export and give back the commit's address.
+    """Upload an export; gives back the commit's address.
 
     Args:
         folder: the export; its files are uploaded, `README.md` is replaced by `card`.
         card: the model card.
-        repo: `owner/name`, made (private) when it is not there.
+        repo: `owner/name`; it is created, private, if it does not exist.
 
     Raises:
         HwpqError: no token, a token that the hub refuses, a card that hubs refuse, or no answer.
