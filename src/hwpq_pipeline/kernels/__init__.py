@@ -1,21 +1,25 @@
-"""Fast kernels, a folder an operation: `reference` is the readable oracle, `cpu` the numba version, `cuda` Triton's.
+"""Fast kernels, a folder for each operation: `reference` is the readable oracle, `cpu` in numba, `cuda` in Triton.
 
-An operation's `__init__` chooses by the device that its tensors are on, and imports no more than it needs: numba is not
-imported where all work is on a GPU, nor Triton where none is.
+Callers use the functions of an operation's `__init__` alone: its door. The door chooses by the device that the tensors
+are on, and imports no more than it needs: a machine that works on a GPU needs no numba, and one without a GPU no
+Triton. Three operations lack a file. `mask_descent` and `packed_matvec` have no `cuda` yet: their doors copy tensors on
+a GPU to the CPU and the result back (`devices.on_the_cpu`). `fp8` has no `cpu`: the CPU runs its reference, which is
+plain torch.
 
-What the CPU kernels share: how they are compiled (`jit`), how rows are spread over cores (`over_rows`), and how a
-weight is read without a copy (`flat_rows`).
+The CPU kernels share three things: how they are compiled (`jit`), how rows are spread over cores (`over_rows`), and how
+a weight is read without a copy (`flat_rows`).
 
-**Compiling.** Machine code is cached beside the source, else in the user's cache directory, or where
-``NUMBA_CACHE_DIR`` points. Where none of these can be written to, a kernel is compiled once a process. Numba forgets
-cached code when the kernel's own file changes, but not when a file does that it takes its inner loop from; `jit` makes
-it a matter of all the kernels' sources. No fastmath: the results are defined to the bit. (LLVM fuses no multiplication
-into an addition unless told to.)
+**Compiling.** Machine code is cached beside the source, else in the user's cache directory, or where `NUMBA_CACHE_DIR`
+points. If none of these can be written to, a kernel is compiled once a process. Numba forgets cached code when the
+kernel's own file changes, but not when another file changes from which the kernel takes its inner loop or a constant.
+`jit` makes the cache depend on the sources of all kernels. There is no fastmath: the results are defined to the bit.
+(LLVM fuses no multiplication into an addition unless told to.) `contracted` compiles the kernels whose results are
+defined by an objective.
 
-**Threads.** The kernels are serial, release the GIL and are run over chunks of rows by plain threads, as many as
-``numba.get_num_threads()`` (the cores, unless ``NUMBA_NUM_THREADS`` or `numba.set_num_threads` says less). Chunks are
-taken one at a time, by the caller too, so a core that something else holds up does not hold up the rest; callers may
-themselves be threads or forked processes, which numba's own thread pools do not all allow.
+**Threads.** The kernels are serial and release the GIL. Plain threads run them over chunks of rows. There are as many
+threads as `numba.get_num_threads()` says (the cores, unless `NUMBA_NUM_THREADS` or `numba.set_num_threads` says less).
+Chunks are taken one at a time, by the caller too, so a slow core does not hold up the rest. Callers may themselves be
+threads or forked processes, which numba's own thread pools do not all allow.
 """
 
 from __future__ import annotations
@@ -32,10 +36,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["flat_rows", "jit", "over_rows"]
+__all__ = ["compiled", "flat_rows", "jit", "over_rows"]
 
-#: Below this much work (a weight that is selected counts as one) starting threads costs more than they save: measured
-#: on a 576 x 576 layer, 121 us alone and 207 us on two. A chunk is at least an eighth of it.
+#: Below this much work (one selected weight counts as one) threads cost more to start than they save: a 576 x 576 layer
+#: took 121 us on one thread and 207 us on two. A chunk is at least an eighth of it.
 SMALLEST_SHARED = 1 << 19
 
 
@@ -50,28 +54,34 @@ def _sources() -> str:
 
 def jit(function: Callable[..., Any]) -> Any:
     """Compile for the CPU: no GIL, numpy's error model, strict arithmetic, cached on disk where that is possible."""
+    return compiled(function, fastmath=False)
+
+
+def compiled(function: Callable[..., Any], *, fastmath: bool | set[str]) -> Any:
+    """Compile for the CPU with these liberties of LLVM's; see `jit`."""
     import numba
 
-    options = {"nogil": True, "error_model": "numpy", "fastmath": False}
+    options = {"nogil": True, "error_model": "numpy", "fastmath": fastmath}
     try:
-        compiled = numba.njit(cache=True, **options)(function)
+        found = numba.njit(cache=True, **options)(function)
     except RuntimeError:  # numba found no directory that it may write to
         return numba.njit(**options)(function)
-    # Numba offers no public way to widen what its cache depends on; without this one, better no cache than a stale one.
-    index = getattr(getattr(compiled, "_cache", None), "_cache_file", None)
+    # Numba offers no public way to widen what its cache depends on. Without this one, no cache is better than a stale
+    # one.
+    index = getattr(getattr(found, "_cache", None), "_cache_file", None)
     if not hasattr(index, "_source_stamp"):
         return numba.njit(**options)(function)
     index._source_stamp = (index._source_stamp, _sources())  # type: ignore[union-attr]  # noqa: SLF001
-    return compiled
+    return found
 
 
 def over_rows(work: Callable[[int, int], None], rows: int, columns: int, block: int = 1) -> None:
-    """Call ``work(first, last)`` over all rows, in chunks of whole blocks, on all of numba's threads.
+    """Call `work(first, last)` over all rows, in chunks of whole blocks, on all of numba's threads.
 
     Args:
-        work: does rows ``first`` to ``last - 1``; must not touch what other rows write.
+        work: does rows `first` to `last - 1`; it must not touch what other rows write.
         rows: how many there are.
-        columns: how much work a row is.
+        columns: the work in one row.
         block: chunk borders are multiples of it.
     """
     import numba
@@ -117,7 +127,7 @@ def flat_rows(weight: Tensor) -> tuple[np.ndarray[Any, Any], int]:
             neighbours in memory; other dtypes are converted to float32, other layouts copied.
 
     Returns:
-        ``(flat, stride)``: row i is ``flat[i * stride : i * stride + in]``; float32, or bfloat16's bits as uint16.
+        `(flat, stride)`: row i is `flat[i * stride : i * stride + in]`; float32, or bfloat16's bits as uint16.
     """
     weight = weight.detach()
     if weight.dtype not in (torch.float32, torch.bfloat16):

@@ -1,10 +1,10 @@
 """Vector code for recurrences along rows: sixteen rows side by side, one a lane, as LLVM IR for numba intrinsics.
 
 A recurrence has nothing to vectorise along its own direction, so the kernels run `LANES` rows at once, a column at a
-time. For that, eight columns of the rows are loaded (contiguous in each row) and transposed in registers. Numba's
-own vectoriser does not find this (five times slower, tried), so the inner loop's body is written here as IR on
-vectors of `LANES` values, which LLVM lowers to whatever the processor has (two AVX2 registers, one of AVX-512, four of
-NEON). No instruction here carries a fast-math flag: LLVM may neither reorder nor fuse.
+time. Eight columns of the rows are loaded (contiguous in each row) and transposed in registers. Numba's own vectoriser
+does not find this: its code was five times slower. So the inner loop's body is written here as IR on vectors of `LANES`
+values, which LLVM lowers to the registers that the processor has (two of AVX2, one of AVX-512, four of NEON). No
+instruction here carries a fast-math flag: LLVM may neither reorder nor fuse.
 """
 
 # ruff: noqa: ARG001 (the intrinsics' arguments are there for their types; their code takes the values by position)
@@ -29,7 +29,7 @@ AHEAD = 3 * TILE
 
 F32, I64, I32, I8 = ir.FloatType(), ir.IntType(64), ir.IntType(32), ir.IntType(8)
 
-# llvmlite ships no types; these say what is meant.
+# llvmlite ships no types; these names stand for them.
 Builder = Any
 Value = Any
 
@@ -71,12 +71,12 @@ def splat(builder: Builder, scalar: Value) -> Value:
 
 
 def load_splat(builder: Builder, base: Value, at: Value) -> Value:
-    """``base[at]`` in every lane."""
+    """`base[at]` in every lane."""
     return splat(builder, builder.load(builder.gep(base, [at])))
 
 
 def lane_pointer(builder: Builder, base: Value, at: Value) -> Value:
-    """The address of `LANES` float32 that start at element ``at``."""
+    """The address of `LANES` float32 that start at element `at`."""
     return builder.bitcast(builder.gep(base, [at]), vector(F32).as_pointer())
 
 
@@ -95,7 +95,7 @@ def population(builder: Builder, words: Value) -> Value:
 
 
 def load_octet(builder: Builder, tile: Value, first: Value, bfloat16: bool) -> list[Value]:
-    """Eight columns of ``|w|`` from a staged tile, float32, each a vector over the rows.
+    """Eight columns of `|w|` from a staged tile, float32, each a vector over the rows.
 
     Args:
         builder: where to emit.
@@ -121,7 +121,7 @@ def load_octet(builder: Builder, tile: Value, first: Value, bfloat16: bool) -> l
 
 
 def _transpose(builder: Builder, rows: list[Value], width: int) -> list[Value]:
-    """``width`` vectors over `LANES` rows from `LANES` vectors over ``width`` columns."""
+    """`width` vectors over `LANES` rows from `LANES` vectors over `width` columns."""
     # Glue rows r, r + 4, r + 8, … to one long vector, so that the rest is a 4 × 4 transposition within 128-bit lanes.
     quads = []
     for part in range(0, width, 4):
@@ -176,7 +176,7 @@ def _copy_row(_, flat, start, tile, lane):  # type: ignore[no-untyped-def]
 
 @jit
 def stage(flat, stride, block, last, first, have, tile):  # type: ignore[no-untyped-def]
-    """Copy ``have`` columns of a block's rows into a tile, zeros after them.
+    """Copy `have` columns of a block's rows into a tile, zeros after them.
 
     Rows are often a multiple of 4 KiB apart, so that all sixteen want the same few places in the first-level cache:
     each of their cache lines is therefore read once, whole. Lanes past the last row repeat it.

@@ -1,13 +1,12 @@
-"""Coordinate descent over codes: ``min ½ tr((Q − W₀) G (Q − W₀)ᵀ)`` with ``q_j = scale · code_j`` on an integer grid.
+"""Coordinate descent over codes: `min ½ tr((Q − W₀) G (Q − W₀)ᵀ)` with `q_j = scale · code_j` on an integer grid.
 
-``reference`` is the readable oracle (float64), ``cpu`` and ``cuda`` are what the pipeline runs.  All walk a row's
-groups in order: first each column of the group takes the code that minimises the quadratic with all else fixed, then,
-if asked, the group's scale takes its own minimiser.  Every move is exact in its coordinate, so the objective never
-rises.
+`reference` is the readable oracle (float64), `cpu` and `cuda` are the kernels. All walk through a row's groups in
+order. First each column of the group takes the code that minimises the quadratic with all else fixed. Then, if asked,
+the group's scale takes its own minimiser. Every move is exact in its coordinate, so the objective never rises.
 
-A code moves only if its target lies more than half a step (and ``TIE`` of a step) away from it, and then to the nearest
-code.  On a tie the present code stays: the versions agree except where float32 and float64 see the target on
-different sides of that line.
+A code moves only if its target lies more than half a step (and `TIE` of a step) away from it, and then to the nearest
+code. On a tie the present code stays. The versions agree except where float32 and float64 see the target on different
+sides of that line.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ WIDEST_REFIT = 256
 
 
 def block_columns(columns: int, size: int) -> int:
-    """Columns a block: whole groups where a group is no wider than ``WIDEST_REFIT``, about ``BLOCK`` otherwise."""
+    """Columns a block: whole groups where a group is no wider than `WIDEST_REFIT`, about `BLOCK` otherwise."""
     if size > WIDEST_REFIT:
         return next(width for width in range(min(BLOCK, size), 0, -1) if size % width == 0)
     groups = max(BLOCK // size, 1)

@@ -1,15 +1,15 @@
 """The kernel: rows in parallel, columns in blocks, the gradient carried along.
 
-Kept between moves is the gradient ``D = (Q − W₀) G`` (out, in): a code that moves by ``δ`` adds ``δ·G_j`` to its row.
-Done at once that is ``in`` reads of a matrix too large for the near caches.  So the columns are cut into blocks (of 64,
-or of a group when that is wider).  Inside a block only the block's own part of the gradient is updated, by the
-(block, block) tile of ``G``, which stays in the first-level cache; what the block did to all other columns follows as
-one matrix product ``D += Δ @ G[block]``, which BLAS does near peak.  A sweep thus costs one (out, in)×(in, in) product
-and little else, whereas a plain tensor version walks ``in`` times over the whole gradient.
+Between moves the kernel keeps the gradient `D = (Q − W₀) G` (out, in): a code that moves by `δ` adds `δ·G_j` to its
+row. To do that at once takes `in` reads of a matrix that is too large for the near caches. So the columns are cut into
+blocks (of 64, or of a group where that is wider). Inside a block only the block's own part of the gradient is updated,
+by the (block, block) tile of `G`, which stays in the first-level cache. All other columns get theirs from one matrix
+product `D += Δ @ G[block]`, which BLAS does near peak. A sweep thus costs one (out, in)×(in, in) product and little
+else. A plain tensor version walks `in` times over the whole gradient.
 
-The scale of a group is refitted inside the block as well: ``c·D`` and ``c G cᵀ`` need the group's tile alone.
-Groups wider than ``WIDEST_REFIT`` keep their scale.  Scales may be held to a shorter mantissa (bfloat16 in most
-checkpoints), so that the codes are chosen for the scale that will be stored.
+A group's scale is refitted inside the block as well: `c·D` and `c G cᵀ` need the group's tile alone. Groups wider than
+`WIDEST_REFIT` keep their scale. Scales may be held to a shorter mantissa (bfloat16 in most checkpoints), so that the
+codes are chosen for the scale that will be stored.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _DROPPED_BITS = {torch.float32: 0, torch.float16: 13, torch.bfloat16: 16}
 
 @jit_contracted
 def _round_mantissa(value: np.float32, dropped: int) -> np.float32:
-    """The nearest float32 whose last ``dropped`` mantissa bits are zero, halves to even."""
+    """The nearest float32 whose last `dropped` mantissa bits are zero, halves to even."""
     if dropped == 0:
         return value
     bits = np.int64(np.float32(value).view(np.uint32))
@@ -51,7 +51,7 @@ def _move_codes(
     columns: tuple[int, int],
     limits: tuple[np.float32, np.float32],
 ) -> None:
-    """Each code of a group in turn; all arrays are of one row's block, ``columns`` the group's first and end in it."""
+    """Each code of a group in turn; all arrays are of one row's block, `columns` the group's first and end in it."""
     midpoint = np.float32(0.5 + TIE)
     per_step = np.float32(1.0) / step
     for j in range(columns[0], columns[1]):
@@ -79,7 +79,7 @@ def _move_scale(
     columns: tuple[int, int],
     stored: tuple[int, float, float],
 ) -> np.float32:
-    """The group's new scale; ``stored`` are the mantissa bits to drop, and the least and greatest scale."""
+    """The group's new scale; `stored` are the mantissa bits to drop, and the least and greatest scale."""
     pushed[:] = np.float32(0.0)
     for j in range(columns[0], columns[1]):
         code = np.float32(codes[j])
@@ -121,9 +121,9 @@ def _sweep_block(
     first_row: int,
     last_row: int,
 ) -> None:
-    """Move codes and scales of the block that begins at column ``start``; ``moved`` (out, block) gets Q's change.
+    """Move codes and scales of the block that begins at column `start`; `moved` (out, block) gets Q's change.
 
-    ``tile`` is ``G[block, block]``; ``size`` the group's columns; the rows are ``first_row`` to ``last_row - 1``.
+    `tile` is `G[block, block]`; `size` the group's columns; the rows are `first_row` to `last_row - 1`.
     """
     block = tile.shape[0]
     inverse = np.zeros(block, np.float32)
@@ -160,7 +160,7 @@ def descend(
     refit: bool,
     scale_dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Codes, scales, and every row's objective before and after; see ``reference.descend``.
+    """Codes, scales, and every row's objective before and after; see `reference.descend`.
 
     Args:
         codes: (out, in) int8.

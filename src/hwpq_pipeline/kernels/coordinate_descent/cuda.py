@@ -1,8 +1,8 @@
-"""The CUDA kernel, in Triton: as ``cpu``, a few rows a program, the block's part of the gradient in registers.
+"""The CUDA kernel, in Triton: as `cpu`, with a few rows a program and the block's part of the gradient in registers.
 
-Two levels of blocks.  What a block of columns did to all others is a product of few columns, (out, 64) × (64, in),
-which on a GPU is bound by reading and writing the gradient.  So blocks are gathered to panels of about ``PANEL``
-columns: a block's product updates its panel alone, and the panel's the rest, with the same sums in another order.
+There are two levels of blocks. The effect of one block on all other columns is a product (out, 64) × (64, in), whose
+time on a GPU is that of reading and writing the gradient. So blocks are gathered to panels of about `PANEL` columns. A
+block's product updates its panel alone, and the panel's product updates the rest: the same sums in another order.
 Addresses are 64-bit: a row's start is its number times the stride in int64.
 """
 
@@ -27,7 +27,7 @@ _ROUND = tl.constexpr(12582912.0)
 
 @triton.jit
 def _pick(values, here):
-    """Of every row the number in the one column that ``here`` marks."""
+    """Of every row the number in the one column that `here` marks."""
     return tl.sum(tl.where(here[None, :], values, 0.0), 1)
 
 
@@ -74,7 +74,7 @@ def _sweep(
     bounds_low, bounds_high,
     MASKED: tl.constexpr, REFIT: tl.constexpr, STORED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Move codes and scales of the block that begins at column ``start``; ``moved`` (out, block) gets Q's change."""
+    """Move codes and scales of the block that begins at column `start`; `moved` (out, block) gets Q's change."""
     number = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     mine = number < rows
     number = number.to(tl.int64)
@@ -129,7 +129,7 @@ def descend(
     refit: bool,
     scale_dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """As ``cpu.descend``."""
+    """As `cpu.descend`."""
     rows, columns = codes.shape
     groups = scale.shape[1]
     size = columns // groups

@@ -1,9 +1,9 @@
 """The readable version: one row, one column at a time, in float64, the gradient recomputed for each.
 
-For row ``w₀`` with present values ``q``, the quadratic ``f(q) = ½ (q − w₀) G (q − w₀)ᵀ`` has, along coordinate j, its
-minimum at ``q_j − ((q − w₀) G)_j / G_jj``; being a parabola there, the best code is the one nearest to it (QuantEase,
-Behdin et al. 2023, arXiv 2309.01885, lemma 1).  Along the scale of a group with codes ``c`` (zero elsewhere) it is at
-``s − c·((q − w₀) G) / (c G cᵀ)``.
+For row `w₀` with present values `q`, the quadratic `f(q) = ½ (q − w₀) G (q − w₀)ᵀ` has, along coordinate j, its
+minimum at `q_j − ((q − w₀) G)_j / G_jj`; being a parabola there, the best code is the one nearest to it (QuantEase,
+Behdin et al. 2023, arXiv 2309.01885, lemma 1).  Along the scale of a group with codes `c` (zero elsewhere) it is at
+`s − c·((q − w₀) G) / (c G cᵀ)`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from hwpq_pipeline.kernels.coordinate_descent import TIE
 
 
 def objective(values: Tensor, original: Tensor, gram: Tensor) -> Tensor:
-    """(out,) float64 ``½ (q − w₀) G (q − w₀)ᵀ`` of every row."""
+    """(out,) float64 `½ (q − w₀) G (q − w₀)ᵀ` of every row."""
     change = values.double() - original.double()
     return 0.5 * ((change @ gram.double()) * change).sum(1)
 

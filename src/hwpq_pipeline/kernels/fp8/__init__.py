@@ -1,7 +1,7 @@
-"""Rounding to FP8 E4M3 with one scale a row: ``scale = absmax/448``, in the type that it will be stored in, and codes.
+"""Rounding to FP8 E4M3 with one scale a row: `scale = absmax/448`, in the type that it will be stored in, and codes.
 
-``reference`` is plain torch (what the CPU runs, too); ``cuda`` reads the weight twice, the second time from the cache.
-They agree to the bit. A row of nothing but zeros has scale one. Rounding is half to even, and saturates.
+`reference` is plain torch, and the CPU runs it too. `cuda` reads the weight twice, the second time from the cache. They
+agree to the bit. A row of nothing but zeros has scale one. Rounding is half to even, and saturates.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ __all__ = ["E4M3_MAX", "quantize"]
 
 
 def quantize(weight: Tensor, scale_dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
-    """Codes (out, in) float8_e4m3fn, and scales (out, 1) float32 that are numbers of ``scale_dtype``.
+    """Codes (out, in) float8_e4m3fn, and scales (out, 1) float32 that are numbers of `scale_dtype`.
 
     Args:
         weight: float32 or bfloat16 (others are converted), shape (out, in), finite.

@@ -1,7 +1,7 @@
-"""The CUDA kernel, in Triton: a row a program, once for its largest weight and once more for the codes.
+"""The CUDA kernel, in Triton. Each program reads one row twice: for its largest weight, then for the codes.
 
-The conversion is written out in integers, so that GPUs without FP8 units make the same checkpoints. Divisions are
-IEEE's. Addresses are 64-bit: a row's start is its number times the stride in int64.
+The conversion is written out in integers, so that GPUs without FP8 units make the same checkpoints. Divisions round as
+IEEE says. Addresses are 64-bit: a row's start is its number times the stride in int64.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def _e4m3(x):
 
 @triton.jit
 def _quantize(weight, stride, columns, codes, scales, smallest, BLOCK: tl.constexpr, STORED: tl.constexpr):
-    """One row; ``STORED`` is the scale's type, ``smallest`` its least normal number."""
+    """One row; `STORED` is the scale's type, `smallest` its least normal number."""
     number = tl.program_id(0).to(tl.int64)
     place = tl.arange(0, BLOCK)
     top = tl.zeros((BLOCK,), tl.float32)
@@ -58,7 +58,7 @@ def _quantize(weight, stride, columns, codes, scales, smallest, BLOCK: tl.conste
 
 
 def quantize(weight: Tensor, scale_dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
-    """See ``fp8.quantize``."""
+    """See `fp8.quantize`."""
     weight = weight.detach()
     if weight.dtype not in (torch.float32, torch.bfloat16):
         weight = weight.to(torch.float32)

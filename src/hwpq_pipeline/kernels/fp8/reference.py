@@ -9,7 +9,7 @@ E4M3_MAX = 448.0
 
 
 def quantize(weight: Tensor, scale_dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
-    """See ``fp8.quantize``."""
+    """See `fp8.quantize`."""
     weight = weight.float()
     absmax = weight.abs().amax(1, keepdim=True)
     scale = torch.where(absmax > 0, (absmax / E4M3_MAX).clamp_min(torch.finfo(torch.float32).tiny), 1.0)

@@ -1,12 +1,12 @@
-"""The scale of a group of weights that are to be integers of few bits: ``min_s Σ h (s·code(w/s) − w)²``.
+"""The scale of a group of weights that become integers of few bits: `min_s Σ h (s·code(w/s) − w)²`.
 
-``code`` rounds to the nearest integer and saturates.  The error is piecewise smooth in ``s`` with many local
-minima, so ``s`` is searched: ``CANDIDATES`` scales from the one that saturates nothing down to ``SMALLEST`` of it,
-the first of the best kept; then ``REFITS`` times ``s`` becomes the closed-form minimiser ``Σ h c w / Σ h c²`` for
-the codes ``c`` that it gives, where that lowers the error.
+`code` rounds to the nearest integer and saturates. The error is piecewise smooth in `s` with many local minima, so
+`s` is searched. There are `CANDIDATES` scales, from the one that saturates nothing down to `SMALLEST` times it, and
+the first of the best is kept. Then `REFITS` times `s` becomes the closed-form minimiser `Σ h c w / Σ h c²` for the
+codes `c` that it gives, where that lowers the error.
 
-``reference`` is the readable oracle (float64 tensors), ``cpu`` and ``cuda`` the kernels.  Their scales may differ where
-two candidates have the same error in float32; their errors agree.
+`reference` is the readable oracle (float64 tensors), `cpu` and `cuda` the kernels. Their scales may differ where two
+candidates have the same error in float32. Their errors agree.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def search(grouped: Tensor, full: Tensor, importance: Tensor, low: float, high: 
     Args:
         grouped: (out, groups, size) float32.
         full: (out, groups) float32, the scale that saturates nothing.
-        importance: (groups, size) float32, the weight ``h`` of each column's error.
+        importance: (groups, size) float32, the weight `h` of each column's error.
         low, high: the grid's lowest and highest code.
 
     Raises:

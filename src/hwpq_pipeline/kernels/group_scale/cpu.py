@@ -40,7 +40,7 @@ def _search_rows(
     first: int,
     last: int,
 ) -> None:
-    """Rows ``first`` to ``last - 1`` of `search`, into ``result`` (out, groups)."""
+    """Rows `first` to `last - 1` of `search`, into `result` (out, groups)."""
     size = grouped.shape[2]
     shrink = np.float32((1.0 - SMALLEST) / (CANDIDATES - 1))
     for row in range(first, last):
@@ -70,7 +70,7 @@ def _search_rows(
 
 
 def search(grouped: Tensor, full: Tensor, importance: Tensor, low: float, high: float) -> Tensor:
-    """(out, groups) float32 scales; float32 arguments, otherwise as ``reference.search``'s."""
+    """(out, groups) float32 scales; float32 arguments, otherwise as `reference.search`'s."""
     rows, groups, size = grouped.shape
     result = torch.empty(rows, groups)
     arrays = [part.contiguous().numpy() for part in (grouped, full, importance)]

@@ -34,7 +34,7 @@ def _search(
     grouped, full, importance, result, count, groups, size, low, high, shrink,
     STEPS: tl.constexpr, REFIT: tl.constexpr, GROUPS: tl.constexpr, SIZE: tl.constexpr,
 ):  # fmt: skip
-    """``GROUPS`` of all (row, group) pairs, counted along the rows."""
+    """`GROUPS` of all (row, group) pairs, counted along the rows."""
     number = tl.program_id(0).to(tl.int64) * GROUPS + tl.arange(0, GROUPS)
     mine = number < count
     place = tl.arange(0, SIZE)
@@ -62,7 +62,7 @@ def _search(
 
 
 def search(grouped: Tensor, full: Tensor, importance: Tensor, low: float, high: float) -> Tensor:
-    """(out, groups) float32 scales; arguments as ``cpu.search``'s."""
+    """(out, groups) float32 scales; arguments as `cpu.search`'s."""
     rows, groups, size = grouped.shape
     result = torch.empty((rows, groups), dtype=torch.float32, device=grouped.device)
     wide = triton.next_power_of_2(size)

@@ -9,16 +9,16 @@ from hwpq_pipeline.kernels.group_scale import CANDIDATES, REFITS, SMALLEST
 
 
 def errors(grouped: Tensor, scale: Tensor, importance: Tensor, low: float, high: float) -> Tensor:
-    """(out, groups) Σ h (s·code − w)² of ``grouped`` (out, groups, size) at ``scale`` (out, groups).
+    """(out, groups) Σ h (s·code − w)² of `grouped` (out, groups, size) at `scale` (out, groups).
 
-    ``importance`` is (groups, size).
+    `importance` is (groups, size).
     """
     codes = (grouped / scale[..., None]).round().clamp(low, high)
     return (importance * (codes * scale[..., None] - grouped).square()).sum(-1)
 
 
 def search(grouped: Tensor, full: Tensor, importance: Tensor, low: float, high: float) -> Tensor:
-    """(out, groups) float64 scales; ``full`` (out, groups) is the scale that saturates nothing."""
+    """(out, groups) float64 scales; `full` (out, groups) is the scale that saturates nothing."""
     grouped, full, importance = grouped.double(), full.double(), importance.double()
     best = full.clone()
     least = errors(grouped, best, importance, low, high)

@@ -1,8 +1,9 @@
-"""2:4 selection: of every aligned group of four inputs the two of highest contribution, by six comparisons, no sort.
+"""2:4 selection: the two highest contributions in every aligned group of four inputs, by six comparisons, no sort.
 
-``z = |w_ij| · (u_j + r_i · v_j)`` is the root of the contribution, in float32 and this order of operations. Of the six
-pairs in a group each has one winner: the greater, or of equals the one of lower column. In such a tournament of four
-the two best win at least two of their three games each and the others at most one, so a weight is kept if it wins two.
+`z = |w_ij| · (u_j + r_i · v_j)` is the root of the contribution, in float32 and this order of operations. Each of the
+six pairs in a group has one winner: the greater, or among equals the one in the lower column. In such a tournament of
+four the two best win at least two of their three games each and the others at most one, so a weight stays if it wins
+two.
 """
 
 from __future__ import annotations
@@ -21,12 +22,12 @@ def select_two_of_four(weight: Tensor, column: Tensor, row: Tensor, cross: Tenso
 
     Args:
         weight: float32 or bfloat16 (others are converted), shape (out, in), in divisible by 4; rows may be strided.
-        column: float32, shape (in,): ``u``.
-        row: float32, shape (out,): ``r``.
-        cross: float32, shape (in,): ``v``.
+        column: float32, shape (in,): `u`.
+        row: float32, shape (out,): `r`.
+        cross: float32, shape (in,): `v`.
 
     Returns:
-        ``(keep, finite)``: uint8, shape (out, ceil(in / 8)), keep-bits in little bit order; and bool, shape (out,),
+        `(keep, finite)`: uint8, shape (out, ceil(in / 8)), keep-bits in little bit order; and bool, shape (out,),
         whether all contributions of a row are finite (its bits mean nothing otherwise).
 
     Raises:

@@ -1,8 +1,8 @@
 """The CPU kernel: 32 columns of a row a step, the four members of eight groups in four vectors, a word of the mask.
 
-Six comparisons of vectors settle eight groups. The factors of the inputs are laid out by place in the group beforehand
-(all first members, all second, …), so that only the weights are shuffled. Written as LLVM IR for the reason told in
-`kernels.lanes`; none of it carries a fast-math flag.
+Six comparisons of vectors settle eight groups. The inputs' factors are laid out beforehand by their place in the group
+(all first members, all second, …), so that only the weights are shuffled. It is written as LLVM IR, for the reason that
+`kernels.lanes` gives. None of it carries a fast-math flag.
 """
 
 # ruff: noqa: ARG001 (the intrinsics' arguments are there for their types; their code takes the values by position)
@@ -79,7 +79,7 @@ def _pack(b: Any, kept: list[Any]) -> Any:
 
 @intrinsic
 def _word(_, flat, start, column, cross, row, groups, group, largest, keep, place):  # type: ignore[no-untyped-def]
-    """Settle `WORD` columns from ``flat[start]``, write their word at byte ``place``, track the largest bits."""
+    """Settle `WORD` columns from `flat[start]`, write their word at byte `place`, track the largest bits."""
 
     def generate(context: Any, b: Any, signature: Any, values: Any) -> Any:
         flat_at, column_at, largest_at, keep_at = (
@@ -113,7 +113,7 @@ def _word(_, flat, start, column, cross, row, groups, group, largest, keep, plac
 
 @jit
 def _select(flat, stride, columns, first, last, column, cross, row, groups, keep, finite):  # type: ignore[no-untyped-def]
-    """Rows ``first`` to ``last - 1``; ``column`` and ``cross`` hold ``groups`` factors for each of the four members."""
+    """Rows `first` to `last - 1`; `column` and `cross` hold `groups` factors for each of the four members."""
     largest, tail, word = np.empty(GROUPS, np.int32), np.empty(WORD, flat.dtype), np.empty(4, np.uint8)
     width = (columns + 7) // 8
     whole = columns // WORD * WORD
@@ -136,7 +136,7 @@ def _select(flat, stride, columns, first, last, column, cross, row, groups, keep
 
 
 def _by_member(factor: Array, groups: int) -> Array:
-    """(in,) factors as four runs of ``groups``, one for each place in a group; zeros where there is no input."""
+    """(in,) factors as four runs of `groups`, one for each place in a group; zeros where there is no input."""
     laid = np.zeros((4, groups), np.float32)
     laid[:, : factor.shape[0] // 4] = factor.reshape(-1, 4).T
     return laid.reshape(-1)

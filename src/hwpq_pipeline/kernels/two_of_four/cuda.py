@@ -1,7 +1,7 @@
 """The CUDA kernel, in Triton: the CPU's six comparisons on tiles, a byte of the mask from two groups.
 
-The order of operations is the reference's and nothing is fused, so the mask is equal to it to the bit. A program reads
-its tile of the weight once and writes its bits; the flag of a row is touched only where a contribution is not finite.
+The order of operations is the reference's and nothing is fused, so the mask is the reference's to the bit. A program
+reads its tile of the weight once and writes its bits. It touches a row's flag only where a contribution is not finite.
 Addresses are 64-bit: a row's start is its number times the stride in int64.
 """
 
@@ -37,7 +37,7 @@ def _select(
     weight, stride, rows, columns, column, row, cross, keep, width, finite,
     CROSS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One tile: bits to ``keep``, and a 0 in ``finite`` (int32) for a row whose contributions are not all finite."""
+    """One tile: bits to `keep`, and a 0 in `finite` (int32) for a row whose contributions are not all finite."""
     number = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     mine = number < rows
     number = tl.minimum(number, rows - 1).to(tl.int64)  # lanes past the last row repeat it

@@ -12,9 +12,9 @@ def select_two_of_four(weight: Tensor, column: Tensor, row: Tensor, cross: Tenso
 
     Args:
         weight: shape (out, in), in divisible by 4.
-        column: float32, shape (in,); with ``row`` (out,) and ``cross`` (in,) the factors of ``sqrt(L)``.
-        row: see ``column``.
-        cross: see ``column``.
+        column: float32, shape (in,); with `row` (out,) and `cross` (in,) the factors of `sqrt(L)`.
+        row: see `column`.
+        cross: see `column`.
     """
     w = np.abs(weight.detach().to(torch.float32).numpy())
     u, r, v = (part.numpy() for part in (column, row, cross))
