@@ -35,7 +35,7 @@ def test_each_limit_that_is_missed_is_an_error_of_its_own(limit, bound, message)
 
 
 def test_all_that_fails_is_named():
-    tight = {"maximum_perplexity_ratio": 1.0, "minimum_top1_agreement": 1.0, "maximum_bytes": 1}
+    tight = {figure.limit: 0 if figure.better == "lower" else 1e12 for figure in GATED}
     errors = broken_gates({"a": tight, "b": tight}, {"a": FIGURES, "b": FIGURES})
     assert len(errors) == 2 * len(GATED)
 

@@ -11,7 +11,7 @@ from tests.reported import METRICS, SHOWN
 
 def test_the_figures_and_the_model_stand_in_the_description():
     text = describe("Words.", METRICS, export="data/07_export/x", digest="ab" * 32, command="dvc repro evaluate@x")
-    for part in ("Words.", *(f"| {shown} |" for shown in SHOWN), "data/07_export/x", "ab" * 8, "@x"):
+    for part in ("Words.", *(f"| {shown} |" for shown in SHOWN.values()), "data/07_export/x", "ab" * 8, "@x"):
         assert part in text
     heads, rule, row = (line.count("|") for line in text.splitlines() if line.startswith("|"))
     assert heads == rule == row

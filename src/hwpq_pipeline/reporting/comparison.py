@@ -13,8 +13,8 @@ from rich.table import Table
 from hwpq_pipeline.figures import FIGURES, cells, values
 
 TITLE = "Compressed variants"
-#: The widest table, that of the figures, fits into it.
-TABLE_WIDTH = 170
+#: Columns of a pipe: more than any table needs.
+WIDE = 1000
 
 
 def comparison_table(metrics: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:
@@ -36,9 +36,9 @@ def records(table: pd.DataFrame) -> list[dict[str, Any]]:
 
 
 def console() -> Console:
-    """Where to print. A pipe counts as 80 columns, which would cut every head short."""
+    """Where to print. rich takes a pipe for 80 columns, which would fold or cut every head."""
     here = rich.get_console()
-    return here if here.is_terminal else Console(width=TABLE_WIDTH)
+    return here if here.is_terminal else Console(width=WIDE)
 
 
 def show_table(table: pd.DataFrame) -> None:
