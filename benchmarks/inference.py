@@ -36,10 +36,11 @@ from benchmarks.engines.onnx_session import Array, Session
 from benchmarks.inference_tables import render
 from benchmarks.machine import machine
 from benchmarks.output import RESULTS, write_results
+from hwpq_pipeline.checkpoints.compressed import CompressedModel
 from hwpq_pipeline.compression.packing import pack_two_of_four
+from hwpq_pipeline.export import semi_structured
 from hwpq_pipeline.export.gguf import export_gguf
 from hwpq_pipeline.export.onnx import export_onnx
-from hwpq_pipeline.export.semi_structured import export_semi_structured
 from hwpq_pipeline.kernels.packed_matvec import KINDS, arrange, packed_matvec
 from hwpq_pipeline.runtime import load_packed
 
@@ -169,8 +170,8 @@ def in_transformers(names: list[str], asked: dict[str, Any], _: Path) -> Runs:
 def in_runtime(names: list[str], asked: dict[str, Any], folder: Path) -> Runs:
     """Packed 2:4."""
     for name in names:
-        if json.loads((COMPRESSED / name / "model" / "recipe.json").read_text())["structure"] == "2of4":
-            packed = export_semi_structured(MODEL, COMPRESSED / name / "model", folder / name)
+        if CompressedModel(COMPRESSED / name / "model").structure in semi_structured.FORMAT.structures:
+            packed = semi_structured.export_semi_structured(MODEL, COMPRESSED / name / "model", folder / name)
             yield "hwpq_pipeline.runtime", name, lambda packed=packed: ours(load_packed(packed), asked)
 
 

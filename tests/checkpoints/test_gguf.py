@@ -115,13 +115,22 @@ def test_the_file_is_parsed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert gguf.GGUFReader is Counted  # as it was
 
 
-def test_other_pre_tokenizers_are_left_alone(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("pre", "tokens"),
+    [
+        ("smollm", ["0", "0", "1", "2"]),  # each digit alone
+        ("llama-bpe", ["0", "0", "1", "2"]),  # three digits at most: 001, 2
+        ("gpt-2", ["0", "0", "12"]),
+        ("some other", ["0", "0", "12"]),  # as transformers makes it
+    ],
+)
+def test_text_is_cut_as_the_file_s_pre_tokenizer_says(tmp_path: Path, pre: str, tokens: list[str]) -> None:
     from transformers import AutoTokenizer
 
-    file = write_gguf(tmp_path / "tiny.gguf", tiny_model(), pre="gpt-2")
+    file = write_gguf(tmp_path / "tiny.gguf", tiny_model(), pre=pre)
     target = fetch_model(ModelSource("gguf", path=str(file)), tmp_path / "out", tmp_path)
     tokenizer = AutoTokenizer.from_pretrained(target)
-    assert tokenizer.convert_ids_to_tokens(tokenizer("a12").input_ids) == ["a", "12"]
+    assert tokenizer.convert_ids_to_tokens(tokenizer("0012").input_ids) == tokens
 
 
 def test_corrupt_and_wrong_files(tmp_path: Path) -> None:

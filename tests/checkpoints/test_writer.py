@@ -53,12 +53,12 @@ def test_json_leaves_the_old_file_on_an_error(tmp_path: Path) -> None:
     assert names_below(tmp_path) == ["a.json"]
 
 
-def test_tensors_are_written_with_metadata_and_ordinary_permissions(tmp_path: Path) -> None:
+def test_tensors_are_written_with_ordinary_permissions_and_name_the_framework(tmp_path: Path) -> None:
     tensor = torch.arange(6.0).reshape(2, 3).T  # not contiguous
-    path = write_tensors(tmp_path / "x.safetensors", {"t": tensor}, {"note": "hello"})
+    path = write_tensors(tmp_path / "x.safetensors", {"t": tensor})
     assert torch.equal(load_file(path)["t"], tensor)
     with safe_open(path, framework="pt") as stream:
-        assert stream.metadata() == {"format": "pt", "note": "hello"}
+        assert stream.metadata() == {"format": "pt"}
     assert path.stat().st_mode & 0o777 == write_json(tmp_path / "j", {}).stat().st_mode & 0o777
 
 

@@ -75,16 +75,6 @@ def read_names(path: str | Path) -> list[str]:
         return list(stream.keys())
 
 
-def read_metadata(path: str | Path) -> dict[str, str]:
-    """The string pairs in a safetensors file's header.
-
-    Raises:
-        HwpqError: the file is missing or corrupt.
-    """
-    with _open(Path(path)) as stream:
-        return dict(stream.metadata() or {})
-
-
 class Checkpoint:
     """A checkpoint directory: `config.json` beside `model.safetensors` or its shards.
 

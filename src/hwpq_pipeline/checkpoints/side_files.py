@@ -5,8 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-#: What a user of the weights needs beside them, whatever the weights' format. Config and card are not here: they are
-#: written anew.
+#: What users need beside the weights in any format. Config and card are not in the list: each writer makes its own.
 SIDE_FILES = (
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model", "*.tiktoken",
     "chat_template*", "generation_config.json", "LICENSE*", "NOTICE*",

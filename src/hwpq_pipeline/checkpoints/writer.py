@@ -76,19 +76,16 @@ def write_json(path: str | Path, value: Any) -> Path:
     return write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
-def write_tensors(
-    path: str | Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None
-) -> Path:
+def write_tensors(path: str | Path, tensors: Mapping[str, torch.Tensor]) -> Path:
     """Write one safetensors file atomically.
 
     Args:
         path: the file.
         tensors: by name; they are made contiguous and moved to the CPU here, and must not share memory.
-        metadata: string pairs for the header, beside `{"format": "pt"}`.
     """
     plain = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
     with atomic_file(path) as partial:
-        save_file(plain, partial, metadata={**FORMAT, **(metadata or {})})
+        save_file(plain, partial, metadata=FORMAT)
         os.chmod(partial, 0o666 & ~_umask())  # safetensors creates it 0600
     return Path(path)
 
