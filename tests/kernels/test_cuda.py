@@ -23,6 +23,7 @@ pytest.importorskip("triton", reason="Triton is not installed: pip install 'hwpq
 
 from hwpq_pipeline.compression.bits import pack_bits, unpack_bits
 from hwpq_pipeline.errors import HwpqError
+from hwpq_pipeline.kernels.coordinate_descent import Walk
 from hwpq_pipeline.kernels.coordinate_descent import cuda as descent
 from hwpq_pipeline.kernels.coordinate_descent import reference as descent_reference
 from hwpq_pipeline.kernels.ewma_select import LARGEST, Average
@@ -311,10 +312,10 @@ def test_coordinate_descent_reaches_the_reference(
     if masked:
         mask = random(rows, columns, seed=13) < 0.3
         codes = codes * mask
-    limits = {"low": -8.0, "high": 7.0, "sweeps": 2, "refit": refit}
-    slow_codes, slow_scale = descent_reference.descend(codes, scale, weight, gram, mask, **limits)
+    walk = Walk(-8.0, 7.0, sweeps=2, refit=refit)
+    slow_codes, slow_scale = descent_reference.descend(codes, scale, weight, gram, mask, walk)
     arguments = there(codes, scale, weight, gram)
-    fast = descent.descend(*arguments, None if mask is None else mask.to(DEVICE), **limits)
+    fast = descent.descend(*arguments, None if mask is None else mask.to(DEVICE), walk)
     fast_codes, fast_scale, before, after = (part.cpu() for part in fast)
     assert (fast_codes == slow_codes).double().mean() >= 0.98  # near-ties may fall to either side, and pull others
     torch.testing.assert_close(fast_scale.double(), slow_scale, rtol=0.02, atol=1e-4)
@@ -332,10 +333,8 @@ def test_coordinate_descent_reaches_the_reference(
 def test_coordinate_descent_keeps_scales_to_the_stored_type() -> None:
     codes, scale, weight, gram = problem(3, 32, 2)
     scale = scale.bfloat16().float()
-    limits = {"low": -8.0, "high": 7.0, "sweeps": 2, "refit": True}
-    _, found, before, after = descent.descend(
-        *there(codes, scale, weight, gram), None, **limits, scale_dtype=torch.bfloat16
-    )
+    walk = Walk(-8.0, 7.0, sweeps=2, refit=True, scale_dtype=torch.bfloat16)
+    _, found, before, after = descent.descend(*there(codes, scale, weight, gram), None, walk)
     assert torch.equal(found.bfloat16().float(), found)
     assert not torch.equal(found.cpu(), scale)
     assert bool((after < before).all())

@@ -131,18 +131,8 @@ def _descend(
     delta = descent.damping * float(gram.diagonal().double().mean())
     damped = gram.float().clone()
     damped.diagonal().add_(delta)
-    codes, scale, before, after = coordinate_descent.descend(
-        start.codes,
-        start.scale,
-        target,
-        damped,
-        mask,
-        low=grid.low,
-        high=grid.high,
-        sweeps=descent.sweeps,
-        refit=descent.refit_scales,
-        scale_dtype=dtype,
-    )
+    walk = coordinate_descent.Walk(grid.low, grid.high, descent.sweeps, descent.refit_scales, dtype)
+    codes, scale, before, after = coordinate_descent.descend(start.codes, start.scale, target, damped, mask, walk)
     before -= 0.5 * delta * _squared_distance(start.codes, start.scale, target)
     after -= 0.5 * delta * _squared_distance(codes, scale, target)
     better = (after < before)[:, None]

@@ -11,45 +11,63 @@ sides of that line.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from hwpq_pipeline.kernels.devices import wants_cuda
 
+#: Of a step: how far past the midpoint a target must lie before its code moves.
 TIE = 1e-4
-"""Of a step: how far past the midpoint a target must lie before its code moves."""
 
-__all__ = ["TIE", "descend"]
+__all__ = ["TIE", "Descended", "Walk", "descend"]
 
 
-def descend(
-    codes: Tensor,
-    scale: Tensor,
-    original: Tensor,
-    gram: Tensor,
-    mask: Tensor | None,
-    *,
-    low: float,
-    high: float,
-    sweeps: int,
-    refit: bool,
-    scale_dtype: torch.dtype = torch.float32,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Codes, scales, and every row's objective before and after, on the device that the codes are on.
+@dataclass(frozen=True)
+class Walk:
+    """How the codes are walked over.
+
+    Attributes:
+        low, high: the grid's lowest and highest code.
+        sweeps: passes over all columns.
+        refit: whether the scales move too.
+        scale_dtype: float32, bfloat16 or float16; refitted scales are normal numbers of that type.
+    """
+
+    low: float
+    high: float
+    sweeps: int
+    refit: bool
+    scale_dtype: torch.dtype = torch.float32
+
+
+class Descended(NamedTuple):
+    """Where the descent ended.
+
+    Attributes:
+        codes: (out, in) int8.
+        scale: (out, groups) float32.
+        before, after: (out,) float32, each row's objective ½ (q − w₀) G (q − w₀)ᵀ.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    before: Tensor
+    after: Tensor
+
+
+def descend(codes: Tensor, scale: Tensor, original: Tensor, gram: Tensor, mask: Tensor | None, walk: Walk) -> Descended:
+    """Walk over the codes (and scales), on the device that the codes are on.
 
     Args:
-        codes: (out, in) int8.
-        scale: (out, groups) float32 above zero.
+        codes: (out, in) int8; left as they are.
+        scale: (out, groups) float32 above zero; left as they are.
         original: (out, in) float32 target.
         gram: (in, in) float32.
         mask: (out, in) bool, False where a code stays; None for nowhere.
-        low, high: the grid's lowest and highest code.
-        sweeps: passes over all columns.
-        refit: move the scales too.
-        scale_dtype: float32, bfloat16 or float16; refitted scales are normal numbers of that type.
-
-    Returns:
-        Codes (out, in) int8, scales (out, groups) float32, and (out,) float32 ½ (q − w₀) G (q − w₀)ᵀ before and after.
+        walk: how.
 
     Raises:
         HwpqError: a device without a kernel.
@@ -58,6 +76,4 @@ def descend(
         from hwpq_pipeline.kernels.coordinate_descent import cuda as kernel
     else:
         from hwpq_pipeline.kernels.coordinate_descent import cpu as kernel  # type: ignore[no-redef]
-    return kernel.descend(
-        codes, scale, original, gram, mask, low=low, high=high, sweeps=sweeps, refit=refit, scale_dtype=scale_dtype
-    )
+    return kernel.descend(codes, scale, original, gram, mask, walk)

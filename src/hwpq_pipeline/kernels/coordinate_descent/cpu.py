@@ -23,8 +23,8 @@ from torch import Tensor
 
 from hwpq_pipeline.kernels import over_rows
 from hwpq_pipeline.kernels.contracted import jit_contracted
-from hwpq_pipeline.kernels.coordinate_descent import TIE
-from hwpq_pipeline.kernels.coordinate_descent.blocks import WIDEST_REFIT, block_columns
+from hwpq_pipeline.kernels.coordinate_descent import TIE, Descended, Walk
+from hwpq_pipeline.kernels.coordinate_descent.blocks import WIDEST_REFIT, begin, block_columns, objective
 
 _DROPPED_BITS = {torch.float32: 0, torch.float16: 13, torch.bfloat16: 16}
 
@@ -147,51 +147,23 @@ def _sweep_block(
                 scale[row, (start + first) // size] = step
 
 
-def descend(
-    codes: Tensor,
-    scale: Tensor,
-    original: Tensor,
-    gram: Tensor,
-    mask: Tensor | None,
-    *,
-    low: float,
-    high: float,
-    sweeps: int,
-    refit: bool,
-    scale_dtype: torch.dtype = torch.float32,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Codes, scales, and every row's objective before and after; see `reference.descend`.
-
-    Args:
-        codes: (out, in) int8.
-        scale: (out, groups) float32 above zero.
-        original: (out, in) float32 target.
-        gram: (in, in) float32.
-        mask: (out, in) bool, False where a code stays; None for nowhere.
-        scale_dtype: float32, bfloat16 or float16; refitted scales are normal numbers of that type.
-
-    Returns:
-        Codes (out, in) int8, scales (out, groups) float32, and (out,) float32 ½ (q − w₀) G (q − w₀)ᵀ before and after.
-    """
+def descend(codes: Tensor, scale: Tensor, original: Tensor, gram: Tensor, mask: Tensor | None, walk: Walk) -> Descended:
+    """See the package's `descend`."""
     rows, columns = codes.shape
     size = columns // scale.shape[1]
     codes, scale = codes.clone().contiguous(), scale.clone().contiguous()
     keep = torch.ones(codes.shape, dtype=torch.bool) if mask is None else mask.contiguous()
-    change = codes.float().mul_(scale.repeat_interleave(size, 1)).sub_(original)
-    gradient = change @ gram
-    before = 0.5 * torch.linalg.vecdot(change, gradient)
+    change, gradient, before = begin(codes, scale, original, gram)
     block = block_columns(columns, size)
     moved = torch.empty(rows, block)
     views = [part.numpy() for part in (codes, scale, gradient, keep, moved)]
-    limits = np.float32(low), np.float32(high)
-    kind = torch.finfo(scale_dtype)
-    stored = _DROPPED_BITS[scale_dtype], kind.smallest_normal, kind.max
-    for _ in range(sweeps):
+    limits, refits = (np.float32(walk.low), np.float32(walk.high)), walk.refit and size <= WIDEST_REFIT
+    kind = torch.finfo(walk.scale_dtype)
+    stored = _DROPPED_BITS[walk.scale_dtype], kind.smallest_normal, kind.max
+    for _ in range(walk.sweeps):
         for start in range(0, columns, block):
             tile = gram[start : start + block, start : start + block].contiguous().numpy()
-            refits = refit and size <= WIDEST_REFIT
             over_rows(partial(_sweep_block, *views, tile, start, size, limits, refits, stored), rows, block * block)
             gradient.addmm_(moved, gram[start : start + block])
             change[:, start : start + block] += moved
-    after = 0.5 * torch.linalg.vecdot(change, gradient)
-    return codes, scale, before, after
+    return Descended(codes, scale, before, objective(change, gradient))

@@ -8,13 +8,15 @@ Addresses are 64-bit: a row's start is its number times the stride in int64.
 
 from __future__ import annotations
 
+from itertools import product
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from hwpq_pipeline.kernels.coordinate_descent import TIE
-from hwpq_pipeline.kernels.coordinate_descent.blocks import WIDEST_REFIT, block_columns
+from hwpq_pipeline.kernels.coordinate_descent import TIE, Descended, Walk
+from hwpq_pipeline.kernels.coordinate_descent.blocks import WIDEST_REFIT, begin, block_columns, objective
 from hwpq_pipeline.kernels.triton_parts import STORED, as_stored
 
 #: Columns of a panel, about; rows and warps of a program.
@@ -116,50 +118,34 @@ def _sweep(
     tl.store(moved + (number * block)[:, None] + place[None, :], change, mask=there)
 
 
-def descend(
-    codes: Tensor,
-    scale: Tensor,
-    original: Tensor,
-    gram: Tensor,
-    mask: Tensor | None,
-    *,
-    low: float,
-    high: float,
-    sweeps: int,
-    refit: bool,
-    scale_dtype: torch.dtype = torch.float32,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """As `cpu.descend`."""
+def descend(codes: Tensor, scale: Tensor, original: Tensor, gram: Tensor, mask: Tensor | None, walk: Walk) -> Descended:
+    """See the package's `descend`."""
     rows, columns = codes.shape
     groups = scale.shape[1]
     size = columns // groups
     codes, scale = codes.clone().contiguous(), scale.clone().contiguous()
     gram = gram.contiguous()
     keep = None if mask is None else mask.contiguous().view(torch.uint8)
-    change = codes.float().mul_(scale.repeat_interleave(size, 1)).sub_(original)
-    gradient = change @ gram
-    before = 0.5 * torch.linalg.vecdot(change, gradient)
+    change, gradient, before = begin(codes, scale, original, gram)
     diagonal = gram.diagonal()
     inverse = torch.where(diagonal > 0, 1.0 / torch.where(diagonal > 0, diagonal, 1.0), 0.0).contiguous()
     block = block_columns(columns, size)
     panel = min(columns, max(1, PANEL // block) * block)
-    kind = torch.finfo(scale_dtype)
-    for _ in range(sweeps):
-        for first in range(0, columns, panel):
-            last = min(first + panel, columns)
-            ours = slice(first, last)
-            moved = torch.empty((last - first) // block, rows, block, device=codes.device)
-            for part, start in zip(moved, range(first, last, block), strict=True):
-                _sweep[(triton.cdiv(rows, ROWS),)](
-                    codes, scale, gradient, keep, part, gram, inverse, rows, columns, start, block, size, groups,
-                    low, high, kind.smallest_normal, kind.max,
-                    MASKED=keep is not None, REFIT=refit and size <= WIDEST_REFIT, STORED=STORED[scale_dtype],
-                    ROWS=ROWS, BLOCK=triton.next_power_of_2(block), num_warps=WARPS,
-                )  # fmt: skip
-                gradient[:, ours].addmm_(part, gram[start : start + block, ours])
-            whole = moved.permute(1, 0, 2).reshape(rows, -1)
-            for rest in (slice(0, first), slice(last, columns)):
-                gradient[:, rest].addmm_(whole, gram[ours, rest])
-            change[:, ours] += whole
-    after = 0.5 * torch.linalg.vecdot(change, gradient)
-    return codes, scale, before, after
+    kind = torch.finfo(walk.scale_dtype)
+    for _, first in product(range(walk.sweeps), range(0, columns, panel)):
+        last = min(first + panel, columns)
+        ours = slice(first, last)
+        moved = torch.empty((last - first) // block, rows, block, device=codes.device)
+        for part, start in zip(moved, range(first, last, block), strict=True):
+            _sweep[(triton.cdiv(rows, ROWS),)](
+                codes, scale, gradient, keep, part, gram, inverse, rows, columns, start, block, size, groups,
+                walk.low, walk.high, kind.smallest_normal, kind.max,
+                MASKED=keep is not None, REFIT=walk.refit and size <= WIDEST_REFIT, STORED=STORED[walk.scale_dtype],
+                ROWS=ROWS, BLOCK=triton.next_power_of_2(block), num_warps=WARPS,
+            )  # fmt: skip
+            gradient[:, ours].addmm_(part, gram[start : start + block, ours])
+        whole = moved.permute(1, 0, 2).reshape(rows, -1)
+        for rest in (slice(0, first), slice(last, columns)):
+            gradient[:, rest].addmm_(whole, gram[ours, rest])
+        change[:, ours] += whole
+    return Descended(codes, scale, before, objective(change, gradient))

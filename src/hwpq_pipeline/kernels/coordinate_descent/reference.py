@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hwpq_pipeline.kernels.coordinate_descent import TIE
+from hwpq_pipeline.kernels.coordinate_descent import TIE, Walk
 
 
 def objective(values: Tensor, original: Tensor, gram: Tensor) -> Tensor:
@@ -21,18 +21,9 @@ def objective(values: Tensor, original: Tensor, gram: Tensor) -> Tensor:
 
 
 def descend(
-    codes: Tensor,
-    scale: Tensor,
-    original: Tensor,
-    gram: Tensor,
-    mask: Tensor | None,
-    *,
-    low: float,
-    high: float,
-    sweeps: int,
-    refit: bool,
+    codes: Tensor, scale: Tensor, original: Tensor, gram: Tensor, mask: Tensor | None, walk: Walk
 ) -> tuple[Tensor, Tensor]:
-    """Codes (out, in) float64 and scales (out, groups) float64 after some sweeps.
+    """Codes (out, in) float64 and scales (out, groups) float64 after the sweeps; scales may be any float64.
 
     Args:
         codes: (out, in) where to start, any dtype.
@@ -40,21 +31,19 @@ def descend(
         original: (out, in) the target w₀.
         gram: (in, in) symmetric, positive semi-definite.
         mask: (out, in) bool, False where a code stays as it is; None for nowhere.
-        low, high: the grid's lowest and highest code.
-        sweeps: passes over all columns.
-        refit: move the scales too.
+        walk: how; its type of scales does not matter here.
     """
     codes, scale = codes.double().clone(), scale.double().clone()
     original, gram = original.double(), gram.double()
     size = codes.shape[1] // scale.shape[1]
     for row in range(codes.shape[0]):
-        for _ in range(sweeps):
+        for _ in range(walk.sweeps):
             for group in range(scale.shape[1]):
                 columns = range(group * size, (group + 1) * size)
                 for column in columns:
                     if gram[column, column] > 0 and (mask is None or mask[row, column]):
-                        _move_code(codes[row], scale[row], original[row], gram, column, size, low, high)
-                if refit:
+                        _move_code(codes[row], scale[row], original[row], gram, column, walk)
+                if walk.refit:
                     _move_scale(codes[row], scale[row], original[row], gram, group, size)
     return codes, scale
 
@@ -63,14 +52,13 @@ def _values(codes: Tensor, scale: Tensor, size: int) -> Tensor:
     return codes * scale.repeat_interleave(size)
 
 
-def _move_code(
-    codes: Tensor, scale: Tensor, original: Tensor, gram: Tensor, column: int, size: int, low: float, high: float
-) -> None:
+def _move_code(codes: Tensor, scale: Tensor, original: Tensor, gram: Tensor, column: int, walk: Walk) -> None:
+    size = len(codes) // len(scale)
     step = scale[column // size]
     values = _values(codes, scale, size)
     gradient = (values - original) @ gram[:, column]
     target = (values[column] - gradient / gram[column, column]) / step
-    target = target.clamp(low, high)
+    target = target.clamp(walk.low, walk.high)
     if (target - codes[column]).abs() > 0.5 + TIE:
         codes[column] = torch.round(target)
 
