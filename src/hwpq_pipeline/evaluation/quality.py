@@ -104,22 +104,7 @@ def evaluate_export(
             where=str(export_dir),
             remedy="Export and reference must come from one dense model: run both pipelines again.",
         )
-    nll, divergence = torch.empty(reference.nll.shape), torch.empty(reference.nll.shape)
-    agree = torch.empty(reference.nll.shape, dtype=torch.bool)
-    with torch.inference_mode():
-        for rows, hidden in hidden_batches(loaded, tokens, batch, progress):
-            parts = [
-                _compare(loaded, *part)
-                for part in chunks(
-                    hidden,
-                    tokens[rows, 1:],
-                    reference.expected[rows],
-                    reference.constant[rows],
-                    reference.top1[rows],
-                )
-            ]
-            for whole, found in zip((nll, divergence, agree), zip(*parts, strict=True), strict=True):
-                whole[rows] = torch.cat(found).view(whole[rows].shape)
+    nll, divergence, agree = _compare_all(loaded, reference, batch, progress)
     if not bool(torch.isfinite(nll).all() & torch.isfinite(divergence).all()):
         raise HwpqError(
             "logits are NaN or infinite",
@@ -139,6 +124,21 @@ def _check_same(reference: Reference, tokens: Tensor, dtype: str) -> None:
             where="reference",
             remedy=remedy,
         )
+
+
+def _compare_all(
+    loaded: LoadedModel, reference: Reference, batch: int, progress: Progress
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `_compare`, over all samples: shape (samples, length − 1) each."""
+    nll, divergence = torch.empty(reference.nll.shape), torch.empty(reference.nll.shape)
+    agree = torch.empty(reference.nll.shape, dtype=torch.bool)
+    with torch.inference_mode():
+        for rows, hidden in hidden_batches(loaded, reference.tokens, batch, progress):
+            others = (reference.tokens[:, 1:], reference.expected, reference.constant, reference.top1)
+            parts = [_compare(loaded, *part) for part in chunks(hidden, *(other[rows] for other in others))]
+            for whole, found in zip((nll, divergence, agree), zip(*parts, strict=True), strict=True):
+                whole[rows] = torch.cat(found).view(whole[rows].shape)
+    return nll, divergence, agree
 
 
 def _compare(
