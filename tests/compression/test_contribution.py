@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import get_args
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from hwpq_pipeline.compression.contribution import (
     root_factors,
 )
 from hwpq_pipeline.errors import HwpqError
+from hwpq_pipeline.parameters import Selection
 
 
 def published(metric: str, weight: Tensor, energy: Tensor) -> Tensor:
@@ -34,13 +36,20 @@ def published(metric: str, weight: Tensor, energy: Tensor) -> Tensor:
                 found = value**2 / (1 - x2[j] / total)
             elif metric == "hwpq_weighted":
                 found = value**2 * x2[j] / (1 - x2[j] / total)
-            else:  # relative importance and activations, a = 1/2, squared
+            elif metric == "ria":  # relative importance and activations, a = 1/2, squared
                 by_column = sum(abs(other[j]) for other in w)
                 by_row = sum(abs(other) for other in row)
                 relative = abs(value) / by_column + abs(value) / by_row
                 found = (relative * math.sqrt(x2[j]) ** 0.5) ** 2
+            else:
+                raise AssertionError(f"no published formula for {metric}")
             result[i, j] = found
     return result
+
+
+def test_a_variant_may_name_every_metric() -> None:
+    offered = get_args(Selection.model_fields["metric"].annotation)
+    assert [name for kind in offered for name in get_args(kind)] == list(METRICS)
 
 
 @pytest.mark.parametrize("metric", METRICS)

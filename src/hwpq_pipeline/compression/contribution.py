@@ -1,7 +1,7 @@
-"""What the removal of a weight costs: the contribution metrics, dense and factored.
+"""Contribution (saliency, importance): what the removal of a weight costs, dense and factored.
 
-``W`` is a linear layer's weight, shape (out, in); ``x_j²`` the energy of input j, summed over calibration tokens (the
-diagonal of the Gram matrix); ``S = Σ_j x_j²``. All metrics are on the scale of ``w²``:
+`W` is a linear layer's weight, shape (out, in). `x_j²` is the energy (second moment) of input j, summed over
+calibration tokens: the diagonal of the Gram matrix. `S = Σ_j x_j²`. All metrics are on the scale of `w²`:
 
     hwpq           L_ij = w_ij² / (1 − x_j²/S)                    arXiv 2501.16376, the paper's closed form
     hwpq_weighted  L_ij = w_ij² x_j² / (1 − x_j²/S)               the same, with the input's energy kept
@@ -10,14 +10,14 @@ diagonal of the Gram matrix); ``S = Σ_j x_j²``. All metrics are on the scale o
                                                                   ICLR 2024 (plug-and-play), eq. 4, squared
     magnitude      L_ij = w_ij²
 
-**Factors.** Every metric is the square of ``z_ij = |w_ij| · (u_j + r_i v_j)``: one or two vectors over the inputs and
-one over the rows. The fused kernels take these three vectors and never see a matrix ``L``; ``sqrt(L)`` is ``z`` itself,
-so the default domain of the selection needs neither a square nor a root, and a tiny weight's square cannot underflow.
+**Factors.** Every metric is the square of `z_ij = |w_ij| · (u_j + r_i v_j)`: two vectors over the inputs and one over
+the rows. The fused kernels take these three vectors and never see a matrix `L`. `sqrt(L)` is `z` itself, so the default
+domain of the selection needs neither a square nor a root, and a tiny weight's square cannot underflow.
 
-**Edges.** One input that holds all the energy makes the denominator zero: it is floored at 2⁻²⁴ (float32's resolution),
-so that its weights rank above all others of their size but stay finite. Without any energy (S = 0) the shares
-``x_j²/S`` are taken as zero: ``hwpq`` is then the magnitude, and the energy-weighted metrics are zero everywhere (all
-tied). A row or column of zero weights has no relative importance: its RIA term is zero.
+**Edges.** One input that holds all the energy makes the denominator zero. The denominator is floored at 2⁻²⁴
+(float32's resolution), so that this input's weights rank above all others of their size but stay finite. Without any
+energy (S = 0) the shares `x_j²/S` count as zero: `hwpq` is then the magnitude, and the energy-weighted metrics are
+zero everywhere (all tied). A row or column of zero weights has no relative importance: its RIA term is zero.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ Vector = np.ndarray[Any, np.dtype[np.float64]]
 
 METRICS = ("hwpq", "hwpq_weighted", "wanda", "ria", "magnitude")
 
-#: The floor of ``1 − x_j²/S``: one input with (almost) all the energy still has a finite contribution.
+#: The floor of `1 − x_j²/S`: one input with (almost) all the energy still has a finite contribution.
 SMALLEST_REST = 2.0**-24
 
-#: RIA's exponent of the input's norm, as published.
+#: RIA's exponent on the input's norm, as published.
 RIA_EXPONENT = 0.5
 
 #: The levels that `contribution_quantiles` reports.
@@ -47,7 +47,7 @@ QUANTILES = (0.01, 0.1, 0.25, 0.5, 0.75, 0.9, 0.99)
 
 @dataclass(frozen=True)
 class Factors:
-    """A metric as vectors: ``sqrt(L_ij) = |w_ij| · (column_j + row_i · cross_j)``, all float32.
+    """A metric as vectors: `sqrt(L_ij) = |w_ij| · (column_j + row_i · cross_j)`, all float32.
 
     Attributes:
         column: shape (in,).
@@ -85,18 +85,19 @@ def check_inputs(metric: str, weight: Tensor, energy: Tensor) -> None:
 
 
 def root_factors(metric: str, weight: Tensor, energy: Tensor) -> Factors:
-    """The vectors of a metric's square root, worked out in float64 and rounded once to float32.
+    """The vectors of a metric's square root, computed in float64 and rounded once to float32.
 
     Args:
         metric: one of `METRICS`.
-        weight: shape (out, in); read by RIA alone (sums along rows and columns).
+        weight: shape (out, in); only RIA reads it (sums along rows and columns).
         energy: shape (in,); Σ_tokens x_j².
 
     Raises:
-        HwpqError: unknown metric, shapes that do not fit, negative or non-finite energies.
+        HwpqError: an unknown metric, shapes that do not fit, negative or non-finite energies.
     """
     check_inputs(metric, weight, energy)
-    # numpy: torch's smallest operations may wake its worker threads, which then spin on a core that the kernels want.
+    # numpy, because torch's smallest operations may wake its worker threads, which then spin on a core that the kernels
+    # want.
     x2 = energy.detach().to(device="cpu", dtype=torch.float64).numpy()
     if not ((x2 >= 0) & (x2 < np.inf)).all():  # so that NaN is caught as well
         raise HwpqError(
@@ -120,7 +121,7 @@ def root_factors(metric: str, weight: Tensor, energy: Tensor) -> Factors:
 
 
 def contribution(metric: str, weight: Tensor, energy: Tensor) -> Tensor:
-    """The dense contribution matrix ``L``: the readable version, for reports and for trying new metrics.
+    """The dense contribution matrix `L`: the readable version, for reports and for trying new metrics.
 
     Args:
         metric: one of `METRICS`.
@@ -137,18 +138,18 @@ def contribution(metric: str, weight: Tensor, energy: Tensor) -> Tensor:
 
 
 def root_contribution(weight: Tensor, factors: Factors) -> Tensor:
-    """``sqrt(L)``, float32, shape (out, in): ``|w_ij| · (column_j + row_i · cross_j)`` in this order of operations."""
+    """`sqrt(L)`, float32, shape (out, in): `|w_ij| · (column_j + row_i · cross_j)` in this order of operations."""
     scale = factors.column + factors.row[:, None] * factors.cross
     return weight.float().abs() * scale
 
 
 def contribution_quantiles(weight: Tensor, factors: Factors, values: int = 16384) -> dict[str, float]:
-    """Quantiles of the contributions, from an even sample of the layer: ``{"q01": …, "q50": …, "q99": …}``.
+    """Quantiles of the contributions, from an even sample of the layer: `{"q01": …, "q50": …, "q99": …}`.
 
     Args:
         weight: shape (out, in).
         factors: of the metric.
-        values: about how many weights to look at; sorting all of them would cost more than the selection.
+        values: about how many weights to look at. To sort all of them would cost more than the selection.
     """
     rows = torch.linspace(0, weight.shape[0] - 1, min(weight.shape[0], 64)).round().long()
     # An odd step does not fall in with heads and groups, whose sizes are even.

@@ -1,13 +1,13 @@
 """Token samples: fixed windows of real text, drawn once and stored.
 
-Documents with an even row number calibrate, those with an odd one evaluate, so that no article is seen by
-both. Each document is cut into windows of exactly `length` tokens that do not overlap and do not cross into
-the next document; its rest is dropped. A seeded generator picks among all windows of the split without
-replacement. Perplexity depends on all of this, so the ids are written out and every later step reads them.
+Documents with an even row number calibrate and those with an odd one evaluate, so that no article does both. Each
+document is cut into windows of exactly `length` tokens. Windows do not overlap and do not cross into the next document;
+the rest of a document is dropped. A seeded generator picks among all windows of the split without replacement.
+Perplexity depends on all of this, so the ids are written out and every later step reads them.
 
-A tokenizer that starts texts with a special token (Llama's BOS) gets it at the start of every window, within
-its `length`: such models use the first position as a place to rest attention on, and behave otherwise
-without it. One that does not (SmolLM2) gets none.
+Some tokenizers start a text with a special token (Llama's BOS). Then every window begins with it, and it counts in
+`length`: such models use the first token as an attention sink and behave differently without it. Other tokenizers
+(SmolLM2's) add none.
 """
 
 from __future__ import annotations
@@ -36,18 +36,18 @@ def draw_samples(
     """Draw token windows from a split of the documents.
 
     Args:
-        documents: a row a document, with column `text`.
+        documents: one row for each document, with the column `text`.
         tokenizer_dir: a checkpoint directory with the tokenizer.
         split: `calibration` takes even rows, `evaluation` odd ones.
         samples: number of windows.
-        length: tokens a window, special start tokens included.
-        seed: of the generator.
+        length: tokens in a window, special start tokens included.
+        seed: the generator's.
 
     Returns:
         Columns `sample` (0 … samples − 1), `document` (row number) and `tokens` (a list of `length` ids).
 
     Raises:
-        HwpqError: no tokenizer there, or fewer windows than wanted.
+        HwpqError: no tokenizer there, a length without room for text, or fewer windows than wanted.
     """
     tokenizer = load_tokenizer(tokenizer_dir)
     prefix = start_tokens(tokenizer)
@@ -56,10 +56,8 @@ def draw_samples(
     rows = [row for row in range(len(documents)) if row % 2 == _PARITY[split]]
     texts = [str(documents["text"].iloc[row]) for row in rows]
     encoded = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
-    body = length - len(prefix)
-    windows = [
-        (row, start) for row, ids in zip(rows, encoded, strict=True) for start in range(0, len(ids) - body + 1, body)
-    ]
+    ids_of, body = dict(zip(rows, encoded, strict=True)), length - len(prefix)
+    windows = [(row, start) for row, ids in ids_of.items() for start in range(0, len(ids) - body + 1, body)]
     if len(windows) < samples:
         raise HwpqError(
             f"{len(rows)} documents give {len(windows)} windows of {length} tokens, {samples} are wanted",
@@ -67,9 +65,7 @@ def draw_samples(
             remedy="Use fewer or shorter samples, or a larger corpus.",
         )
     generator = np.random.default_rng([seed, _PARITY[split]])
-    chosen = generator.choice(len(windows), size=samples, replace=False)
-    ids_of = dict(zip(rows, encoded, strict=True))
-    drawn = [windows[index] for index in chosen]
+    drawn = [windows[index] for index in generator.choice(len(windows), size=samples, replace=False)]
     return pd.DataFrame(
         {
             "sample": np.arange(samples, dtype=np.int64),
@@ -105,7 +101,7 @@ def load_tokenizer(directory: str | Path) -> Any:
 
 
 def start_tokens(tokenizer: Any) -> list[int]:
-    """The special tokens that the tokenizer puts before a text; none for many."""
+    """The special tokens that the tokenizer puts before a text; many put none."""
     plain = list(tokenizer("a", add_special_tokens=False)["input_ids"])
     full = list(tokenizer("a")["input_ids"])
     for start in range(len(full) - len(plain) + 1):

@@ -1,9 +1,9 @@
 """Running a decoder one block at a time.
 
-`record_inputs` finds what a block gets beside the hidden states (rotary angles, masks, cache flags): it runs
-the decoder with the blocks replaced by recorders, so that sliding-window blocks and full ones each get their
-own. It is kept once for all batches when it is the same. `lm_head` does not run, and of the blocks the first
-alone, on the first batch.
+`record_inputs` finds what a block gets beside the hidden states: rotary angles, masks, cache flags. It runs the decoder
+with recorders in the place of the blocks, so that sliding-window blocks and full ones each get their own. Inputs that
+are the same for all batches are kept once. `lm_head` does not run. Of the blocks only the first runs, on the first
+batch.
 """
 
 from __future__ import annotations
@@ -28,8 +28,17 @@ def record_inputs(
 ) -> tuple[list[torch.Tensor], list[list[Inputs]]]:
     """The first block's hidden states of each batch, and what else each block gets with each batch.
 
-    The blocks' `forward` is replaced by a recorder that passes its input on, in the form (tensor or tuple)
-    that the first block's real output has.
+    A recorder replaces each block's `forward` and passes its input on, in the form (tensor or tuple) that the first
+    block's real output has.
+
+    Args:
+        model: a causal LM.
+        blocks: its decoder blocks.
+        batches: token ids, each (samples, length).
+
+    Returns:
+        A tensor (samples, length, hidden) for each batch; and for each batch, for each block, the positional and
+        keyword arguments after the hidden states.
     """
     hidden: list[torch.Tensor] = []
     calls: list[Inputs] = []

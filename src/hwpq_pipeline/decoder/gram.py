@@ -1,17 +1,20 @@
 """Summing over tokens: the Gram matrix `G = Σ x xᵀ` of a layer's inputs, or its diagonal.
 
-`G` is symmetric, so half of its products are enough. On the CPU in float32 the columns are cut into panels of
-about 512 and each panel is multiplied with itself and what lies to its right: `G[p, p:] += x[:, p]ᵀ x[:, p:]`.
-With n panels that is (1 + 1/n)/2 of the work, in products still large enough to run at full speed: 1.3 times
-faster than the full product for 1536 features, 1.1 for 576, on two AVX2 cores. numpy's `A.T @ A` calls the BLAS
-routine for just that (`ssyrk`), which alone is 1.5 and 1.2 times faster than the full product; but its threads
-spin on after the call and take the cores from torch's: measured over a whole calibration, it costs 1.15 times
-the processor time of the panels with 8 samples a batch, and 1.3 to 1.5 times with 4. In bfloat16 on a CPU's matrix
-units (AMX) panels are 1.35 times faster for 1536 features, and no faster for 576, which are multiplied whole; on a
-GPU all are.
+`G` is symmetric, so half of its products are enough. On the CPU in float32 the columns are cut into panels of about
+512. Each panel is multiplied with itself and the columns to its right: `G[p, p:] += x[:, p]ᵀ x[:, p:]`. With n panels
+that is (1 + 1/n)/2 of the work, in products still large enough to run at full speed. On two AVX2 cores it is 1.3
+times faster than the full product for 1536 features, and 1.1 times for 576.
 
-Sums are float32 in every case. On a CPU in bfloat16 the product of one batch is rounded to bfloat16 before it
-is added, a relative error of 2⁻⁹ an entry a batch, which averages out over batches; on a GPU it is not.
+numpy's `A.T @ A` calls the BLAS routine for just this product (`ssyrk`). Alone it is 1.5 and 1.2 times faster than the
+full product. But its threads spin on after the call and take the cores from torch's: over a whole calibration it costs
+1.15 times the processor time of the panels with 8 samples a batch, and 1.3 to 1.5 times with 4.
+
+In bfloat16 on a CPU's matrix units (AMX) panels are 1.35 times faster for 1536 features. For 576 they are no faster, so
+the product is whole. On a GPU it is always whole.
+
+Sums are always float32. On a CPU in bfloat16 the product of one batch is rounded to bfloat16 before it is added. This
+is a relative error of 2⁻⁹ for each entry and batch, which averages out over batches. On a GPU the product is not
+rounded.
 """
 
 from __future__ import annotations
@@ -23,7 +26,7 @@ SMALLEST_BFLOAT16 = 1024
 
 
 class Gram:
-    """Running `Σ x xᵀ`, shape (features, features), float32; of the sum the upper triangle counts.
+    """Running `Σ x xᵀ`, shape (features, features), float32. Only the sum's upper triangle counts.
 
     Args:
         features: length of one input vector.
