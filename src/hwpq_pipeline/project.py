@@ -7,7 +7,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import re
 from pathlib import Path
@@ -17,13 +16,8 @@ from kedro.config import OmegaConfigLoader
 from kedro.framework.context import KedroContext
 from kedro.framework.hooks import hook_impl
 from kedro.io import CatalogProtocol
-from kedro.pipeline.node import Node
 
 from hwpq_pipeline.errors import HwpqError
-from hwpq_pipeline.tracking.connection import resolve_uri
-from hwpq_pipeline.tracking.failures import log_failure
-
-logger = logging.getLogger(__name__)
 
 _NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9_-]*$")
 _WHERE = "parameters_variants.yml"
@@ -32,7 +26,7 @@ CONFIG_PATTERNS = {"parameters": ["parameters*", "parameters*/**", "**/parameter
 
 
 class ProjectHooks:
-    """Keeps the configuration of the context that is about to run, and logs variants that fail."""
+    """Keeps the configuration of the context that is about to run."""
 
     parameters: dict[str, Any] | None = None
 
@@ -41,21 +35,6 @@ class ProjectHooks:
         """Kedro calls it when the context exists, before it asks for the pipelines."""
         ProjectHooks.parameters = context.config_loader["parameters"]
         os.chdir(context.project_path)  # relative paths in parameters mean the project
-
-    @hook_impl
-    def on_node_error(self, error: Exception, node: Node) -> None:
-        """Kedro calls it when a node fails: the node's variant becomes a failed run in MLflow."""
-        track = (ProjectHooks.parameters or {}).get("track")
-        _, _, variant = (node.namespace or "").partition("variants.")
-        stage = node.name.rpartition(".")[2]
-        if not variant or not track or stage == "log":  # a failure in `log` has a run already
-            return
-        try:
-            log_failure(
-                variant, stage, error, experiment=track["experiment"], tracking_uri=resolve_uri(track["tracking_uri"])
-            )
-        except HwpqError as problem:
-            logger.warning("The failure was not logged: %s", problem)
 
 
 def load_parameters(env: str | None = None) -> dict[str, Any]:
