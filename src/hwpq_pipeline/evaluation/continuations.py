@@ -1,8 +1,9 @@
-"""What a variant writes: prompts continued greedily, so that figures can be held against text.
+"""What a variant writes: prompts continued greedily, so that people can compare the figures (metrics) with text.
 
-Greedy means the likeliest token each time, nothing drawn: the same export writes the same text. It says less than the
-perplexity does, and is what people ask for first. All prompts go through the model together: a step costs about the
-same for one as for a few, because rounding the activations of every layer costs more than the products do.
+Greedy decoding takes the likeliest token each time and draws nothing, so the same export writes the same text. The text
+says less than the perplexity does, and it is what people ask for first. All prompts go through the model together. A
+step costs about the same for one prompt as for a few, because rounding the activations of every layer costs more than
+the products do.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ def continue_prompts(
 
     Args:
         export_dir: a checkpoint with its tokenizer.
-        prompts: plain text, continued as it stands, without a chat template.
-        new_tokens: at most so many tokens each; fewer where the model ends its text.
+        prompts: plain text. It is continued as it stands, without a chat template.
+        new_tokens: the most tokens for each; the model may end its text earlier.
         dtype: `float32`, `bfloat16` or `auto`.
 
     Returns:

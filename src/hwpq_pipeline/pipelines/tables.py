@@ -1,4 +1,4 @@
-"""The layer table: what a pipeline did, a row a layer, in module order."""
+"""The layer table: what a pipeline did, a row for each layer, in module order."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hwpq_pipeline.layer_columns import IDENTITY, Column, names
 def layer_table(
     layers: Iterable[Layer], facts: Mapping[str, Mapping[str, Any]], columns: tuple[Column, ...]
 ) -> pd.DataFrame:
-    """A table of `layers` with the `columns` of `facts`; what a layer's facts lack is missing.
+    """Make a table of `layers` with the `columns` of `facts`. What a layer's facts lack is missing in its row.
 
     Args:
         layers: in the order of the rows.

@@ -1,1 +1,1 @@
-"""The report: one self-contained page."""
+"""What people look at: the comparison, charts, quality gates, and one self-contained page."""

@@ -1,4 +1,4 @@
-"""Heat maps as inline SVG: a row a kind of layer, a column a decoder block."""
+"""Heat maps as inline SVG: a row is a kind of layer, a column is a decoder block."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ CELL, HEAD = 11, 74
 
 
 def heatmap(layers: pd.DataFrame, column: str, *, low: float, high: float, logarithmic: bool) -> str:
-    """The map as an `<svg>` element; empty where the column has no value.
+    """Draw the map as an `<svg>` element. It is empty where the column has no value.
 
     Args:
         layers: the layer table: `block`, `kind`, and the column.
-        column: what is shown, at or above zero.
-        low: value of the first colour, above zero if logarithmic.
-        high: value of the last.
-        logarithmic: colours follow the logarithm; zero then has the first colour.
+        column: the one to show; its values are at or above zero.
+        low: the value of the first colour; above zero if logarithmic.
+        high: the value of the last colour.
+        logarithmic: whether colours follow the logarithm; zero then has the first colour.
     """
     known = layers[layers[column].notna()]
     if known.empty:

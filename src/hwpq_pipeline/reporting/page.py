@@ -46,7 +46,7 @@ def render(comparison: pd.DataFrame, variants: Sequence[Reported], *, conditions
     """Make the page.
 
     Args:
-        comparison: as `comparison_table` makes it: a row a variant.
+        comparison: as `comparison_table` makes it.
         variants: in the order of the page.
         conditions: what the figures depend on, by name: tokens, seeds.
     """

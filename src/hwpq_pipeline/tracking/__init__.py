@@ -1,1 +1,1 @@
-"""MLflow: one run a variant and content."""
+"""MLflow: one run for each variant and content."""

@@ -1,8 +1,8 @@
 """The MLflow store in force, and its failures in one line.
 
-A store is a server, or a local sqlite file. A server that does not answer must not hold a run up for minutes, so the
-requests are repeated for some seconds only, unless the environment says otherwise. Two processes on one sqlite file
-would trip over each other's migrations and locks; they take turns by a lock file beside it.
+A store is a server or a local sqlite file. A server that does not answer must not delay a run for minutes, so requests
+are repeated for a few seconds only, unless the environment says otherwise. Two processes on one sqlite file would trip
+over each other's migrations and locks, so they take turns with a lock file beside it.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ LATER = "The results are on disk; log them later with `kedro run --pipelines tra
 def resolve_uri(configured: str) -> str:
     """The tracking URI in force: `MLFLOW_TRACKING_URI`, else the configured one, its sqlite path absolute.
 
-    MLflow resolves a relative sqlite path against the working directory of whoever asks, so that the UI
-    started elsewhere would open an empty database.
+    MLflow resolves a relative sqlite path against the working directory of the process that asks. A UI that is started
+    in another directory would open an empty database.
     """
     uri = os.environ.get("MLFLOW_TRACKING_URI") or configured
     path = uri.removeprefix(_SQLITE)

@@ -1,4 +1,4 @@
-"""A variant that could not be made, as a FAILED run: seen beside the others, counted as none of them."""
+"""A variant that could not be made becomes a FAILED run: people see it beside the others, and it counts as none."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ FAILURE_KEY = "hwpq.failure"
 
 
 def log_failure(variant: str, stage: str, error: BaseException, *, experiment: str, tracking_uri: str) -> str:
-    """Log that a stage of a variant failed; the same failure once.
+    """Log that a stage of a variant failed. The same failure is logged once.
 
     Args:
         variant: its name.

@@ -1,9 +1,9 @@
-"""The exported model as an MLflow model of its run, which `mlflow.transformers` loads and `mlflow models serve` serves.
+"""The exported model as an MLflow model of its run. `mlflow.transformers` loads it, `mlflow models serve` serves it.
 
-The export is stored as it is: its files are copied, nothing is loaded, decompressed or pickled. MLflow writes a
-description beside them (`MLmodel`), with the task `llm/v1/completions`: a server of it answers as OpenAI's completions
-do. A run's key fixes its export, so that storing a model twice changes nothing, and a model may be added to a run that
-was logged without one. A tag says that it is whole: the one by which the MLflow UI finds a run's models.
+The export is stored as it is: its files are copied, and nothing is loaded, decompressed or pickled. MLflow writes a
+description beside them (`MLmodel`) with the task `llm/v1/completions`, so its server answers as OpenAI's completions
+do. A run's key fixes its export. So storing a model twice changes nothing, and a model may be added to a run that was
+logged without one. A tag says that the model is whole. It is the tag by which the MLflow UI finds a run's models.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ def log_model(run_id: str, export: Path, name: str, *, tracking_uri: str) -> boo
     """Store an export as the model `runs:/<run_id>/model`, unless the run has it.
 
     Args:
-        run_id: of a run that `log_once` gave.
+        run_id: the run, as `log_once` gave it.
         export: the checkpoint's directory.
-        name: that the model answers by.
+        name: the one under which the model answers.
         tracking_uri: as `resolve_uri` gives it.
 
     Returns:
@@ -60,8 +60,8 @@ def save_model(export: Path, to: Path, name: str, *, run_id: str | None = None) 
     Args:
         export: the checkpoint's directory, with its model card `README.md`.
         to: the directory to make.
-        name: that the model answers by.
-        run_id: of the run that it belongs to.
+        name: the one under which the model answers.
+        run_id: the run that it belongs to.
 
     Returns:
         The description that was written.
@@ -91,9 +91,9 @@ def save_model(export: Path, to: Path, name: str, *, run_id: str | None = None) 
 
 @contextmanager
 def _task_as_a_class() -> Iterator[None]:
-    """Let MLflow 3.17 find the pipeline's class, of which transformers 5.23's registry keeps the dotted name.
+    """Let MLflow 3.17 find the pipeline's class. The registry of transformers 5.23 keeps its dotted name.
 
-    A registry's entry may be either: `PIPELINE_REGISTRY.register_pipeline` takes a class.
+    An entry of the registry may be either: `PIPELINE_REGISTRY.register_pipeline` takes a class.
     """
     from transformers import TextGenerationPipeline, pipelines
 

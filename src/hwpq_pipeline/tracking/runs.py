@@ -1,15 +1,15 @@
-"""One finished MLflow run a variant and content.
+"""One finished MLflow run for each variant and content.
 
-A run is keyed by a digest of all that makes its figures: the variant's parameters, the exported weights, the
-evaluation tokens and the figures themselves, without the seconds, which differ every time. The digest is a
-tag; a variant whose key already has a FINISHED run is not logged again, so that `kedro run`, `dvc repro` and
-a second `dvc repro` may all log, and a wiped database is filled again.
+A run's key is a digest of all that makes its figures: the variant's recipe, the exported weights, the evaluation tokens
+and the figures themselves, without the seconds, which differ every time. The key is a tag. A variant whose key has a
+FINISHED run is not logged again. So `kedro run`, `dvc repro` and a second `dvc repro` may all log, and a wiped database
+is filled again.
 
-Since a key fixes what is in a run, writing into a run of that key twice changes nothing. So a run that was left
-unfinished (the server went down half-way) is taken up where it lies. Of two processes that log the same variant at
-once, each that opened a run of its own looks who was first, and yields: it deletes its own, waits for the other's, and
-should that one not be finished in some seconds, takes it up too. A run that fails for another reason ends as FAILED,
-with the reason, and does not count.
+A key fixes what is in a run, so writing into a run of that key twice changes nothing. A run that was left unfinished
+(the server went down half-way) is therefore completed. Two processes may log the same variant at once. Each one that
+opened a run looks which run was first. The later process deletes its own run and waits for the other's; if that one is
+not finished in a few seconds, it completes it. A run that fails for another reason ends as FAILED with the reason, and
+does not count.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ KEY = "hwpq.key"
 FAILURE = "failure"
 _OPEN = ("RUNNING", "SCHEDULED")
 METRICS_A_REQUEST = 1000
-#: Seconds that an open run is given: a living process writes one in less.
+#: Seconds that an open run gets: a living process writes one in less.
 PATIENCE = 10.0
 
 
@@ -67,7 +67,7 @@ def log_once(record: Record, *, experiment: str, tracking_uri: str) -> tuple[str
 
 
 def experiment_of(client: MlflowClient, name: str, tracking_uri: str) -> str:
-    """Id of the experiment; made with its description and columns when missing."""
+    """The experiment's id. A missing experiment is made, with its description and columns."""
     from mlflow.exceptions import MlflowException
 
     found = client.get_experiment_by_name(name)
@@ -92,7 +92,7 @@ def experiment_of(client: MlflowClient, name: str, tracking_uri: str) -> str:
 
 
 def _describe(client: MlflowClient, experiment: Experiment) -> None:
-    """Give the experiment the tags that it lacks; a database may refuse where another process is doing the same."""
+    """Give the experiment the tags that it lacks. A database may refuse while another process does the same."""
     from mlflow.exceptions import MlflowException
 
     for tag, value in experiment_tags(experiment.experiment_id).items():
@@ -122,7 +122,7 @@ def _claim(client: MlflowClient, experiment_id: str, record: Record) -> tuple[Ru
 
 
 def _awaited(client: MlflowClient, run: Run) -> Run:
-    """Another's run, once it is no longer open or has been open for too long."""
+    """Another process's run, when it is no longer open or has been open for too long."""
     end = time.monotonic() + PATIENCE
     while run.info.status in _OPEN and time.monotonic() < end:
         time.sleep(0.2)
@@ -131,7 +131,7 @@ def _awaited(client: MlflowClient, run: Run) -> Run:
 
 
 def _alive(client: MlflowClient, experiment_id: str, key: str) -> list[Run]:
-    """Runs of this content that are finished or may be, in an order that all processes agree on."""
+    """The runs of this content that are finished or may become so, in an order that all processes agree on."""
     runs = client.search_runs([experiment_id], f"tags.`{KEY}` = '{key}'")
     alive = [run for run in runs if run.info.status in ("FINISHED", *_OPEN)]
     return sorted(alive, key=lambda run: (run.info.start_time, run.info.run_id))
@@ -148,7 +148,7 @@ def _write(client: MlflowClient, run: Run, record: Record, tracking_uri: str) ->
 
 
 def _fail(client: MlflowClient, run_id: str, why: str) -> None:
-    """Mark a run as FAILED with the reason; where the server is gone it stays open, to be taken up later."""
+    """Mark a run as FAILED with the reason. If the server is gone, the run stays open and is completed later."""
     from mlflow.exceptions import MlflowException
     from requests import RequestException
 
@@ -186,7 +186,7 @@ def _log(client: MlflowClient, run: Run, record: Record) -> None:
 
 
 def _metrics(record: Record, time_ms: int) -> Iterable[Any]:
-    """All metrics, all of the run's own time: logged twice they are the same."""
+    """All metrics, with the run's own time: logged twice they are the same."""
     from mlflow.entities import Metric
 
     for name, value in record.figures.items():

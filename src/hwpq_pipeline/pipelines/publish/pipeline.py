@@ -1,4 +1,4 @@
-"""exports and their figures → model cards with the quality measured, and the hub if one is named, for every variant."""
+"""exports and their figures → model cards with the measured quality, for every variant; an upload if a hub is named."""
 
 from __future__ import annotations
 
