@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +29,13 @@ from hwpq_pipeline.kernels.triton_parts import STORED
 from hwpq_pipeline.kernels.two_of_four import cuda as fours
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+EXACT = {"enable_fp_fusion": False}
 #: As a launch would find them: pointers and these integers are multiples of 16.
 MULTIPLES = {"stride", "columns", "width", "size", "block", "start"}
 
 
 def build(kernel: Any, types: str, constants: dict[str, Any], capability: int, **options: Any) -> dict[str, int]:
-    """Compile for a compute capability; ``types`` in the order of the arguments that are not constants."""
+    """Compile for a compute capability; `types` in the order of the arguments that are not constants."""
     names = kernel.arg_names
     given = iter(types.split())
     signature = {name: "constexpr" if name in constants else next(given) for name in names}
@@ -59,37 +61,41 @@ def build(kernel: Any, types: str, constants: dict[str, Any], capability: int, *
 
 def every_kernel(capability: int) -> dict[str, dict[str, int]]:
     """Each kernel with the options that the pipeline runs it with."""
-    found = {}
-    exact = {"enable_fp_fusion": False}
+    found = {**averages(capability), **rounding(capability)}
     for dtype in ("bf16", "fp32"):
-        weight = f"*{dtype}"
-        for rows in (1024, 8192):
-            tile = ewma.default_tile(rows)
-            shape = {"ROWS": tile.rows, "BLOCK": tile.columns, "STAGES": tile.stages}
-            gains = {"ALPHA": 1 / 64, "BETA": 1 / 64, "DOMAIN": 0, "CROSS": False}
-            found[f"ewma {dtype} {rows} rows"] = build(
-                ewma_parts.run_pass,
-                f"{weight} i32 i32 i32 *fp32 *fp32 *fp32 *fp32 *fp32 i32 *u8 i32 *i64 *fp32",
-                gains | shape | {"ratios": None, "RATIOS": False},
-                capability,
-                num_warps=tile.warps,
-                **exact,
-            )
         found[f"two_of_four {dtype}"] = build(
             fours._select,
-            f"{weight} i32 i32 i32 *fp32 *fp32 *fp32 *u8 i32 *i32",
+            f"*{dtype} i32 i32 i32 *fp32 *fp32 *fp32 *u8 i32 *i32",
             {"CROSS": False, "ROWS": fours.DEFAULT.rows, "BLOCK": fours.DEFAULT.columns},
             capability,
             num_warps=fours.DEFAULT.warps,
-            **exact,
+            **EXACT,
         )
         found[f"fp8 {dtype}"] = build(
             fp8._quantize,
-            f"{weight} i32 i32 *u8 *fp32 fp32",
+            f"*{dtype} i32 i32 *u8 *fp32 fp32",
             {"BLOCK": fp8.BLOCK, "STORED": STORED[torch.bfloat16]},
             capability,
             num_warps=4,
-            **exact,
+            **EXACT,
+        )
+    return {f"{name} sm_{capability}": row for name, row in found.items()}
+
+
+def averages(capability: int) -> dict[str, dict[str, int]]:
+    """The moving average's."""
+    found = {}
+    gains: dict[str, Any] = {"ALPHA": 1 / 64, "BETA": 1 / 64}
+    for dtype, rows in product(("bf16", "fp32"), (1024, 8192)):
+        tile = ewma.default_tile(rows)
+        shape = {"ROWS": tile.rows, "BLOCK": tile.columns, "STAGES": tile.stages}
+        found[f"ewma {dtype} {rows} rows"] = build(
+            ewma_parts.run_pass,
+            f"*{dtype} i32 i32 i32 *fp32 *fp32 *fp32 *fp32 *fp32 i32 *u8 i32 *i64 *fp32",
+            gains | shape | {"ratios": None, "RATIOS": False, "CROSS": False, "DOMAIN": 0},
+            capability,
+            num_warps=tile.warps,
+            **EXACT,
         )
     found["ewma ratios"] = build(
         ewma_parts.run_pass,
@@ -97,7 +103,7 @@ def every_kernel(capability: int) -> dict[str, dict[str, int]]:
         gains | shape | {"keep": None, "kept": None, "state": None, "RATIOS": True, "CROSS": True, "DOMAIN": 2},
         capability,
         num_warps=tile.warps,
-        **exact,
+        **EXACT,
     )
     for size in (4096, 32768):
         found[f"ewma search {size}"] = build(
@@ -107,6 +113,12 @@ def every_kernel(capability: int) -> dict[str, dict[str, int]]:
             capability,
             num_warps=min(32, size // 1024),
         )
+    return found
+
+
+def rounding(capability: int) -> dict[str, dict[str, int]]:
+    """Those that round to integers."""
+    found = {}
     for size in (64, 128):
         found[f"coordinate_descent {size}"] = build(
             descent._sweep,
@@ -128,7 +140,7 @@ def every_kernel(capability: int) -> dict[str, dict[str, int]]:
             capability,
             num_warps=4,
         )
-    return {f"{name} sm_{capability}": row for name, row in found.items()}
+    return found
 
 
 if __name__ == "__main__":
