@@ -2,22 +2,22 @@
 
 All methods work on the same arrays in one process, from the stored weight and the inputs' energies to a mask: scores
 are part of every method. `copy` copies the weight into memory that was touched before. The rivals get the threads that
-torch takes for them, and produce a boolean mask; ours a packed one.
+torch takes for them and produce a boolean mask; ours produce a packed one.
 
     copy         weight → weight
     ewma         scores, threshold and packed mask at a given λ: one pass
     ewma_row     the same with λ solved for each row (two passes), ewma_layer with one λ solved for the layer
     two_of_four  2:4 by comparisons
-    sort         scores, torch.sort, threshold at the wanted rank; topk, kthvalue likewise
+    sort         scores, torch.sort, threshold at the wanted rank; topk and kthvalue find it by torch.topk, kthvalue
     wanda        as its authors compute it: stable sort of the scores, indices of the lowest, scatter
     topk_groups  2:4 by torch.topk on groups of four
 
-A layer of the default model is so small that with everything evicted the time is that of fetching the interpreter's own
-code back into the caches. What its user waits for is the row `SmolLM2-135M`: all its 210 linears one after the other,
-weights in memory as before, each method's code warm from the layers before.
+A layer of the default model is small. With everything evicted, its time is that of fetching the interpreter's own
+code back into the caches. A user waits for the row `SmolLM2-135M`: all its 210 linears one after the other, weights
+in memory as before, each method's code warm from the layers before.
 
-Fast methods take turns, so that what else the machine does meets them alike; a slow one gets as many repeats as its
-budget of seconds allows, at least one. A method whose mask is wrong on the rows that are checked gets no time.
+Fast methods take turns, so that other work on the machine meets them alike. A slow one gets as many repeats as its
+budget of seconds allows, at least one. A method whose mask is wrong on the checked rows gets no time.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,22 @@ from torch import Tensor
 
 from benchmarks.machine import machine
 from benchmarks.output import RESULTS, write_results
+from benchmarks.selection_rivals import (
+    LARGE,
+    MODEL,
+    QUICK,
+    SMALL,
+    SPARSITY,
+    Case,
+    check_rival,
+    kthvalue,
+    make,
+    make_layer,
+    sort,
+    topk,
+    topk_groups,
+    wanda,
+)
 from hwpq_pipeline.compression.bits import pack_bits, unpack_bits
 from hwpq_pipeline.compression.contribution import root_factors
 from hwpq_pipeline.compression.ewma import TOLERANCE, EwmaSelection, Threshold, ewma_select
@@ -45,60 +61,16 @@ from hwpq_pipeline.kernels.ewma_select import reference as ewma_reference
 from hwpq_pipeline.kernels.two_of_four import reference as two_of_four_reference
 from hwpq_pipeline.method.recipe import GAIN
 
-#: Shapes of LLaMA-2's linears (7B, 13B, 70B), and of the default model's, which fit the caches.
-LARGE = ("4096x4096", "11008x4096", "4096x11008", "5120x13824", "8192x28672")
-SMALL = ("576x576", "1536x576", "576x1536")
-QUICK = ("4096x4096", *SMALL)
-#: All linears of the default model, by the name of their row.
-MODEL = {"SmolLM2-135M": 30 * (*2 * ("576x576",), *2 * ("192x576",), *2 * ("1536x576",), "576x1536")}
-METRIC, SPARSITY, LAMBDA = "wanda", 0.5, -0.25
+METRIC, LAMBDA = "wanda", -0.25
 AVERAGE = kernels.Average(alpha=GAIN, beta=GAIN, domain="sqrt")
 BY_ROW = Threshold(alpha=GAIN, beta=GAIN, domain="sqrt", scope="row", sparsity=SPARSITY)
-CHECKED_ROWS = 24
 #: Before each repeat this memory is written, for at least so many seconds. So every method finds its weight in memory,
-#: as it is when a layer has been read, and not in what cache the one before left; and OpenMP's workers, which spin for
-#: a while after torch's work is done, are asleep. (Not waited for by sleeping: a processor that slept starts slowly.)
+#: as it is when a layer has been read, and not in the cache that the method before left it in. OpenMP's workers, which
+#: spin for a while after torch's work is done, are asleep by then. (To sleep would not do: a processor that slept
+#: starts slowly.)
 EVICTION, PAUSE = np.zeros(128 * 2**20, np.uint8), 0.02
 OURS = {"ewma": ("sort", "topk", "kthvalue", "wanda"), "ewma_row": ("sort", "topk", "kthvalue", "wanda"),
         "ewma_layer": ("sort", "topk", "kthvalue", "wanda"), "two_of_four": ("topk_groups", "sort")}  # fmt: skip
-
-
-@dataclass
-class Case:
-    """A weight, its inputs' energies, and where a copy goes."""
-
-    weight: Tensor
-    energy: Tensor
-    target: Tensor = field(init=False)
-    rows: Tensor = field(init=False)  # that are checked
-
-    def __post_init__(self) -> None:
-        self.target = torch.zeros_like(self.weight)
-        self.rows = torch.linspace(0, self.weight.shape[0] - 1, min(CHECKED_ROWS, self.weight.shape[0])).long()
-
-    @property
-    def kept(self) -> int:
-        """Weights that a row keeps."""
-        return self.weight.shape[1] - round(SPARSITY * self.weight.shape[1])
-
-    def scores(self) -> Tensor:
-        """Wanda's: |w| · ‖x‖, float32."""
-        return self.weight.abs() * self.energy.sqrt().reshape(1, -1)
-
-
-def make(shape: str, dtype: torch.dtype) -> list[Case]:
-    """The layers of a row of the table."""
-    return [make_layer(layer, dtype) for layer in MODEL.get(shape, (shape,))]
-
-
-def make_layer(shape: str, dtype: torch.dtype) -> Case:
-    """Weights from a normal distribution, energies over three decades: speed does not depend on them."""
-    rows, columns = (int(size) for size in shape.split("x"))
-    generator = torch.Generator().manual_seed(0)
-    weight = torch.empty(rows, columns, dtype=dtype)
-    for part in weight.split(1024):
-        part.copy_(torch.randn(part.shape, generator=generator) * 0.02)
-    return Case(weight, 10 ** (3 * torch.rand(columns, generator=generator)))
 
 
 def copy(case: Case) -> Tensor:
@@ -128,42 +100,6 @@ def two_of_four(case: Case) -> Tensor:
     return select_two_of_four(case.weight, METRIC, case.energy).keep
 
 
-def sort(case: Case) -> Tensor:
-    """A full sort of every row's scores, threshold at the wanted rank."""
-    scores = case.scores()
-    ordered = torch.sort(scores, dim=1).values
-    return scores >= ordered[:, -case.kept, None]
-
-
-def topk(case: Case) -> Tensor:
-    """The best of every row, by their indices."""
-    scores = case.scores()
-    best = torch.topk(scores, case.kept, dim=1, sorted=False).indices
-    return torch.zeros(scores.shape, dtype=torch.bool).scatter_(1, best, True)
-
-
-def kthvalue(case: Case) -> Tensor:
-    """Threshold at the wanted rank, by selection."""
-    scores = case.scores()
-    return scores > torch.kthvalue(scores, scores.shape[1] - case.kept, dim=1, keepdim=True).values
-
-
-def wanda(case: Case) -> Tensor:
-    """`prune_wanda` of locuslab/wanda, unstructured; there the mask marks what is dropped."""
-    metric = torch.abs(case.weight) * torch.sqrt(case.energy.reshape((1, -1)))
-    mask = torch.zeros_like(metric) == 1
-    ordered = torch.sort(metric, dim=-1, stable=True)
-    mask.scatter_(1, ordered[1][:, : int(metric.shape[1] * SPARSITY)], True)
-    return mask
-
-
-def topk_groups(case: Case) -> Tensor:
-    """2:4 by `torch.topk` on groups of four."""
-    groups = case.scores().unflatten(1, (-1, 4))
-    best = torch.topk(groups, 2, dim=2, sorted=False).indices
-    return torch.zeros(groups.shape, dtype=torch.bool).scatter_(2, best, True).flatten(1)
-
-
 METHODS: dict[str, Callable[[Case], Any]] = {
     method.__name__: method
     for method in (copy, ewma, ewma_row, ewma_layer, two_of_four, sort, topk, kthvalue, wanda, topk_groups)
@@ -191,21 +127,7 @@ def check(name: str, case: Case, result: Any) -> str:
         return (
             "" if torch.equal(unpack_bits(result[rows], columns), expected) else "the mask differs from the reference"
         )
-    return _check_rival(name, case, result[rows])
-
-
-def _check_rival(name: str, case: Case, mask: Tensor) -> str:
-    """Right number, and no kept score below a dropped one; ties may go either way, and `sort` keeps them all."""
-    scores, keep = case.scores()[case.rows], ~mask if name == "wanda" else mask
-    if name == "topk_groups":
-        scores, keep = (part.unflatten(1, (-1, 4)) for part in (scores, keep))
-    wanted = 2 if name == "topk_groups" else case.kept
-    lowest = scores.masked_fill(~keep, float("inf")).amin(-1)
-    highest = scores.masked_fill(keep, -1).amax(-1)
-    if not bool((lowest >= highest).all()):
-        return "a dropped score is above a kept one"
-    surplus = (keep.sum(-1) - wanted).abs().float()
-    return "" if bool((surplus <= 0.01 * scores.shape[-1]).all()) else "the wrong number is kept"
+    return check_rival(name, case, result[rows])
 
 
 def measure(cases: list[Case], repeats: int, budget: float) -> dict[str, tuple[str, list[float]]]:
