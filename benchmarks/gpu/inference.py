@@ -55,7 +55,7 @@ def wrong(found: Tensor, wanted: Tensor, kind: str) -> str:
 
 
 class Block(nn.Module):
-    """A decoder block: ``width`` features, ``hidden`` in the feed-forward part, heads of 128 (or 16, when tiny)."""
+    """A decoder block: `width` features, `hidden` in the feed-forward part, heads of 128 (or 16, when tiny)."""
 
     def __init__(self, width: int, hidden: int, kind: str, device: torch.device) -> None:
         super().__init__()

@@ -41,7 +41,7 @@ def rows_to_int8(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class Fp8(nn.Module):
-    """``y = scale_x · scale_w · (codes_x codes_wᵀ)``."""
+    """`y = scale_x · scale_w · (codes_x codes_wᵀ)`."""
 
     def __init__(self, weight: Tensor) -> None:
         super().__init__()
@@ -57,7 +57,7 @@ class Fp8(nn.Module):
 
 
 class SparseLow(nn.Module):
-    """2:4 with INT8 or E4M3, by cuSPARSELt's product ``codes_w codes_xᵀ``, scaled after it."""
+    """2:4 with INT8 or E4M3, by cuSPARSELt's product `codes_w codes_xᵀ`, scaled after it."""
 
     def __init__(self, weight: Tensor, integers: bool) -> None:
         super().__init__()

@@ -54,7 +54,7 @@ class Bench:
                 torch.cuda.empty_cache()
 
     def seconds(self, work: Callable[[], Any], budget: float = 0.5, warm: bool = True) -> list[float]:
-        """Times of one call each; the first call (compilation) is not among them unless ``warm`` is False."""
+        """Times of one call each; the first call (compilation) is not among them unless `warm` is False."""
         if warm:
             work()
         times: list[float] = []
@@ -96,7 +96,7 @@ class Bench:
         Args:
             work: what is timed.
             moved: bytes read and written, for GB/s against the copy's.
-            operations: floating-point operations, for TFLOP/s against the product named by ``ceiling``.
+            operations: floating-point operations, for TFLOP/s against the product named by `ceiling`.
             ceiling: a name in the ceilings; the copy's by default.
             check: says what is wrong with the result, or nothing.
             extra: more for the row, found after the times.
