@@ -4,26 +4,19 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import grimp
 import pytest
 import yaml
 from kedro.framework.project import pipelines
 from kedro.framework.session import KedroSession
 from kedro.framework.startup import bootstrap_project
 
+from tests.code_dependencies import dependencies_of, modules_of
+
 ROOT = Path(__file__).resolve().parents[1]
 BASE = "conf/base/parameters.yml"
 VARIANTS = "conf/base/parameters_variants.yml"
-#: A change here changes no result, so it makes no stage stale. Two of them need a reason. `parameters`: what it fills
-#: in stands in conf/base in full (tests/test_parameters.py), or in the recipes. `method.recipe`: its numbers reach the
-#: stages as `data/04_recipes`; the stage that writes these depends on both.
-NO_DEPENDENCY = {
-    "hwpq_pipeline", "hwpq_pipeline.errors", "hwpq_pipeline.parameters", "hwpq_pipeline.pipelines",
-    "hwpq_pipeline.pipelines.variants", "hwpq_pipeline.progress", "hwpq_pipeline.method.recipe",
-}  # fmt: skip
 #: Stages that take a variant's entry and depend on its recipe instead: the entry with every number written out.
 BY_RECIPE = ("select", "compress")
-RECIPES_DEPEND_ON = {"hwpq_pipeline.parameters", "hwpq_pipeline.method.recipe"}
 #: The default is all stages; a gate that fails would throw away the experiment that it judges (docs/decisions.md).
 NO_STAGE = {"__default__", "gate"}
 #: Stages over all variants, and the directories of the variants' files that they read.
@@ -158,31 +151,15 @@ def test_parameters(project, stage):
 
 
 @pytest.mark.parametrize("name", sorted({stage.partition("@")[0] for stage in STAGES}))
-def test_code_dependencies_cover_what_the_pipeline_imports(name):
-    graph = grimp.build_graph("hwpq_pipeline", cache_dir=None)
-    if name != "recipes":  # what the parameters import, they import to check words
-        graph.remove_module("hwpq_pipeline.parameters")
-    else:  # which export formats there are is in no recipe
-        graph.remove_import(importer="hwpq_pipeline.parameters", imported="hwpq_pipeline.export.formats")
-    nodes = f"hwpq_pipeline.pipelines.{name}.nodes"
-    modules = {nodes} | graph.find_upstream_modules(nodes)
-    free = NO_DEPENDENCY - RECIPES_DEPEND_ON if name == "recipes" else NO_DEPENDENCY
-    modules = {module for module in modules if not is_package(module)} - free
+def test_code_dependencies_are_what_the_pipeline_imports(name):
+    """`make dvc-dependencies` writes them."""
     stage = next(stage for stage in STAGES if stage.partition("@")[0] == name)
-    listed = {path for path in entries(STAGES[stage]["deps"]) if path.startswith("src/")}
-    sources = {f"src/{module.replace('.', '/')}.py" for module in modules}
-    uncovered = {source for source in sources if not covered(source, listed)}
-    assert not uncovered
-    idle = {path for path in listed if not any(covered(source, {path}) for source in sources)}
-    assert not idle
-
-
-def is_package(module: str) -> bool:
-    return (ROOT / "src" / module.replace(".", "/")).is_dir()
-
-
-def covered(source: str, listed: set[str]) -> bool:
-    return any(source == path or source.startswith(f"{path}/") for path in listed)
+    listed = [path for path in entries(STAGES[stage]["deps"]) if path.startswith("src/")]
+    assert listed == dependencies_of(name)
+    # Every module is covered, and nothing is listed that is not used.
+    modules = modules_of(name)
+    assert all(any(module == path or module.startswith(f"{path}/") for path in listed) for module in modules)
+    assert all(any(module == path or module.startswith(f"{path}/") for module in modules) for path in listed)
 
 
 def test_every_listed_source_exists():

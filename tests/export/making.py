@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
+from hwpq_pipeline.method.recipe import Recipe
 from tests.kernels.packed import codes, two_of_four
 
 ROW = {
@@ -115,5 +116,5 @@ def _write(target: Path, tensors: dict[str, torch.Tensor], layers: list[str], **
         names = sorted(tensors)
         save_file({name: tensors[name] for name in names[:half]}, target / "block_000.safetensors")
         save_file({name: tensors[name] for name in names[half:]}, target / "block_001.safetensors")
-    recipe = {"variant": "test", **facts, "recipe": {}, "layers": layers}
+    recipe = {"variant": "test", **facts, "recipe": Recipe().to_json(), "layers": layers}
     (target / "recipe.json").write_text(json.dumps(recipe))

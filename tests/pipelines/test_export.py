@@ -9,13 +9,12 @@ from pathlib import Path
 import pytest
 
 from hwpq_pipeline.export.formats import further_formats
-from hwpq_pipeline.parameters import Calibration, Export, Variant
+from hwpq_pipeline.parameters import Calibration, Export
 from hwpq_pipeline.pipelines.export.nodes import export_formats, export_variant
 from tests.export.making import HEADS, make_two_of_four
 from tests.tiny import tiny_checkpoint, tiny_config
 
 CALIBRATION = Calibration(samples=4, length=64, seed=0)
-VARIANT = {"description": "d", "quantization": {"grid": "int8"}}
 
 
 @pytest.fixture
@@ -31,9 +30,8 @@ def sources(tmp_path: Path) -> tuple[Path, Path, Path]:
 
 
 def test_every_format_is_there_with_its_card(sources: tuple[Path, Path, Path], tmp_path: Path) -> None:
-    variant = Variant.model_validate({**VARIANT, "selection": {"structure": "2of4"}})
     wanted = Export(formats=tuple(further_formats()))
-    made = export_formats(*sources, "v", variant, CALIBRATION, wanted, tmp_path / "scratch")
+    made = export_formats(*sources, "v", "d", CALIBRATION, wanted, tmp_path / "scratch")
     assert {path.name for path in made.iterdir()} == set(further_formats())
     for folder in made.iterdir():
         card = (folder / "README.md").read_text()
@@ -49,7 +47,7 @@ def test_a_format_that_the_variant_cannot_have_is_left_out_and_said(
     file.write_text(file.read_text().replace('"2of4"', '"dense"'))
     wanted = Export(formats=("semi-structured", "gguf"))
     with caplog.at_level(logging.INFO):
-        made = export_formats(*sources, "v", Variant.model_validate(VARIANT), CALIBRATION, wanted, tmp_path / "scratch")
+        made = export_formats(*sources, "v", "d", CALIBRATION, wanted, tmp_path / "scratch")
     assert [path.name for path in made.iterdir()] == ["gguf"]
     assert "no semi-structured export of v: semi-structured holds structure 2of4, not dense" in caplog.text
 
@@ -57,8 +55,7 @@ def test_a_format_that_the_variant_cannot_have_is_left_out_and_said(
 def test_without_formats_there_is_an_empty_directory_and_the_export_is_as_before(
     sources: tuple[Path, Path, Path], tmp_path: Path
 ) -> None:
-    variant = Variant.model_validate({**VARIANT, "selection": {"structure": "2of4"}})
-    assert not list(export_formats(*sources, "v", variant, CALIBRATION, Export(), tmp_path / "scratch").iterdir())
-    export, seconds = export_variant(*sources, "v", variant, CALIBRATION, tmp_path / "scratch")
+    assert not list(export_formats(*sources, "v", "d", CALIBRATION, Export(), tmp_path / "scratch").iterdir())
+    export, seconds = export_variant(*sources, "v", "d", CALIBRATION, tmp_path / "scratch")
     assert "Zeros are stored like other weights" in (export / "README.md").read_text()
     assert set(seconds) == {"export"}

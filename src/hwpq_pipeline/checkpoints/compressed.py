@@ -67,6 +67,10 @@ class CompressedModel:
         self.quantized = {layer: None for layer in self.layers if f"{layer}.codes" in self._handles}
         self._check_names()
 
+    def write_recipe(self, directory: Path) -> None:
+        """Write how it was made into an export: `recipe.json` with the variant's name and the recipe."""
+        write_json(directory / "recipe.json", {"variant": self.variant, "recipe": self.recipe})
+
     def _check_grid(self) -> None:
         if self.grid is not None and self.grid not in OFFERED:
             raise HwpqError(

@@ -86,9 +86,9 @@ def export_checkpoint(
         )
     with atomic_directory(target_dir) as partial:
         write_json(partial / "config.json", config)
-        write_json(partial / "recipe.json", {"variant": compressed.variant, "recipe": compressed.recipe})
         write_weights(partial, _tensors(dense, compressed, scale_dtype), shard_bytes=shard_bytes)
         copy_side_files(Path(model_dir), partial)
+        compressed.write_recipe(partial)
         write_card(partial, card, STORAGE)
     return Path(target_dir)
 

@@ -98,6 +98,7 @@ def export_gguf(
     model = _Model(dense, compressed, kind, shape)
     with atomic_directory(target_dir) as folder:
         _write_file(folder / f"model-{kind}.gguf", model, card)
+        compressed.write_recipe(folder)
         write_card(folder, card, STORAGE)
     return Path(target_dir)
 

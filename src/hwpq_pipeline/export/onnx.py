@@ -132,6 +132,7 @@ def export_onnx(
         (partial / "model.onnx").write_bytes(model.SerializeToString(deterministic=True))
         write_json(partial / "config.json", dense.config)
         copy_side_files(Path(model_dir), partial)
+        compressed.write_recipe(partial)
         write_card(partial, card, STORAGE)
     return Path(target_dir)
 

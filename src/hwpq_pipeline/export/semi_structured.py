@@ -46,6 +46,7 @@ def export_semi_structured(
         shapes = {layer: dense.shape(f"{layer}.weight") for layer in compressed.layers}
         write_packed(partial, compressed.grid, shapes, dict(_tensors(dense, compressed)))
         copy_side_files(Path(model_dir), partial)
+        compressed.write_recipe(partial)
         write_card(partial, card, STORAGE)
     return Path(target_dir)
 

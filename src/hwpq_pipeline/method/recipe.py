@@ -198,6 +198,14 @@ class Recipe:
         """Plain nested mappings, numbers and words; `from_json` reads them back."""
         return asdict(self)
 
+    def told(self) -> dict[str, Any]:
+        """`to_json` without what does not apply, for people."""
+        return {
+            name: {key: value for key, value in section.items() if value is not None}
+            for name, section in self.to_json().items()
+            if section is not None
+        }
+
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Self:
         """The recipe that `to_json` gave.

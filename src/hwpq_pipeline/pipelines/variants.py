@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -18,7 +19,7 @@ def for_each_variant(nodes: Iterable[Node], names: Iterable[str]) -> Pipeline:
     """One copy of `nodes` for each variant.
 
     Datasets get the namespace `variants.<name>`, except those in `SHARED`. `params:variant` becomes the variant's
-    entry. All variants share the other parameters.
+    entry, `params:variant.<key>` a part of it. All variants share the other parameters.
 
     Args:
         nodes: written for one variant.
@@ -26,7 +27,7 @@ def for_each_variant(nodes: Iterable[Node], names: Iterable[str]) -> Pipeline:
     """
     template = Pipeline(list(nodes))
     shared = {name for name in template.inputs() if name in SHARED}
-    parameters = {name: name for name in template.inputs() if name.startswith("params:")}
+    parameters = {name for name in template.inputs() if name.startswith("params:")}
     return sum(
         (
             Pipeline(
@@ -34,8 +35,8 @@ def for_each_variant(nodes: Iterable[Node], names: Iterable[str]) -> Pipeline:
                 namespace=f"variants.{name}",
                 inputs=shared,
                 parameters={
-                    **parameters,
-                    **({"params:variant": f"params:variants.{name}"} if "params:variant" in parameters else {}),
+                    parameter: re.sub(r"^params:variant(?=\.|$)", f"params:variants.{name}", parameter)
+                    for parameter in parameters
                 },
             )
             for name in names

@@ -7,11 +7,13 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+from hwpq_pipeline.checkpoints.compressed import CompressedModel
 from hwpq_pipeline.checkpoints.reader import read_json
 from hwpq_pipeline.export.card import CardInfo
 from hwpq_pipeline.export.compressed_tensors import export_checkpoint
 from hwpq_pipeline.export.formats import further_formats
-from hwpq_pipeline.parameters import Calibration, Export, Variant
+from hwpq_pipeline.method.recipe import Recipe
+from hwpq_pipeline.parameters import Calibration, Export
 
 
 def export_variant(
@@ -19,13 +21,13 @@ def export_variant(
     corpus: Path,
     compressed: Path,
     name: str,
-    variant: Variant,
+    description: str,
     calibration: Calibration,
     scratch: Path,
 ) -> tuple[Path, dict[str, float]]:
     """The checkpoint with its model card, and the seconds it took."""
     begun = time.perf_counter()
-    card = _card(model, corpus, name, variant, calibration)
+    card = _card(model, corpus, compressed, name, description, calibration)
     target = export_checkpoint(model, compressed, scratch / "export", card=card)
     return target, {"export": time.perf_counter() - begun}
 
@@ -35,7 +37,7 @@ def export_formats(
     corpus: Path,
     compressed: Path,
     name: str,
-    variant: Variant,
+    description: str,
     calibration: Calibration,
     export: Export,
     scratch: Path,
@@ -43,7 +45,7 @@ def export_formats(
     """A directory with a directory for each further format that can hold the variant, each with its model card."""
     target = scratch / "formats"
     target.mkdir()
-    card = _card(model, corpus, name, variant, calibration)
+    card = _card(model, corpus, compressed, name, description, calibration)
     known = further_formats()
     for word in export.formats:
         if said := known[word].refusal(card.structure, card.grid):
@@ -54,20 +56,25 @@ def export_formats(
     return target
 
 
-def _card(model: Path, corpus: Path, name: str, variant: Variant, calibration: Calibration) -> CardInfo:
-    source, text = read_json(model / "source.json"), read_json(corpus / "source.json")
-    recovers, descends = variant.recovery, variant.quantization and variant.quantization.method != "nearest"
-    calibrated = bool(variant.selection or recovers or descends)
+def _card(
+    model: Path, corpus: Path, compressed: Path, name: str, description: str, calibration: Calibration
+) -> CardInfo:
+    """What the cards say; of the method, what made the compressed model, since the configuration may have changed."""
+    source, text, made = (
+        read_json(model / "source.json"),
+        read_json(corpus / "source.json"),
+        CompressedModel(compressed),
+    )
+    recipe = Recipe.from_json(made.recipe)
+    drawn = {"text": text["name"], **calibration.model_dump(include={"samples", "length", "seed"})}
     return CardInfo(
         variant=name,
-        description=variant.description,
+        description=description,
         base_model=source["name"],
         license=source.get("license"),
-        grid=variant.quantization.grid if variant.quantization else None,
-        structure=variant.selection.structure if variant.selection else "dense",
-        parameters=variant.model_dump(exclude={"description"}, exclude_none=True),
-        calibration={"text": text["name"], **calibration.model_dump(include={"samples", "length", "seed"})}
-        if calibrated
-        else {},
+        grid=made.grid,
+        structure=made.structure,
+        parameters=recipe.told(),
+        calibration=drawn if recipe.needs_text else {},
         command=f"dvc repro export@{name}",
     )

@@ -10,6 +10,8 @@ from hwpq_pipeline.pipelines.variants import for_each_variant
 
 from .nodes import export_formats, export_variant
 
+MADE_FROM = ("model", "corpus", "compressed", "name", "params:variant.description", "params:calibration")
+
 
 def create_pipeline(names: Iterable[str]) -> Pipeline:
     """For every variant the checkpoint that is evaluated, and the further formats that are asked for."""
@@ -17,22 +19,21 @@ def create_pipeline(names: Iterable[str]) -> Pipeline:
         [
             node(
                 export_variant,
-                ["model", "corpus", "compressed", "name", "params:variant", "params:calibration", "scratch"],
-                ["export", "export_seconds"],
-                name="export",
-            ),
-            node(
-                export_formats,
                 [
                     "model",
                     "corpus",
                     "compressed",
                     "name",
-                    "params:variant",
+                    "params:variant.description",
                     "params:calibration",
-                    "params:export",
                     "scratch",
                 ],
+                ["export", "export_seconds"],
+                name="export",
+            ),
+            node(
+                export_formats,
+                [*MADE_FROM, "params:export", "scratch"],
                 "formats",
                 name="export_formats",
             ),

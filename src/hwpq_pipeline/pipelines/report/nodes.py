@@ -8,6 +8,7 @@ from typing import Any
 import pandas as pd
 import yaml
 
+from hwpq_pipeline.method.recipe import Recipe
 from hwpq_pipeline.parameters import Calibration, Evaluation, Variant
 from hwpq_pipeline.pipelines.variants import by_variant
 from hwpq_pipeline.reporting.charts import error_by_layer, pareto, sparsity_by_layer
@@ -58,7 +59,7 @@ def page(
             name=name,
             description=variant.description,
             entry=_as_yaml({name: variant.model_dump(exclude_unset=True)}),
-            recipe=_as_yaml({name: _given(recipes[name])}),
+            recipe=_as_yaml({name: Recipe.from_json(recipes[name]).told()}),
             layers=layers[name],
             continuations=continuations[name],
             command=f"dvc repro evaluate@{name}",
@@ -74,10 +75,3 @@ def page(
 
 def _as_yaml(value: dict[str, Any]) -> str:
     return str(yaml.safe_dump(value, sort_keys=False, allow_unicode=True))
-
-
-def _given(recipe: dict[str, Any]) -> dict[str, Any]:
-    """The recipe without what does not apply to it."""
-    return {
-        name: _given(value) if isinstance(value, dict) else value for name, value in recipe.items() if value is not None
-    }
