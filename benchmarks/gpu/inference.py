@@ -8,6 +8,10 @@ only what is around its product is compiled: rounding activations, scaling.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -27,7 +31,12 @@ def run_linears(bench: Bench) -> None:
         for shape in SHAPES[model]:
             weight = make_layer(shape, bench.device).weight
             for kind in KINDS:
-                labels = {"section": "linears", "model": model, "shape": f"{shape[0]}x{shape[1]}", "method": kind}
+                labels: dict[str, Any] = {
+                    "section": "linears",
+                    "model": model,
+                    "shape": f"{shape[0]}x{shape[1]}",
+                    "method": kind,
+                }
                 with bench.guarded(**labels):
                     layer = MAKERS[kind](weight)
                     if bench.cuda:  # what is around the product, once for all numbers of tokens
@@ -38,24 +47,32 @@ def run_linears(bench: Bench) -> None:
                         x = torch.randn(tokens, shape[1], device=bench.device).bfloat16()
                         wanted = expected(kind, weight, x[:64])
                         bench.measure(
-                            lambda layer=layer, x=x: layer(x),
+                            partial(layer, x),
                             operations=2 * tokens * shape[0] * shape[1],
                             ceiling="fp8" if "fp8" in kind else "bfloat16",
-                            check=lambda layer=layer, x=x, wanted=wanted, kind=kind: wrong(layer(x)[:64], wanted, kind),
+                            check=partial(check, layer, x, wanted, kind),
                             tokens=tokens,
                             budget=0.06,
                             **labels,
                         )
 
 
-def wrong(found: Tensor, wanted: Tensor, kind: str) -> str:
-    """What is wrong with an output, or nothing; NaN does not pass."""
-    error = float((found.float() - wanted).norm() / wanted.norm())
+def check(layer: nn.Module, x: Tensor, wanted: Tensor, kind: str) -> str:
+    """What is wrong with a layer's output for the first 64 tokens, or nothing; NaN does not pass."""
+    error = float((layer(x)[:64].float() - wanted).norm() / wanted.norm())
     return "" if error <= TOLERANCE[kind] else f"relative error {error:.3g}"
 
 
 class Block(nn.Module):
     """A decoder block: `width` features, `hidden` in the feed-forward part, heads of 128 (or 16, when tiny)."""
+
+    q: nn.Module
+    k: nn.Module
+    v: nn.Module
+    o: nn.Module
+    gate: nn.Module
+    up: nn.Module
+    down: nn.Module
 
     def __init__(self, width: int, hidden: int, kind: str, device: torch.device) -> None:
         super().__init__()
@@ -102,7 +119,7 @@ def run_model(bench: Bench) -> None:
     """The 7B model in each form that a layer can take here."""
     width, hidden, depth = (64, 96, 2) if bench.dry else (4096, 11008, 32)
     for kind in KINDS:
-        labels = {"section": "model", "model": "tiny" if bench.dry else "7b", "method": kind}
+        labels: dict[str, Any] = {"section": "model", "model": "tiny" if bench.dry else "7b", "method": kind}
         with bench.guarded(**labels), torch.no_grad():
             blocks = [Block(width, hidden, kind, bench.device) for _ in range(depth)]
             if bench.cuda:
@@ -113,7 +130,7 @@ def run_model(bench: Bench) -> None:
                 x = torch.randn(1, tokens, width, device=bench.device).bfloat16()
                 turn = rotation(tokens, head, bench.device)
                 bench.measure(
-                    lambda x=x, turn=turn, blocks=blocks: forward(blocks, x, turn, None),
+                    partial(forward, blocks, x, turn, None),
                     phase="prefill",
                     tokens=tokens,
                     **labels,
@@ -134,7 +151,7 @@ def forward(blocks: list[Block], x: Tensor, turn: tuple[Tensor, Tensor], caches:
     return x
 
 
-def decode(bench: Bench, blocks: list[Block], batch: int, width: int, labels: dict[str, str]) -> None:
+def decode(bench: Bench, blocks: list[Block], batch: int, width: int, labels: dict[str, Any]) -> None:
     """A step of one token for each of a batch."""
     head = blocks[0].head
     context = 32 if bench.dry else CONTEXT
@@ -146,7 +163,8 @@ def decode(bench: Bench, blocks: list[Block], batch: int, width: int, labels: di
     def step() -> Tensor:
         return forward(blocks, x, turn, caches)
 
-    call, how = step, "eager"
+    call: Callable[[], Any] = step
+    how = "eager"
     if bench.cuda:
         how = "compiled"
         stream = torch.cuda.Stream()

@@ -7,6 +7,7 @@ as many others of the same distribution (`error_held_out`), in float32 without T
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -57,7 +58,7 @@ def run(bench: Bench) -> None:
 def one_layer(bench: Bench, shape: tuple[int, int], model: str) -> dict[str, float | None]:
     """Each method on one layer; seconds by method."""
     layer = make_layer(shape, bench.device)
-    labels = {"section": "recover", "model": model, "shape": layer.name}
+    labels: dict[str, Any] = {"section": "recover", "model": model, "shape": layer.name}
     gram, held_out = grams(bench, shape[1], TOKENS[model], labels)
     energy = gram.diagonal().contiguous()
     mask = unpack_bits(select_two_of_four(layer.weight, "hwpq_weighted", energy).keep, shape[1])
@@ -75,7 +76,7 @@ def one_layer(bench: Bench, shape: tuple[int, int], model: str) -> dict[str, flo
             operations=2.0 * products * shape[0] * shape[1] ** 2 if products else None,
             ceiling="tf32" if tf32 else "float32",
             warm=not slow,
-            extra=lambda method=method: errors(layer, method(), gram, held_out),
+            extra=partial(checked, layer, method, gram, held_out),
             method=name,
             tf32=tf32,
             **labels,
@@ -84,7 +85,7 @@ def one_layer(bench: Bench, shape: tuple[int, int], model: str) -> dict[str, flo
     return found
 
 
-def grams(bench: Bench, features: int, tokens: int, labels: dict[str, str]) -> tuple[Tensor, Tensor]:
+def grams(bench: Bench, features: int, tokens: int, labels: dict[str, Any]) -> tuple[Tensor, Tensor]:
     """Of some inputs, and of as many others; the first is timed."""
     both = make_inputs(2 * tokens, features, bench.device)
     inputs = both[:tokens]
@@ -94,8 +95,9 @@ def grams(bench: Bench, features: int, tokens: int, labels: dict[str, str]) -> t
     return gram_of(inputs), gram_of(both[tokens:])
 
 
-def errors(layer: Layer, result: Tensor, gram: Tensor, held_out: Tensor) -> dict[str, Any]:
-    """Relative output errors, and the share of zeros."""
+def checked(layer: Layer, method: Callable[[], Tensor], gram: Tensor, held_out: Tensor) -> dict[str, Any]:
+    """Relative output errors of a method's result, and its share of zeros."""
+    result = method()
     torch.backends.cuda.matmul.allow_tf32 = False
     row: dict[str, Any] = {"zeros": float((result == 0).double().mean())}
     for name, matrix in (("error", gram), ("error_held_out", held_out)):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,14 +30,14 @@ SOLVED = Threshold(alpha=GAIN, beta=GAIN, domain="sqrt", scope="row", sparsity=0
 TIES = 1e-3
 ROWS_CHECKED = 4
 #: Rows, columns, warps (and loads in flight) of a program.
-CUTS = {
+CUTS: dict[str, list[Any]] = {
     "two_of_four": [(4, 512, 4), (8, 256, 4), (8, 512, 4), (8, 1024, 4), (16, 512, 4), (8, 512, 8)],
     "ewma": [
         (16, 128, 4, 3), (8, 256, 4, 3), (32, 64, 4, 3), (64, 32, 4, 3), (64, 64, 4, 3), (32, 128, 8, 3),
         (16, 64, 4, 3), (32, 64, 4, 2), (16, 128, 4, 4),
     ],
 }  # fmt: skip
-SMALL_CUTS = {"two_of_four": [(2, 32, 1)], "ewma": [(8, 32, 4, 2)]}
+SMALL_CUTS: dict[str, list[Any]] = {"two_of_four": [(2, 32, 1)], "ewma": [(8, 32, 4, 2)]}
 
 
 def prepared(layer: Layer, tile: ewma.Tile | None = None) -> tuple[ewma.Pass, Tensor]:
@@ -107,7 +109,7 @@ def run(bench: Bench) -> None:
 
 def one_layer(bench: Bench, layer: Layer, model: str) -> None:
     """Each method on one layer."""
-    labels = {"section": "select", "model": model, "shape": layer.name, "dtype": "bfloat16"}
+    labels: dict[str, Any] = {"section": "select", "model": model, "shape": layer.name, "dtype": "bfloat16"}
     size, masks = layer.weight.nbytes, layer.weight.numel() / 8
     target = torch.empty_like(layer.weight)
     bench.measure(lambda: target.copy_(layer.weight), moved=2 * size, method="copy", **labels)
@@ -133,7 +135,7 @@ def one_layer(bench: Bench, layer: Layer, model: str) -> None:
         lambda: select_two_of_four(layer.weight, METRIC, layer.energy), method="two_of_four_with_factors", **labels
     )
     for rival in (sort, topk, topk_groups):
-        bench.measure(lambda rival=rival: rival(layer), method=rival.__name__, **labels)
+        bench.measure(partial(rival, layer), method=rival.__name__, **labels)
     bench.measure(lambda: wanda_mask(layer.weight, layer.energy), method="wanda", **labels)
 
 
@@ -141,13 +143,13 @@ def run_tiles(bench: Bench) -> None:
     """How the work is cut, on the first and the last shape: each cut of the moving average is compiled anew."""
     shapes = list(SHAPES["tiny" if bench.dry else "7b"])
     for layer in (make_layer(shape, bench.device) for shape in (shapes[0], shapes[-1])):
-        labels = {"section": "tiles", "shape": layer.name, "dtype": "bfloat16"}
+        labels: dict[str, Any] = {"section": "tiles", "shape": layer.name, "dtype": "bfloat16"}
         moved = layer.weight.nbytes + layer.weight.numel() / 8
         parts = root_factors(METRIC, layer.weight, layer.energy)
         factors = (parts.column, parts.row, parts.cross)
         for cut in (SMALL_CUTS if bench.dry else CUTS)["two_of_four"]:
             bench.measure(
-                lambda layer=layer, cut=cut, factors=factors: fours.select(layer.weight, *factors, fours.Tile(*cut)),
+                partial(fours.select, layer.weight, *factors, fours.Tile(*cut)),
                 moved=moved,
                 method="two_of_four",
                 tile=list(cut),
@@ -157,7 +159,7 @@ def run_tiles(bench: Bench) -> None:
         for cut in (SMALL_CUTS if bench.dry else CUTS)["ewma"]:
             one, lam = prepared(layer, ewma.Tile(*cut))
             bench.measure(
-                lambda one=one, lam=lam: one.select(lam),
+                partial(one.select, lam),
                 moved=moved,
                 method="ewma",
                 tile=list(cut),
@@ -186,12 +188,17 @@ def whole(bench: Bench, model: str) -> None:
         for layer, (_, parts) in zip(layers, ready, strict=True):
             fours.select(layer.weight, parts.column, parts.row, parts.cross)
 
-    labels = {"section": "select_whole", "model": model, "shape": f"{len(layers)} layers", "dtype": "bfloat16"}
+    labels: dict[str, Any] = {
+        "section": "select_whole",
+        "model": model,
+        "shape": f"{len(layers)} layers",
+        "dtype": "bfloat16",
+    }
     bench.measure(copy, moved=2 * size, method="copy", **labels)
     bench.measure(by_average, moved=size * 17 / 16, method="ewma", **labels)
     bench.measure(by_fours, moved=size * 17 / 16, method="two_of_four", **labels)
     for name, rival in (("sort", sort), ("topk", topk), ("wanda", lambda one: wanda_mask(one.weight, one.energy))):
-        bench.measure(lambda rival=rival: each(rival, layers), method=name, budget=0, warm=False, **labels)
+        bench.measure(partial(each, rival, layers), method=name, budget=0, warm=False, **labels)
 
 
 def each(work: Callable[[Layer], Tensor], layers: list[Layer]) -> None:

@@ -11,7 +11,7 @@ import json
 import statistics
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -44,7 +44,7 @@ class Bench:
         return row
 
     @contextmanager
-    def guarded(self, **labels: Any):
+    def guarded(self, **labels: Any) -> Iterator[None]:
         """What fails within is a row with its message, and the rest goes on."""
         try:
             yield
@@ -107,6 +107,7 @@ class Bench:
         Returns:
             The median in seconds; None where it failed.
         """
+        median, written = 0.0, False
         with self.guarded(**labels):
             wrong = check() if check else ""
             if wrong:
@@ -124,8 +125,8 @@ class Bench:
             if extra is not None:
                 row |= extra()
             self.write(**row)
-            return median
-        return None
+            written = True
+        return median if written else None
 
     def _share(self, rate: float, ceiling: str) -> float | None:
         return rate / self.ceilings[ceiling] if ceiling in self.ceilings else None

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -29,14 +30,14 @@ def brute_force(path: Path, tokens: torch.Tensor) -> dict[str, np.ndarray]:
             )
     with torch.inference_mode():
         model(tokens)
-    return {name: sum(np.outer(x, x) for part in parts for x in part) for name, parts in inputs.items()}
+    return {name: np.sum([np.outer(x, x) for part in parts for x in part], axis=0) for name, parts in inputs.items()}
 
 
 def relative(found: torch.Tensor, expected: np.ndarray) -> float:
     return float(np.abs(found.double().numpy() - expected).max() / np.abs(expected).max())
 
 
-def cpu(path: Path, tokens: torch.Tensor, target: Path, **options) -> Statistics:
+def cpu(path: Path, tokens: torch.Tensor, target: Path, **options: Any) -> Statistics:
     collect_statistics(path, tokens, target=target, device="cpu", **{"dtype": "float32", **options})
     return Statistics(target)
 
@@ -149,12 +150,10 @@ def test_sliding_and_full_attention_blocks_get_their_own_masks(tmp_path: Path) -
 def test_other_architectures(tmp_path: Path, family: str) -> None:
     from transformers import GPTNeoXConfig, OPTConfig
 
-    small = {"vocab_size": 260, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
-    if family == "opt":
-        config = OPTConfig(ffn_dim=48, word_embed_proj_dim=32, max_position_embeddings=64, **small)
-    else:
-        config = GPTNeoXConfig(intermediate_size=48, max_position_embeddings=64, **small)
-    path = tiny_checkpoint(tmp_path / "m", config)
+    small: dict[str, Any] = {"vocab_size": 260, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    kind: Any = {"opt": OPTConfig, "neox": GPTNeoXConfig}[family]
+    own = {"opt": {"ffn_dim": 48, "word_embed_proj_dim": 32}, "neox": {"intermediate_size": 48}}[family]
+    path = tiny_checkpoint(tmp_path / "m", kind(max_position_embeddings=64, **own, **small))
     found = cpu(path, tiny_tokens(3), tmp_path / "s", batch=2)
     layers = brute_force(path, tiny_tokens(3))
     assert set(found.layers) >= {layer for layer in layers if "embed_out" not in layer}
@@ -214,11 +213,16 @@ def test_damaged_statistics(model: Path, tmp_path: Path) -> None:
 def test_one_sum_a_group_and_progress_a_block(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     added: list[tuple[int, ...]] = []
     real = Gram.add
-    monkeypatch.setattr(Gram, "add", lambda self, x: (added.append(tuple(x.shape)), real(self, x))[1])
+
+    def add(self: Gram, x: torch.Tensor) -> None:
+        added.append(tuple(x.shape))
+        real(self, x)
+
+    monkeypatch.setattr(Gram, "add", add)
     seen: list[tuple[int, int]] = []
     path = collect_statistics(
         model, tiny_tokens(3), target=tmp_path / "s", device="cpu", dtype="float32", batch=2,
-        progress=lambda *report: seen.append(report),
+        progress=lambda done, total: seen.append((done, total)),
     )  # fmt: skip
     assert len(added) == 2 * 2 * 4  # blocks, batches, groups
     assert seen == [(1, 2), (2, 2)]

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from hwpq_pipeline.corpus.samples import draw_samples, token_matrix
+from hwpq_pipeline.corpus.samples import Split, draw_samples, token_matrix
 from hwpq_pipeline.errors import HwpqError
 from tests.tiny import tiny_documents, tiny_tokenizer
 
@@ -18,7 +18,7 @@ def tokenizer_dir(tmp_path: Path) -> Path:
     return tiny_tokenizer(tmp_path / "tokenizer")
 
 
-def draw(documents: pd.DataFrame, tokenizer_dir: Path, split: str, samples: int, seed: int = 0) -> pd.DataFrame:
+def draw(documents: pd.DataFrame, tokenizer_dir: Path, split: Split, samples: int, seed: int = 0) -> pd.DataFrame:
     return draw_samples(documents, tokenizer_dir, split=split, samples=samples, length=LENGTH, seed=seed)
 
 
@@ -29,7 +29,7 @@ def byte_ids(tokenizer_dir: Path, text: str) -> list[int]:
 
 
 @pytest.mark.parametrize(("split", "parity"), [("calibration", 0), ("evaluation", 1)])
-def test_all_windows_of_a_split_are_its_documents_cut_up(tokenizer_dir: Path, split: str, parity: int) -> None:
+def test_all_windows_of_a_split_are_its_documents_cut_up(tokenizer_dir: Path, split: Split, parity: int) -> None:
     """Asked for every window there is, the samples must be exactly the cut-up documents of the parity."""
     documents = tiny_documents(5, words=60)
     expected = set()
@@ -57,7 +57,8 @@ def test_matrix_survives_parquet(tokenizer_dir: Path, tmp_path: Path) -> None:
     frame = draw(tiny_documents(), tokenizer_dir, "evaluation", 3)
     frame.to_parquet(tmp_path / "s.parquet", index=False)
     matrix = token_matrix(pd.read_parquet(tmp_path / "s.parquet"))
-    assert (matrix.shape, matrix.dtype) == ((3, LENGTH), np.int64)
+    assert matrix.shape == (3, LENGTH)
+    assert matrix.dtype == np.int64
     assert matrix.tolist() == frame["tokens"].tolist()
 
 

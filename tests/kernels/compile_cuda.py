@@ -24,6 +24,7 @@ from hwpq_pipeline.kernels.ewma_select import SEARCH_STEPS
 from hwpq_pipeline.kernels.ewma_select import cuda as ewma
 from hwpq_pipeline.kernels.ewma_select import triton_parts as ewma_parts
 from hwpq_pipeline.kernels.fp8 import cuda as fp8
+from hwpq_pipeline.kernels.group_scale import CANDIDATES, REFITS
 from hwpq_pipeline.kernels.group_scale import cuda as scales
 from hwpq_pipeline.kernels.triton_parts import STORED
 from hwpq_pipeline.kernels.two_of_four import cuda as fours
@@ -136,7 +137,7 @@ def rounding(capability: int) -> dict[str, dict[str, int]]:
         found[f"group_scale {size}"] = build(
             scales._search,
             "*fp32 *fp32 *fp32 *fp32 i32 i32 i32 fp32 fp32 fp32",
-            {"STEPS": scales.CANDIDATES, "REFIT": scales.REFITS, "GROUPS": scales.TILE // size, "SIZE": size},
+            {"STEPS": CANDIDATES, "REFIT": REFITS, "GROUPS": scales.TILE // size, "SIZE": size},
             capability,
             num_warps=4,
         )

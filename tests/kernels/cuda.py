@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from typing import TypeVarTuple, cast
+
 import torch
 from torch import Tensor
+
+Tensors = TypeVarTuple("Tensors")
 
 NAN = float("nan")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -21,5 +25,6 @@ def factors(rows: int, columns: int, crossed: bool = False) -> tuple[Tensor, Ten
     return column, random(rows, seed=2).abs(), random(columns, seed=3).abs()
 
 
-def there(*tensors: Tensor) -> list[Tensor]:
-    return [tensor.to(DEVICE) for tensor in tensors]
+def there(*tensors: *Tensors) -> tuple[*Tensors]:
+    """The tensors on the device."""
+    return tuple(tensor.to(DEVICE) for tensor in cast("tuple[Tensor, ...]", tensors))  # type: ignore[return-value]

@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -73,6 +74,8 @@ def test_rows_further_apart_than_32_bits_can_tell(kernel: str) -> None:
     weight = memory.as_strided((2, columns), (stride, 1))
     weight.copy_(random(2, columns))
     near, parts = weight.clone(memory_format=torch.contiguous_format), there(*factors(2, columns))
+    far: Any
+    close: Any
     if kernel == "ewma":
         lam = torch.zeros(2, device=DEVICE)
         far, close = (ewma.Pass(w, *parts, PLAIN, SMALL).select(lam) for w in (weight, near))

@@ -5,7 +5,10 @@ from __future__ import annotations
 import logging
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -14,9 +17,11 @@ from hwpq_pipeline.errors import HwpqError
 from hwpq_pipeline.kernels import devices
 from hwpq_pipeline.kernels.devices import choose_device, on_the_cpu
 
+Machine = Callable[[bool, bool], None]
+
 
 @pytest.fixture
-def machine(monkeypatch: pytest.MonkeyPatch):
+def machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[Machine]:
     """Make a machine with or without GPU and Triton."""
 
     def make(gpu: bool, triton: bool) -> None:
@@ -40,7 +45,9 @@ def machine(monkeypatch: pytest.MonkeyPatch):
         ("auto", True, False, "cpu"),
     ],
 )
-def test_choice_is_made_and_told(machine, caplog, name: str, gpu: bool, triton: bool, expected: str) -> None:
+def test_choice_is_made_and_told(
+    machine: Machine, caplog: pytest.LogCaptureFixture, name: str, gpu: bool, triton: bool, expected: str
+) -> None:
     machine(gpu, triton)
     with caplog.at_level(logging.INFO, logger="hwpq_pipeline"):
         assert str(choose_device(name, where="select")) == expected
@@ -49,11 +56,11 @@ def test_choice_is_made_and_told(machine, caplog, name: str, gpu: bool, triton: 
     assert ("Triton is not" in caplog.text) == (gpu and not triton)
 
 
-def test_what_cannot_be_had_is_named(machine) -> None:
-    machine(gpu=False, triton=True)
+def test_what_cannot_be_had_is_named(machine: Machine) -> None:
+    machine(False, True)
     with pytest.raises(HwpqError, match="torch sees no CUDA device"):
         choose_device("cuda")
-    machine(gpu=True, triton=False)
+    machine(True, False)
     with pytest.raises(HwpqError, match=r"need Triton.*the extra `cuda`"):
         choose_device("cuda")
     with pytest.raises(HwpqError, match="unknown device 'tpu'"):
@@ -61,8 +68,8 @@ def test_what_cannot_be_had_is_named(machine) -> None:
 
 
 @pytest.mark.parametrize("tf32", [False, True])
-def test_tf32_is_as_asked_for(machine, tf32: bool) -> None:
-    machine(gpu=True, triton=True)
+def test_tf32_is_as_asked_for(machine: Machine, tf32: bool) -> None:
+    machine(True, True)
     choose_device("auto", tf32=tf32)
     assert torch.backends.cuda.matmul.allow_tf32 is tf32
 
@@ -101,16 +108,12 @@ def test_a_machine_with_a_gpu_needs_neither_numba_nor_frameworks(root: Path) -> 
     assert int(done.stdout) > 20
 
 
-class OnAGpu:
+GPU = torch.device("cuda", 0)
+
+
+def on_a_gpu(value: torch.Tensor) -> Any:
     """Stands in for a CUDA tensor where there is no GPU."""
-
-    device = torch.device("cuda", 0)
-
-    def __init__(self, value: torch.Tensor) -> None:
-        self.value = value
-
-    def cpu(self) -> torch.Tensor:
-        return self.value
+    return SimpleNamespace(device=GPU, cpu=lambda: value)
 
 
 class Result:
@@ -121,7 +124,7 @@ class Result:
         return Result(self.value, device)
 
 
-def test_without_a_cuda_kernel_the_cpu_works_and_the_result_comes_back(caplog) -> None:
+def test_without_a_cuda_kernel_the_cpu_works_and_the_result_comes_back(caplog: pytest.LogCaptureFixture) -> None:
     devices._tell.cache_clear()
     seen = []
 
@@ -132,9 +135,9 @@ def test_without_a_cuda_kernel_the_cpu_works_and_the_result_comes_back(caplog) -
     one, two = torch.ones(3), torch.full((3,), 2.0)
     with caplog.at_level(logging.INFO, logger="hwpq_pipeline"):
         for _ in range(2):
-            found = on_the_cpu(work, OnAGpu(one), OnAGpu(two), where="some_kernel")
+            found = on_the_cpu(work, on_a_gpu(one), on_a_gpu(two), where="some_kernel")
     assert seen == [("cpu", "cpu")] * 2
-    assert found.device == OnAGpu.device
+    assert found.device == GPU
     assert found.value.tolist() == [3.0, 3.0, 3.0]
     assert caplog.text.count("some_kernel: there is no CUDA kernel yet") == 1
     assert on_the_cpu(work, one, two, where="some_kernel").device.type == "cpu"

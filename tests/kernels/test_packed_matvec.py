@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -26,9 +28,9 @@ SHAPES = [(1, 4), (3, 12), (31, 36), (32, 32), (33, 100), (70, 256), (576, 1540)
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_kernel_is_the_reference(kind, shape):
+def test_kernel_is_the_reference(kind: str, shape: tuple[int, int]) -> None:
     generator = torch.Generator().manual_seed(shape[0])
-    weight = codes(kind, two_of_four(*shape, generator))
+    weight = codes(kind, two_of_four(shape[0], shape[1], generator))
     kept, positions = pack_two_of_four(weight)
     scale = 0.001 + torch.rand(shape[0], 1, generator=generator)
     x = torch.randn(shape[1], generator=generator)
@@ -43,7 +45,7 @@ def test_kernel_is_the_reference(kind, shape):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_layout_can_be_undone(kind):
+def test_the_layout_can_be_undone(kind: str) -> None:
     generator = torch.Generator().manual_seed(9)
     kept, positions = pack_two_of_four(codes(kind, two_of_four(45, 100, generator)))
     scale = 0.1 + torch.rand(45, 1, generator=generator)
@@ -53,7 +55,7 @@ def test_the_layout_can_be_undone(kind):
 
 
 @pytest.mark.parametrize("group", [32, 64, 128])
-def test_scales_of_groups(group):
+def test_scales_of_groups(group: int) -> None:
     generator = torch.Generator().manual_seed(group)
     weight = codes("int8", two_of_four(45, 384, generator))
     kept, positions = pack_two_of_four(weight)
@@ -65,7 +67,7 @@ def test_scales_of_groups(group):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_many_inputs_are_done_like_one(kind, monkeypatch):
+def test_many_inputs_are_done_like_one(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu, "SMALLEST_SHARED", 0)  # by threads, too
     generator = torch.Generator().manual_seed(6)
     kept, positions = pack_two_of_four(codes(kind, two_of_four(300, 600, generator)))
@@ -77,12 +79,12 @@ def test_many_inputs_are_done_like_one(kind, monkeypatch):
     assert torch.equal(got, one_by_one.view(2, 4, 300))
 
 
-def test_both_ways_to_choose_give_the_same_sums():
+def test_both_ways_to_choose_give_the_same_sums() -> None:
     """Every processor's way is compiled here: that of the others is the portable one."""
     add = cpu.adding(permute=False)
 
     @jit
-    def one_word(values, positions, x, sums):
+    def one_word(values: Any, positions: Any, x: Any, sums: Any) -> None:
         add(values, 0, positions, 0, x, 0, sums)
 
     generator = torch.Generator().manual_seed(5)
@@ -94,13 +96,13 @@ def test_both_ways_to_choose_give_the_same_sums():
     assert np.array_equal(sums, packed_matvec(arranged, x).numpy())
 
 
-def test_what_a_product_reads_is_five_bits_a_weight():
+def test_what_a_product_reads_is_five_bits_a_weight() -> None:
     kept, positions = pack_two_of_four(codes("int8", two_of_four(64, 1024, torch.Generator().manual_seed(0))))
     arranged = arrange(kept, positions, torch.ones(64, 1))
     assert arranged.nbytes == 64 * 1024 * 5 // 8 + 64 * 4
 
 
-def test_a_device_without_a_kernel_is_named():
+def test_a_device_without_a_kernel_is_named() -> None:
     kept, positions = pack_two_of_four(two_of_four(4, 32, torch.Generator().manual_seed(0)))
     with pytest.raises(HwpqError, match="packed_matvec: there is no kernel for the device 'meta'"):
         arrange(kept.to("meta"), positions, torch.ones(4, 1))

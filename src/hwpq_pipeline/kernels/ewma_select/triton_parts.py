@@ -1,6 +1,7 @@
 """The compiled parts of the CUDA kernel: see `cuda` for what they carry and why."""
 
-# The compiler wants flat arguments: a tile's pointers, sizes and carries one by one.
+# The compiler wants flat arguments (a tile's pointers, sizes and carries one by one), and gives them their types.
+# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
 
 from __future__ import annotations
 
