@@ -102,6 +102,19 @@ def test_mistakes_end_in_one_line_and_leave_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_nothing_but_an_earlier_export_is_replaced(tmp_path: Path) -> None:
+    model = tiny_checkpoint(tmp_path / "model")
+    int8: dict[str, Any] = {"quantization": {"grid": "int8"}}
+    for taken in (model, tmp_path):
+        before = sorted(path.name for path in taken.iterdir())
+        with pytest.raises(HwpqError, match="no export of ours"):
+            compress(model, int8, out=taken, device="cpu")
+        assert sorted(path.name for path in taken.iterdir()) == before
+    (tmp_path / "empty").mkdir()
+    for out in ("empty", "empty", "new"):  # the second time it holds an export
+        assert (compress(model, int8, out=tmp_path / out, device="cpu").path / "model.safetensors").is_file()
+
+
 def test_the_package_opens_without_torch() -> None:
     """Commands start fast: torch comes with the first use of the door."""
     import subprocess

@@ -69,7 +69,8 @@ def compress(
         model_dir: the dense checkpoint: config, safetensors, tokenizer.
         recipe: a `Recipe`, or a variant as in `conf/base/parameters_variants.yml` (`selection`, `recovery`,
             `quantization`, `sequential`).
-        out: directory of the export; an earlier one is replaced only by a complete new one.
+        out: directory of the export. An earlier export there is replaced, and only by a complete new one; any other
+            directory with files in it is refused.
         calibration: text to calibrate on (a `.txt`, `.jsonl` or `.parquet` file, or a directory of them), or token
             ids of shape (samples, length). Needed by recipes that select, recover, round by coordinate descent or run
             in sequence.
@@ -85,7 +86,7 @@ def compress(
     begun = time.perf_counter()
     made = recipe if isinstance(recipe, Recipe) else _resolved(recipe)
     place = choose_device(device, where="compress")
-    target = Path(out)
+    target = _free(Path(out))
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as folder:
         scratch = Path(folder)
@@ -121,6 +122,15 @@ def load(directory: str | Path, *, device: str = "cpu", dtype: torch.dtype = tor
     from hwpq_pipeline.decoder.loading import load_dense
 
     return load_dense(directory, dtype, torch.device(device))
+
+
+def _free(target: Path) -> Path:
+    """The directory to write, which may hold an earlier export and nothing else: writing replaces it whole."""
+    if target.is_file() or (target.is_dir() and any(target.iterdir()) and not (target / "recipe.json").is_file()):
+        raise HwpqError(
+            "it is there already and is no export of ours", where=str(target), remedy="Name another place with out=."
+        )
+    return target
 
 
 def _resolved(variant: Mapping[str, Any]) -> Recipe:
