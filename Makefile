@@ -1,18 +1,22 @@
-# Everything a person needs of this project; `make help` lists it. GNU make, Python >= 3.11 and pip are enough.
+# Everything that one does with this project; `make help` lists it. It needs GNU make, Python >= 3.11 and pip.
 
 PYTHON ?= python3
 VENV   ?= .venv
 STAMP  := $(VENV)/.installed
+
+# uv or pip; and the build of torch that uv fetches (auto looks for an NVIDIA GPU; cpu, cu130, ... name one).
+INSTALLER ?= uv
+TORCH     ?= auto
 
 SHELL         := bash
 .SHELLFLAGS   := -euo pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 
-# Tools of the environment first: DVC stages and tests start `kedro` and `dvc` by name.
+# The environment's tools come first: DVC stages and tests start `kedro` and `dvc` by name.
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 
-# None of the tools reports to its makers.
+# No tool sends usage data.
 export DO_NOT_TRACK := true
 export DVC_NO_ANALYTICS := 1
 export HF_HUB_DISABLE_TELEMETRY := 1
@@ -26,7 +30,7 @@ DATABASE := sqlite:///$(CURDIR)/mlflow.db
 UI_PORT  ?= 5000
 BASE     ?= main
 
-.PHONY: help install run repro ci sweep ui lint format test test-fast test-browser screenshots test-postgres test-sweep \
+.PHONY: help install run repro ci sweep ui lint format dvc-dependencies test coverage test-fast test-browser screenshots test-postgres test-sweep \
 	engines test-engines viz pipeline-picture bench-selection bench-selection-quality bench-peers bench-inference bench-gpu lock clean
 
 help:  ## what there is
@@ -34,14 +38,12 @@ help:  ## what there is
 
 install: $(STAMP)  ## the environment, from the lock file (run and test do it themselves)
 
-# Rebuilt only when the lock file or the metadata changes. The lock file is whole, so nothing is resolved here;
-# the project itself is installed without its dependencies.
+# Made again only when the lock file or the metadata changes. The lock file names every package, so none is chosen
+# here; the project itself is installed without its dependencies.
 $(STAMP): requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version.split()[0]; sys.exit(0 if sys.version_info >= (3, 11) else f"Python {v} is too old: 3.11 or newer is needed. Name one: make PYTHON=python3.11 ...")'
-	@echo "Installing the pinned dependencies into $(VENV); this takes some minutes, once."
 	@test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
-	@$(VENV)/bin/python -m pip install --quiet -r requirements.lock
-	@$(VENV)/bin/python -m pip install --quiet --no-deps --editable .
+	@.ci/install $(abspath $(VENV))/bin/python $(INSTALLER) $(TORCH)
 	@touch $@
 
 run: $(STAMP)  ## all pipelines: model and text in, compressed variants and their comparison out
@@ -49,7 +51,7 @@ run: $(STAMP)  ## all pipelines: model and text in, compressed variants and thei
 	@echo
 	@echo "Report: data/09_comparison/index.html    Models: data/07_export/    MLflow UI: make ui, then http://127.0.0.1:$(UI_PORT)"
 
-repro: $(STAMP)  ## the same through DVC: only what has changed is computed again
+repro: $(STAMP)  ## the same through DVC, which computes only what has changed
 	dvc repro $(ARGS)
 
 ci: $(STAMP)  ## what CI does: repro, quality gates, figures against BASE (main) in data/09_comparison/summary.md
@@ -68,22 +70,26 @@ sweep: $(STAMP)  ## one variant over sparsity × bits, as DVC experiments and ML
 	@if dvc queue status | grep -w Failed; then \
 	  echo "error: these failed. Read why: dvc queue logs NAME; forget them: dvc queue remove --failed" >&2; exit 1; fi
 
-ui: $(STAMP)  ## the MLflow UI on what was logged (MLFLOW_TRACKING_URI is honoured)
+ui: $(STAMP)  ## the MLflow UI on what was logged (MLFLOW_TRACKING_URI names another store)
 	@uri="$${MLFLOW_TRACKING_URI:-$(DATABASE)}"; \
 	case "$$uri" in \
 	  http://*|https://*) echo "A server holds the runs: open $$uri" ;; \
 	  *) MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false mlflow server --backend-store-uri "$$uri" --host 127.0.0.1 --port $(UI_PORT) ;; \
 	esac
 
-# Triton's interpreter runs the CUDA kernels' tests without a GPU; elsewhere than on Linux they are skipped.
+# Triton's interpreter runs the CUDA kernels' tests without a GPU. Other systems than Linux skip them.
 $(VENV)/.triton: $(STAMP)
 	python -m pip install --quiet --editable '.[cuda]'
 	@touch $@
 
-# Most of the time goes into starting Python, so two workers take little more than half of it; with two threads of
-# torch each they would wait for each other.
-test: lint $(VENV)/.triton  ## linters, types, and the whole test suite with the end-to-end run on the real model
-	OMP_NUM_THREADS=1 pytest -n 2 --dist loadfile $(ARGS)
+# Two workers take little more than half the time of one, since most of it goes into starting Python. torch gets one
+# thread in each: two would wait for each other. Coverage is measured where the whole suite runs (pyproject.toml has
+# the number that it must reach).
+test: lint $(VENV)/.triton  ## linters, types, coverage, and the whole test suite with the end-to-end run on the real model
+	OMP_NUM_THREADS=1 pytest -n 2 --dist loadfile $(if $(ARGS),,--cov --cov-report=) $(ARGS)
+
+coverage: $(STAMP)  ## lines and branches that the last `make test` did not run
+	coverage report --skip-covered --skip-empty --show-missing
 
 $(VENV)/.browser: $(STAMP)
 	python -m pip install --quiet --editable '.[browser]'
@@ -108,9 +114,9 @@ test-sweep: $(STAMP)  ## `make sweep` on a tiny model
 test-fast: $(STAMP)  ## the tests that take seconds
 	pytest -m "not (slow or e2e or browser or engines or postgres or sweep)" $(ARGS)
 
-# Engines of users, each in an environment of its own: vLLM wants another transformers, llama.cpp is compiled (g++,
-# cmake; minutes, once). Their locks are whole; vLLM's leaves out torchvision, torchaudio and torchcodec, whose builds do
-# not match this torch, and which language models do not need.
+# Users' engines, each in an environment of its own: vLLM needs another transformers, and llama.cpp is compiled (g++,
+# cmake; some minutes, once). Their locks name every package. vLLM's leaves out torchvision, torchaudio and torchcodec:
+# their builds do not match this torch, and language models do not need them.
 ENGINES := .engines
 
 $(ENGINES)/%/.installed: benchmarks/engines/%.lock
@@ -132,11 +138,14 @@ lint: $(STAMP)  ## ruff and mypy (the import contracts run among the tests)
 	ruff format --check
 	mypy
 
-format: $(STAMP)  ## mend what ruff can mend
+format: $(STAMP)  ## fix what ruff can fix
 	ruff check --fix
 	ruff format
 
-# Kedro-Viz wants another ipython than the lock has, hence an environment of its own, which sees the project's behind it.
+dvc-dependencies: $(STAMP)  ## write the code that each stage depends on into dvc.yaml, from the imports
+	python -m tests.code_dependencies
+
+# Kedro-Viz needs another ipython than the lock has. So it gets an environment, which sees the project's behind its own.
 VIZ      := .kedro-viz
 VIZ_PORT ?= 4141
 
@@ -164,7 +173,7 @@ bench-selection-quality: $(STAMP) data/03_primary/reference  ## perplexity after
 data/03_primary/reference: | $(STAMP)
 	kedro run --pipelines fetch,calibrate,reference
 
-# The peers have needs of their own (another transformers), hence another environment, outside the project's.
+# The peers need another transformers, so they get an environment of their own.
 PEERS := .peers
 SAMPLES ?= 32 8 128
 TASKS ?= 2of4 50 int4 2of4-int4 fp8 seven
@@ -184,12 +193,12 @@ bench-peers: $(STAMP) $(PEERS)/.installed data/02_intermediate/documents.parquet
 bench-inference: $(STAMP) | data/07_export/paper-2of4-fp8  ## tokens a second of every variant in every engine that is there (make engines)
 	python -m benchmarks.inference $(ARGS)
 
-# With the Python that has a CUDA build of torch, not with the project's: PYTHON names it. It installs nothing.
+# PYTHON names the Python that has a CUDA build of torch; the project's own is not used, and nothing is installed.
 bench-gpu:  ## compression and inference on a GPU beside its ceilings and rivals, in one call under ten minutes
 	PYTHONPATH=src:. $(PYTHON) -m benchmarks.gpu $(ARGS)
 
-# A fresh environment from pyproject.toml alone, frozen. Local version labels such as `+cpu` name a build that only
-# some indexes have, so they are cut; `name @ file` lines would tie the lock to one machine, so they end it.
+# Freezes a fresh environment that pyproject.toml alone makes. Local version labels such as `+cpu` name a build that
+# only some indexes have, so they are cut. A `name @ file` line would tie the lock to one machine: it is an error.
 lock:  ## make requirements.lock anew from pyproject.toml
 	@tmp=$$(mktemp -d); trap 'rm -rf "$$tmp"' EXIT; \
 	$(PYTHON) -m venv "$$tmp/venv"; \
@@ -200,7 +209,7 @@ lock:  ## make requirements.lock anew from pyproject.toml
 	  cat "$$tmp/lock"; } > requirements.lock; \
 	echo "requirements.lock: $$(grep -c == requirements.lock) packages"
 
-clean:  ## remove the environment, caches and all that the pipelines made (downloads and DVC's cache stay)
-	rm -rf $(VENV) $(PEERS) $(ENGINES) $(VIZ) .cache .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
+clean:  ## remove the environment, caches and everything that the pipelines made (downloads and DVC's cache stay)
+	rm -rf $(VENV) $(PEERS) $(ENGINES) $(VIZ) .coverage .coverage.* .cache .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
 	rm -rf src/*.egg-info build data/[01]* data/.scratch mlflow.db* mlartifacts mlruns
 	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +
