@@ -24,6 +24,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -109,7 +110,7 @@ def layer(rows: int, columns: int) -> dict[str, Any]:
     for name, dtype in (("dense bfloat16", torch.bfloat16), ("dense float32", torch.float32)):
         linear, given = torch.nn.Linear(columns, rows, bias=False, dtype=dtype), x.to(dtype)
         linear.weight = torch.nn.Parameter(weight.to(dtype), requires_grad=False)
-        methods[name], read[name] = (lambda linear=linear, given=given: linear(given)), linear.weight.nbytes
+        methods[name], read[name] = partial(linear, given), linear.weight.nbytes
     for kind in KINDS:
         scaled = (32 * weight).round().clamp(-127, 127) if kind == "int8" else weight
         stored = scaled.to(getattr(torch, kind))
@@ -119,7 +120,7 @@ def layer(rows: int, columns: int) -> dict[str, Any]:
         if float((packed_matvec(arranged, x[0]) - wanted).abs().max()) > 1e-3 * float(wanted.abs().max()):
             raise SystemExit(f"packed {kind} is wrong at {rows} x {columns}: no time for it")
         name = f"2:4 {kind}"
-        methods[name], read[name] = (lambda arranged=arranged: packed_matvec(arranged, x[0])), arranged.nbytes
+        methods[name], read[name] = partial(packed_matvec, arranged, x[0]), arranged.nbytes
     times: dict[str, list[float]] = {name: [] for name in methods}
     with torch.inference_mode():
         for repeat in range(REPEATS + 1):
@@ -163,8 +164,8 @@ def in_transformers(names: list[str], asked: dict[str, Any], _: Path) -> Runs:
     """The exports as they are, in float32, and the dense model in its bfloat16."""
     for name in names:
         if name == "dense":
-            yield "transformers, bfloat16", name, lambda: ours(stock(EXPORTS / "dense", torch.bfloat16), asked)
-        yield "transformers, float32", name, lambda name=name: ours(stock(EXPORTS / name, torch.float32), asked)
+            yield "transformers, bfloat16", name, partial(speed_of_export, "dense", torch.bfloat16, asked)
+        yield "transformers, float32", name, partial(speed_of_export, name, torch.float32, asked)
 
 
 def in_runtime(names: list[str], asked: dict[str, Any], folder: Path) -> Runs:
@@ -172,14 +173,14 @@ def in_runtime(names: list[str], asked: dict[str, Any], folder: Path) -> Runs:
     for name in names:
         if CompressedModel(COMPRESSED / name / "model").structure in semi_structured.FORMAT.structures:
             packed = semi_structured.export_semi_structured(MODEL, COMPRESSED / name / "model", folder / name)
-            yield "hwpq_pipeline.runtime", name, lambda packed=packed: ours(load_packed(packed), asked)
+            yield "hwpq_pipeline.runtime", name, partial(speed_of_packed, packed, asked)
 
 
 def in_onnxruntime(names: list[str], asked: dict[str, Any], folder: Path) -> Runs:
     """ONNX files, float32 activations."""
     for name in names:
         made = export_onnx(MODEL, COMPRESSED / name / "model", folder / f"{name}-onnx")
-        yield "ONNX Runtime", name, lambda made=made: speed_of(Session(made, asked["threads"]).greedy, asked)
+        yield "ONNX Runtime", name, partial(speed_of_onnx, made, asked)
 
 
 def in_llama(names: list[str], asked: dict[str, Any], folder: Path) -> Runs:
@@ -187,14 +188,14 @@ def in_llama(names: list[str], asked: dict[str, Any], folder: Path) -> Runs:
     for name in names if installed("llama") else []:
         (file,) = export_gguf(MODEL, COMPRESSED / name / "model", folder / f"{name}-gguf").glob("*.gguf")
         kind = file.stem.removeprefix("model-")
-        yield f"llama.cpp, {kind}", name, lambda file=file: ask("llama", {"model": file, **asked})
+        yield f"llama.cpp, {kind}", name, partial(ask, "llama", {"model": file, **asked})
 
 
 def in_vllm(names: list[str], asked: dict[str, Any], _: Path) -> Runs:
     """The exports as they are, in the model's own bfloat16: vLLM's default, and the only one that its INT4 takes."""
     for name in names if installed("vllm") else []:
         request = {"model": EXPORTS / name, "dtype": "bfloat16", **asked}
-        yield "vLLM, bfloat16", name, lambda request=request: ask("vllm", request)
+        yield "vLLM, bfloat16", name, partial(ask, "vllm", request)
 
 
 MEASURED: dict[str, Callable[[list[str], dict[str, Any], Path], Runs]] = {
@@ -220,6 +221,21 @@ def ours(model: Any, asked: dict[str, Any]) -> dict[str, Any]:
                        do_sample=False, pad_token_id=0)  # fmt: skip
 
     return speed_of(generate, asked)
+
+
+def speed_of_export(name: str, dtype: torch.dtype, asked: dict[str, Any]) -> dict[str, Any]:
+    """Tokens a second of an export in stock transformers."""
+    return ours(stock(EXPORTS / name, dtype), asked)
+
+
+def speed_of_packed(export: Path, asked: dict[str, Any]) -> dict[str, Any]:
+    """Tokens a second of a packed 2:4 export."""
+    return ours(load_packed(export), asked)
+
+
+def speed_of_onnx(export: Path, asked: dict[str, Any]) -> dict[str, Any]:
+    """Tokens a second of an ONNX export."""
+    return speed_of(Session(export, asked["threads"]).greedy, asked)
 
 
 def speed_of(generate: Callable[[Array, int], Any], asked: dict[str, Any]) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 #: Who runs PostgreSQL where tests run as root, which it refuses: the user of Debian's packages.
 POSTGRES_USER = "postgres"
@@ -136,17 +137,20 @@ def postgres(patience: float = 60) -> Iterator[str]:
 
     # Not pytest's folder: others may not enter it.
     with tempfile.TemporaryDirectory(prefix="hwpq-postgres-", ignore_cleanup_errors=True) as name:
-        owner: dict[str, str | list[str]] = {}
+        owner: dict[str, Any] = {}
         if os.geteuid() == 0:
             owner = {"user": POSTGRES_USER, "group": POSTGRES_USER, "extra_groups": []}
             shutil.chown(name, POSTGRES_USER, POSTGRES_USER)
         data, port, log = Path(name) / "data", free_port(), Path(name) / "log"
+        initdb, server_program = _postgres_program("initdb"), _postgres_program("postgres")
+        assert initdb, postgres_missing()
+        assert server_program, postgres_missing()
         subprocess.run(
-            (_postgres_program("initdb"), "--pgdata", data, "--username", "mlflow", "--auth", "trust", "--no-sync"),
+            (initdb, "--pgdata", data, "--username", "mlflow", "--auth", "trust", "--no-sync"),
             cwd=name, check=True, stdout=subprocess.DEVNULL, **owner,
         )  # fmt: skip
         command = (
-            _postgres_program("postgres"), "-D", data, "-p", str(port), "-k", name, "-c", "listen_addresses=127.0.0.1",
+            server_program, "-D", data, "-p", str(port), "-k", name, "-c", "listen_addresses=127.0.0.1",
             "-c", "fsync=off",
         )  # fmt: skip
         with log.open("ab") as output:

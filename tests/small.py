@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -14,7 +15,7 @@ from tests.conftest import copy_project, run_in
 from tests.tiny import tiny_checkpoint, tiny_config, tiny_documents
 
 EWMA = "ewma50-fp8"
-VARIANTS = {
+VARIANTS: dict[str, dict[str, Any]] = {
     "dense": {"description": "The model as it came."},
     EWMA: {
         "description": "Half the weights dropped.",
@@ -84,12 +85,12 @@ def ok(done: subprocess.CompletedProcess[str]) -> subprocess.CompletedProcess[st
     return done
 
 
-def kedro(project: Path, *arguments: str, **options) -> subprocess.CompletedProcess[str]:
+def kedro(project: Path, *arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
     """`kedro run …` in the project."""
     return run_in(project, sys.executable, "-m", "kedro", "run", *arguments, **options)
 
 
-def dvc(project: Path, *arguments: str, **options) -> subprocess.CompletedProcess[str]:
+def dvc(project: Path, *arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
     """`dvc …` in the project."""
     return run_in(project, sys.executable, "-m", "dvc", *arguments, **options)
 

@@ -21,11 +21,12 @@ def imported_names(folder: Path) -> Iterator[tuple[Path, int, str]]:
     """Yield (file, line, top-level module) of each import below `folder` that the standard library lacks."""
     for file in sorted(folder.rglob("*.py")):
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-            names: list[str] = []
             if isinstance(node, ast.Import):
                 names = [alias.name for alias in node.names]
             elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
                 names = [node.module]
+            else:
+                continue
             for name in names:
                 top = name.partition(".")[0]
                 if top not in sys.stdlib_module_names:

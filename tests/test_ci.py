@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 import yaml
-from mlflow import MlflowClient
+from mlflow.entities import Run
 
 from tests.conftest import run_in
+from tests.logged import logged_runs
 from tests.small import EWMA, GATES, VARIANTS, configure, dvc, error_lines, git, kedro, ok, ran
 
 pytestmark = pytest.mark.slow
@@ -31,9 +32,8 @@ def with_sparsity(value: float) -> dict:
     return {**VARIANTS, EWMA: {**entry, "selection": {**entry["selection"], "sparsity": value}}}
 
 
-def runs(project: Path) -> list:
-    client = MlflowClient(f"sqlite:///{project}/mlflow.db")
-    return client.search_runs([client.get_experiment_by_name("hwpq").experiment_id])
+def runs(project: Path) -> list[Run]:
+    return logged_runs(f"sqlite:///{project}/mlflow.db")
 
 
 def metrics_of(project: Path, variant: str = EWMA) -> dict:

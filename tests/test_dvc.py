@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import cast
 
 import pytest
 import yaml
@@ -37,7 +38,7 @@ def project():
     """Nodes and catalog, as `kedro run` would build them."""
     bootstrap_project(ROOT)
     with KedroSession.create(project_path=ROOT, env="base") as session:
-        context = session.load_context()
+        context = cast(KedroSession, session).load_context()
         return dict(pipelines), context.catalog, context.params["variants"]
 
 
@@ -75,8 +76,8 @@ def files(project, names) -> set[str]:
     found = set()
     for name in names:
         dataset = None if name.startswith("params:") else catalog.get(name)
-        if hasattr(dataset, "path"):
-            path = Path(dataset.path)
+        if (place := getattr(dataset, "path", None)) is not None:
+            path = Path(place)
             found.add((path.relative_to(ROOT) if path.is_absolute() else path).as_posix())
     return found - WORKING_SPACE
 

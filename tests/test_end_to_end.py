@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -102,10 +103,11 @@ def test_the_export_loads_with_stock_transformers(kedro_project):
 
     path = kedro_project / "data" / "07_export" / "2of4-fp8"
     with quiet_transformers():
-        model = AutoModelForCausalLM.from_pretrained(path)
+        model: Any = AutoModelForCausalLM.from_pretrained(path)
         tokenizer = AutoTokenizer.from_pretrained(path)
     text = tokenizer("The capital of France is", return_tensors="pt")
-    assert model.generate(**text, max_new_tokens=4, do_sample=False).shape[1] == text["input_ids"].shape[1] + 4
+    written = model.generate(**text, max_new_tokens=4, do_sample=False)
+    assert written.shape[1] == text["input_ids"].shape[1] + 4
     assert (path / "README.md").read_text().startswith("---")
 
 
@@ -184,13 +186,13 @@ def test_repro_gives_what_kedro_run_gives(kedro_project, dvc_project):
             for project in (kedro_project, dvc_project)
         )
         assert one == other
-        one, other = (
+        here, there = (
             (project / "data" / "05_selection" / variant / "masks.safetensors").read_bytes()
             for project in (kedro_project, dvc_project)
         )
-        assert one == other
-        one, other = (
+        assert here == there
+        first, second = (
             sha256_directory(project / "data" / "07_export" / variant) for project in (kedro_project, dvc_project)
         )
-        assert one == other
+        assert first == second
     assert finished_runs(dvc_project) == sorted(VARIANTS)

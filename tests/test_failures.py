@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 from kedro.pipeline import node
 from kedro.pipeline.node import Node
-from mlflow import MlflowClient
 
 from hwpq_pipeline.failures import FailureHooks
+from tests.logged import logged_runs
 
 
 def hooks(**parameters: Any) -> FailureHooks:
@@ -41,8 +41,7 @@ def test_a_variants_failure_is_a_failed_run(tmp_path: Path) -> None:
     uri = f"sqlite:///{tmp_path}/mlflow.db"  # the environment names the same (tests/conftest.py)
     made = hooks(track={"experiment": "e", "tracking_uri": uri})
     made.on_node_error(ValueError("no such grid"), failing("compress_weights", "variants.fp8"))
-    client = MlflowClient(uri)
-    (run,) = client.search_runs([client.get_experiment_by_name("e").experiment_id])
+    (run,) = logged_runs(uri, "e")
     assert (run.info.run_name, run.info.status) == ("fp8", "FAILED")
     assert run.data.tags["failure"] == "compress_weights: no such grid"
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -60,8 +61,13 @@ def test_names_and_labels_are_told_apart():
     assert len({figure.limit for figure in GATED}) == len(GATED)
 
 
+def filled(kind: type[Any]) -> Any:
+    """A result of a kind with one half in every field."""
+    return kind(**dict.fromkeys((field.name for field in fields(kind)), 0.5))
+
+
 def test_evaluation_gives_every_figure_but_the_seconds():
-    quality, size = (kind(**{field.name: 0.5 for field in fields(kind)}) for kind in (Quality, Size))
+    quality, size = (filled(kind) for kind in (Quality, Size))
     given = {**quality.figures(), **size.figures()}
     told = {figure.name for figure in FIGURES} - {TIME.name}
     dense = {figure.dense for figure in FIGURES if isinstance(figure.dense, str)}

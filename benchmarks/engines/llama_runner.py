@@ -110,7 +110,7 @@ def feed(context: Any, places: list[tuple[int, int]], last: int) -> None:
         raise RuntimeError(f"llama_decode: {status}")
 
 
-@llama_cpp.llama_log_callback
+@llama_cpp.llama_log_callback  # type: ignore[untyped-decorator]
 def _SILENT(_level: int, _text: bytes, _data: ctypes.c_void_p) -> None:
     """Loading says a great deal."""
 

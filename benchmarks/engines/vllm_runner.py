@@ -95,7 +95,8 @@ def measure(run: Any, batch: int, prompt_tokens: int, new_tokens: int) -> dict[s
     """Tokens a second: prefill from a run of one new token, decode from what more of them take beyond it."""
     prompts = [[(7 * i + 13 * j) % 1000 + 100 for i in range(prompt_tokens)] for j in range(batch)]
     run(prompts, 2)
-    first, longer = [], []
+    first: list[float] = []
+    longer: list[float] = []
     for _ in range(2):
         for times, count in ((first, 1), (longer, 1 + new_tokens)):
             begun = time.perf_counter()

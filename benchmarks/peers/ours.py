@@ -52,7 +52,7 @@ def put(compressed: Path, model: nn.Module) -> None:
     """The compressed weights into the model."""
     source = CompressedModel(compressed)
     for layer in source.layers:
-        weight = model.get_submodule(layer).weight
+        weight = model.get_parameter(f"{layer}.weight")
         if layer in source.quantized:
             weight.data.copy_(dequantize(source.read_quantized(layer, tuple(weight.shape))))
         else:

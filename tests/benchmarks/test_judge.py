@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from hwpq_pipeline.evaluation.quality import evaluate_export, make_reference
 from tests.tiny import tiny_checkpoint, tiny_model, tiny_tokens
 
 
-def changed(seed: int = 0) -> torch.nn.Module:
+def changed(seed: int = 0) -> Any:
     """The tiny model with half of each linear layer's columns gone."""
     model = tiny_model(seed=seed)
     for name, module in model.named_modules():

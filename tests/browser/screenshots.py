@@ -6,11 +6,10 @@ import argparse
 import tempfile
 from pathlib import Path
 
-from mlflow import MlflowClient
-
 from tests.browser.chromium import browser
 from tests.browser.mlflow_pages import close_assistant, open_charts, open_comparison, open_run, open_table
 from tests.conftest import ROOT
+from tests.logged import experiment_id, logged_runs
 from tests.servers import mlflow_server
 
 
@@ -22,10 +21,9 @@ def main() -> None:
     parser.add_argument("--run", default="2of4-fp8")
     parser.add_argument("--to", type=Path, default=ROOT / "docs" / "images")
     given = parser.parse_args()
-    client = MlflowClient(given.database)
-    experiment_id = client.get_experiment_by_name(given.experiment).experiment_id
-    runs = client.search_runs([experiment_id], "attributes.status = 'FINISHED'")
+    runs = logged_runs(given.database, given.experiment, "attributes.status = 'FINISHED'")
     one = next(run.info.run_id for run in runs if run.info.run_name == given.run)
+    where = experiment_id(given.database, given.experiment)
     with (
         tempfile.TemporaryDirectory() as folder,
         mlflow_server(given.database, Path(folder)) as server,
@@ -37,16 +35,16 @@ def main() -> None:
             page.wait_for_timeout(2500)  # plots are drawn after they are there
             page.screenshot(path=given.to / f"mlflow_{name}.png")
 
-        open_table(page, server, experiment_id)
+        open_table(page, server, where)
         close_assistant(page)
         shoot("runs")
-        open_charts(page, server, experiment_id)
+        open_charts(page, server, where)
         shoot("charts")
-        open_comparison(page, server, experiment_id, [run.info.run_id for run in runs])
+        open_comparison(page, server, where, [run.info.run_id for run in runs])
         shoot("compare")
-        open_run(page, server, experiment_id, one)
+        open_run(page, server, where, one)
         shoot("run")
-        open_run(page, server, experiment_id, one, tab="model-metrics")
+        open_run(page, server, where, one, tab="model-metrics")
         shoot("layers")
 
 

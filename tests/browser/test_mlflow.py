@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from mlflow import MlflowClient
 
 from hwpq_pipeline.tracking.view import COLUMNS
 from tests.browser.chromium import browser, missing
@@ -21,6 +20,7 @@ from tests.browser.mlflow_pages import (
     open_run,
     open_table,
 )
+from tests.logged import logged_runs
 from tests.servers import mlflow_server
 from tests.small import EWMA, VARIANTS
 
@@ -33,9 +33,7 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def runs(small_project: Path) -> dict:
-    client = MlflowClient(f"sqlite:///{small_project}/mlflow.db")
-    experiment_id = client.get_experiment_by_name("hwpq").experiment_id
-    return {run.info.run_name: run for run in client.search_runs([experiment_id])}
+    return {run.info.run_name: run for run in logged_runs(f"sqlite:///{small_project}/mlflow.db")}
 
 
 @pytest.fixture(scope="module")

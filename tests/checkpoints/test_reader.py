@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -125,7 +126,7 @@ def test_layer_map_of_other_architectures(tmp_path: Path) -> None:
     """OPT and GPT-NeoX name their blocks otherwise; GPT-2's Conv1D has no linear layers."""
     from transformers import GPT2Config, GPTNeoXConfig, OPTConfig
 
-    small = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    small: dict[str, Any] = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
     OPTConfig(ffn_dim=48, word_embed_proj_dim=32, **small).save_pretrained(tmp_path / "opt")
     opt = layer_map(tmp_path / "opt")
     assert opt.blocks_name == "model.decoder.layers"

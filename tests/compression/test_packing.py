@@ -15,7 +15,8 @@ DTYPES = ("float32", "bfloat16", "float16", "float8_e4m3fn", "int8")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(1, 4), (5, 12), (7, 64)])
 def test_bytes_are_those_of_a_loop(dtype, shape):
-    weight = codes(dtype, two_of_four(*shape, torch.Generator().manual_seed(1)))
+    rows, columns = shape
+    weight = codes(dtype, two_of_four(rows, columns, torch.Generator().manual_seed(1)))
     kept, positions = pack_two_of_four(weight)
     assert kept.dtype == weight.dtype
     assert kept.shape == (shape[0], shape[1] // 2)

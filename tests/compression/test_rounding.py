@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import numpy as np
 import pytest
@@ -90,7 +91,7 @@ def test_never_worse_than_nearest_row_by_row_and_much_better_in_sum(grid: str, m
     weight, gram = problem(24, 64, 3)
     mask = torch.rand(weight.shape, generator=torch.Generator().manual_seed(5)) < 0.5 if masked else None
     pruned = weight if mask is None else weight * mask
-    options = {"group_size": 32, "gram": gram, "mask": mask, "original": weight}
+    options: dict[str, Any] = {"group_size": 32, "gram": gram, "mask": mask, "original": weight}
     found = quantize(pruned, grid, descent=DESCENT, **options)
     plain = quantize(pruned, grid, **options)
     w, g = weight.numpy(), gram.numpy()
@@ -122,7 +123,7 @@ def test_scales_fit_the_type_they_are_stored_in(dtype: torch.dtype) -> None:
 def test_dead_inputs_keep_their_nearest_codes() -> None:
     weight, gram = problem(4, 16, 1)
     gram[5], gram[:, 5] = 0.0, 0.0
-    options = {"group_size": 16, "gram": gram}
+    options: dict[str, Any] = {"group_size": 16, "gram": gram}
     found = quantize(weight, "int4", descent=Descent(SWEEPS, DAMPING, refit_scales=False), **options)
     plain = quantize(weight, "int4", **options)
     assert torch.equal(found.codes[:, 5], plain.codes[:, 5])

@@ -168,8 +168,10 @@ def change(directory: Path, name: str, edit: Any) -> None:
     """Edit one tensor of a checkpoint in place; `edit` returning None drops it."""
     file = directory / "model.safetensors"
     tensors = load_file(file)
-    tensors[name] = edit(tensors[name])
-    save_file({key: value for key, value in tensors.items() if value is not None}, file, {"format": "pt"})
+    changed = edit(tensors.pop(name))
+    if changed is not None:
+        tensors[name] = changed
+    save_file(tensors, file, {"format": "pt"})
 
 
 DAMAGE = {

@@ -40,7 +40,8 @@ def exported(tmp_path: Path, grid: str | None, group_size: int | None = None, **
 def load(directory: Path, dtype: Any = torch.float32) -> Any:
     from transformers import AutoModelForCausalLM
 
-    model, found = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, output_loading_info=True)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, output_loading_info=True)
+    model, found = loaded
     assert not any(found[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"))
     return model.eval()
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import pytest
 import torch
@@ -24,7 +24,7 @@ from tests.tiny import tiny_checkpoint, tiny_tokens
 R = TypeVar("R")
 TOKENS = tiny_tokens(16, 32)
 INT4 = {"grid": "int4", "group_size": 32, "method": "coordinate_descent"}
-RECIPES = {
+RECIPES: dict[str, dict[str, Any]] = {
     "2of4": {"selection": {"structure": "2of4"}, "recovery": {"preset": "fast"}, "quantization": INT4},
     "unstructured": {"selection": {"structure": "unstructured", "sparsity": 0.5}, "recovery": {}},
     "int4": {"quantization": INT4},
@@ -49,7 +49,8 @@ def in_processes(step: Callable[[Group], R], groups: Iterable[Group]) -> Iterato
 def test_another_process_gives_the_same_bytes(root: Path, tmp_path: Path) -> None:
     recipe = Recipe.from_variant(RECIPES["2of4"])
     written = {}
-    for name, options in {"here": {}, "there": {"executor": in_processes}}.items():
+    ways: dict[str, dict[str, Any]] = {"here": {}, "there": {"executor": in_processes}}
+    for name, options in ways.items():
         (tmp_path / name).mkdir()
         write_model(root / "model", root / "statistics", recipe, tmp_path / name, name="v", **options)
         written[name] = {file.name: file.read_bytes() for file in (tmp_path / name).iterdir()}
@@ -89,8 +90,8 @@ def test_the_compressed_model_says_how_it_was_made(root: Path, tmp_path: Path) -
 def test_each_group_is_handed_on_before_the_next_one_is_worked_on(root: Path) -> None:
     groups, events = open_groups(root / "model", root / "statistics"), []
 
-    def executor(step: Callable[[Group], R], items: Iterable[Group]) -> Iterator[R]:
-        for group in items:
+    def executor(step: Callable[[Group], R], groups: Iterable[Group]) -> Iterator[R]:
+        for group in groups:
             events.append(("begun", group.name))
             yield step(group)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from tests.tiny import tiny_checkpoint, tiny_config, tiny_tokens
 
 TOKENS = tiny_tokens(32, 32)
 SEQUENCE = Sequence(steps=8, damping=0.01)
-SIZE = {
+SIZE: dict[str, Any] = {
     "vocab_size": 260, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 4, "max_position_embeddings": 128, "initializer_range": 0.2,
 }  # fmt: skip
@@ -174,8 +175,14 @@ def test_who_writes_to_the_stream_is_found(tmp_path, monkeypatch, architecture):
     groups = make(tmp_path, config)
     model = load_dense(groups.checkpoint.path, torch.float32, torch.device("cpu"))
     prefix, _ = find_blocks(model)
-    streams, gaps = [], []
-    spied(monkeypatch, lambda stream, gap, after: (streams.append(stream), gaps.append(gap)))
+    streams: list[dict[str, float]] = []
+    gaps: list[torch.Tensor] = []
+
+    def note(stream, gap, after):
+        streams.append(stream)
+        gaps.append(gap)
+
+    spied(monkeypatch, note)
     found = walk(groups, halved)
     assert len(found) == len(groups.members())
     for number, stream in enumerate(streams):

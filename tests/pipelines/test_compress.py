@@ -34,7 +34,7 @@ def run(places, scratch, compute=CPU, **sections):
     samples = pd.DataFrame({"tokens": list(TOKENS)})
     masks, selected, _ = select_weights(model, statistics, variant, compute, scratch)
     built, compressed, seconds = compress_weights(model, statistics, samples, masks, "v", variant, compute, scratch)
-    tensors = {}
+    tensors: dict[str, torch.Tensor] = {}
     for file in built.glob("*.safetensors"):
         tensors |= read_tensors(file)
     return built, tensors, selected, compressed, seconds
@@ -127,14 +127,19 @@ def test_cuda_kernels_give_the_same_variant(places, tmp_path, monkeypatch, struc
     for name in ("cpu", "cuda"):
         (tmp_path / name).mkdir()
     _, expected, wanted, on_cpu, _ = run(places, tmp_path / "cpu", **sections)
-    asked = []
+    asked: list[str] = []
+
+    def wanted_here(tensor: torch.Tensor, where: str) -> bool:
+        asked.append(where)
+        return True
+
     if not torch.cuda.is_available():
         # Few programs of many rows: the interpreter takes as long for one row as for all.
         monkeypatch.setattr(cuda, "default_tile", lambda rows: cuda.Tile(64, 32, 4, 2))
         monkeypatch.setattr(descent, "ROWS", 128)
         for kernel in ("ewma_select", "two_of_four", "group_scale", "coordinate_descent"):
             module = f"hwpq_pipeline.kernels.{kernel}.wants_cuda"
-            monkeypatch.setattr(module, lambda tensor, where: asked.append(where) or True)
+            monkeypatch.setattr(module, wanted_here)
     compute = Compute(device="cuda" if torch.cuda.is_available() else "cpu")
     _, found, selected, table, _ = run(places, tmp_path / "cuda", compute, **sections)
     assert torch.cuda.is_available() or len(set(asked)) == 3  # the selection's, and both of the rounding

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
@@ -13,6 +14,7 @@ from mlflow import MlflowClient, artifacts
 from hwpq_pipeline.checkpoints.digest import sha256_directory
 from hwpq_pipeline.checkpoints.quiet import quiet_transformers
 from hwpq_pipeline.tracking.models import log_model
+from tests.logged import logged_runs
 from tests.servers import served_model
 from tests.small import EWMA, VARIANTS, configure, copy_small_project, kedro, ok
 
@@ -34,9 +36,7 @@ def tracked(small_project: Path, tmp_path_factory) -> tuple[Path, dict]:
     })  # fmt: skip
     for new in (len(VARIANTS), 0):
         assert f"{new} new runs" in ok(kedro(project, "--pipelines", "track")).stdout
-    client = MlflowClient(f"sqlite:///{project}/mlflow.db")
-    experiment = client.get_experiment_by_name("hwpq")
-    return project, {run.info.run_name: run for run in client.search_runs([experiment.experiment_id])}
+    return project, {run.info.run_name: run for run in logged_runs(f"sqlite:///{project}/mlflow.db")}
 
 
 @pytest.fixture(scope="module")
@@ -58,11 +58,11 @@ def greedy(project: Path) -> str:
 
     export = project / "data" / "07_export" / EWMA
     with quiet_transformers():
-        model = AutoModelForCausalLM.from_pretrained(export)
+        model: Any = AutoModelForCausalLM.from_pretrained(export)
         tokenizer = AutoTokenizer.from_pretrained(export)
     prompt = tokenizer(PROMPT, return_tensors="pt")
     written = model.generate(**prompt, max_new_tokens=TOKENS, do_sample=False)
-    return tokenizer.decode(written[0, prompt["input_ids"].shape[1] :])
+    return str(tokenizer.decode(written[0, prompt["input_ids"].shape[1] :]))
 
 
 def test_the_export_is_stored_as_it_is_and_nothing_is_pickled(tracked, model):
@@ -98,7 +98,7 @@ def test_pyfunc_answers_completions(model):
 
 def test_mlflow_models_serve_serves_it(model, tmp_path):
     with served_model(model, tmp_path) as address:
-        asked = {"prompt": PROMPT, "max_tokens": TOKENS}
+        asked: dict[str, Any] = {"prompt": PROMPT, "max_tokens": TOKENS}
         answer = requests.post(f"{address}/invocations", json=asked, timeout=60)
     assert answer.status_code == 200, answer.text
     assert answer.json()[0]["model"] == EWMA
@@ -116,6 +116,7 @@ def test_a_model_that_broke_off_is_stored_whole_later(tracked):
 
 
 def test_without_the_parameter_no_run_has_a_model(small_project):
-    client = MlflowClient(f"sqlite:///{small_project}/mlflow.db")
-    for run in client.search_runs([client.get_experiment_by_name("hwpq").experiment_id]):
+    uri = f"sqlite:///{small_project}/mlflow.db"
+    client = MlflowClient(uri)
+    for run in logged_runs(uri):
         assert "model" not in {artifact.path for artifact in client.list_artifacts(run.info.run_id)}

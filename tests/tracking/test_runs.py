@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from mlflow import MlflowClient
+from mlflow.entities import Run
 from mlflow.exceptions import MlflowException
 
 from hwpq_pipeline.errors import HwpqError
@@ -15,6 +16,7 @@ from hwpq_pipeline.tracking.connection import resolve_uri
 from hwpq_pipeline.tracking.failures import log_failure
 from hwpq_pipeline.tracking.records import Dataset, Record, flat
 from hwpq_pipeline.tracking.runs import FAILURE, KEY, git_tags, log_once
+from tests.logged import experiment_id, logged_runs
 
 EXPERIMENT = "hwpq-test"
 
@@ -51,9 +53,8 @@ def record(tmp_path) -> Record:
     )
 
 
-def runs(uri: str) -> list:
-    client = MlflowClient(uri)
-    return client.search_runs([client.get_experiment_by_name(EXPERIMENT).experiment_id])
+def runs(uri: str) -> list[Run]:
+    return logged_runs(uri, EXPERIMENT)
 
 
 def log(record: Record, uri: str) -> tuple[str, bool]:
@@ -74,6 +75,7 @@ def test_a_run_holds_everything(record, uri):
     }  # fmt: skip
     history = MlflowClient(uri).get_metric_history(run_id, "error_quantized/q_proj")
     assert [(point.step, point.value) for point in history] == [(0, 0.25), (1, 0.5)]
+    assert run.inputs is not None
     (used,) = run.inputs.dataset_inputs
     assert (used.dataset.name, used.dataset.digest) == ("corpus: evaluation", "e" * 32)
     assert [tag.value for tag in used.tags] == ["evaluation"]
@@ -136,6 +138,7 @@ def test_a_run_that_was_left_open_is_taken_up_and_no_other_made(record, uri, mon
     (run,) = runs(uri)
     assert run.info.status == "FINISHED"
     assert len(client.get_metric_history(run.info.run_id, "error_quantized/q_proj")) == 2
+    assert run.inputs is not None
     assert len(run.inputs.dataset_inputs) == 1
 
 
@@ -158,8 +161,7 @@ def test_a_variant_that_cannot_be_made_is_a_failed_run_once(record, uri):
 
 def test_a_deleted_experiment_is_told_with_the_remedy(record, uri):
     log(record, uri)
-    client = MlflowClient(uri)
-    client.delete_experiment(client.get_experiment_by_name(EXPERIMENT).experiment_id)
+    MlflowClient(uri).delete_experiment(experiment_id(uri, EXPERIMENT))
     with pytest.raises(HwpqError, match="mlflow experiments restore"):
         log(record, uri)
 
