@@ -30,7 +30,8 @@ from benchmarks.claims import claims, headline, metrics, presets
 from benchmarks.inference_tables import decoding_table, layer_table, measured_on, speed
 from benchmarks.machine import machine, processor
 from benchmarks.output import RESULTS
-from benchmarks.peers.contest import TASKS, seconds
+from benchmarks.peers.contest import seconds
+from benchmarks.peers.jobs import TASKS
 from hwpq_pipeline.figures import FIGURES, TIMES, cells, values
 
 ROOT = Path(__file__).resolve().parents[1]

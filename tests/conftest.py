@@ -6,13 +6,13 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
 import torch
 
-# Read when the libraries are first imported, so set before any test module is.
+# The libraries read these at import, so they are set before any test module is imported.
 os.environ.update(
     {
         "DO_NOT_TRACK": "true",
@@ -27,15 +27,13 @@ os.environ.update(
         "TRANSFORMERS_OFFLINE": "1",
     }
 )
-if (
-    not torch.cuda.is_available()
-):  # then the CUDA kernels run under Triton's interpreter; it is chosen when they are read
-    os.environ["TRITON_INTERPRET"] = "1"
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # runs the CUDA kernels without a GPU; Triton reads it at import
 os.environ.setdefault("NUMBA_NUM_THREADS", "2")  # two, so that races between threads can show, on any machine
 os.environ.pop("MLFLOW_TRACKING_URI", None)  # a user's server must not see the tests' runs
 
 ROOT = Path(__file__).resolve().parents[1]
-# What a run reads. `data/` stays behind: a test starts from nothing, or copies what it needs.
+# What a run reads. `data/` is not copied: a test starts from nothing, or copies what it needs.
 PROJECT_FILES = (
     "conf", "src", "pyproject.toml", "requirements.lock", "dvc.yaml", "Makefile", ".ci", ".dvcignore", ".gitignore",
     ".telemetry",
@@ -44,13 +42,13 @@ PROJECT_FILES = (
 
 @pytest.fixture(autouse=True)
 def _own_tracking_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Point MLflow at a database of the test's own, so that none writes `mlflow.db` of the project."""
+    """Point MLflow at a database of the test's own, so that no test writes the project's `mlflow.db`."""
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
 
 
 @pytest.fixture
 def root() -> Path:
-    """Return the project's root, to read from; tests write under `tmp_path` alone."""
+    """Return the project's root, to read from; tests write only under `tmp_path`."""
     return ROOT
 
 
@@ -80,16 +78,28 @@ def run_in(
 ) -> subprocess.CompletedProcess[str]:
     """Run a command in a copy of the project, on the copy's code, logging to the copy's own `mlflow.db`.
 
-    Returns the finished process with its output as text, whatever its exit status: the caller asserts it.
+    Returns the finished process with its output as text. The caller asserts the exit status.
     """
     environment = {name: value for name, value in os.environ.items() if name != "MLFLOW_TRACKING_URI"}
     environment["PYTHONPATH"] = str(project / "src")
-    # The tools of this environment first, by whatever way pytest was started: DVC calls `kedro` by name.
+    # This environment's tools come first, however pytest was started: DVC calls `kedro` by name.
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment.get('PATH', '')}"
     environment.update(env or {})
     return subprocess.run(
         command, cwd=project, env=environment, capture_output=True, text=True, timeout=timeout, check=False
     )
+
+
+@pytest.fixture
+def hub(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Point Hugging Face's client at a local hub; return its root (`tests/checkpoints/hub.py` says what goes where)."""
+    from tests.checkpoints.hub import serve_hub
+
+    root = tmp_path_factory.mktemp("hub")
+    with serve_hub(root) as address:
+        monkeypatch.setenv("HF_ENDPOINT", address)
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+        yield root
 
 
 @pytest.fixture(scope="session")

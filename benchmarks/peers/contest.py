@@ -19,7 +19,8 @@ import os
 import subprocess
 import sys
 import tempfile
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -31,96 +32,11 @@ from transformers import AutoModelForCausalLM
 from benchmarks.judge import hidden_states, judge
 from benchmarks.machine import machine, processor
 from benchmarks.output import RESULTS, write_results
+from benchmarks.peers.jobs import EVALUATION_SAMPLES, LENGTH, SAMPLES, SEED, TASKS, Job, jobs_of
 from hwpq_pipeline.corpus.samples import draw_samples, token_matrix
-from hwpq_pipeline.decoder.dtypes import dtype_name, resolve_dtype
 
 ROOT = Path(__file__).parents[2]
 HERE = Path(__file__).parent
-TASKS = ("2of4", "50", "int4", "2of4-int4", "fp8", "seven")
-#: Largest first: the samples of a smaller run are the first ones of a larger.
-SAMPLES = (32, 8, 128)
-LENGTH, SEED, EVALUATION_SAMPLES = 512, 0, 16
-#: Of the forward passes, on both sides.
-NATIVE = dtype_name(resolve_dtype("auto", torch.device("cpu")))
-
-
-@dataclass(frozen=True)
-class Job:
-    """A row to make; the settings below `samples` are the peers'."""
-
-    task: str
-    method: str
-    side: str
-    dtype: str
-    samples: int
-    propagate_error: bool = True
-    observer: str = "memoryless-minmax"
-    actorder: str | None = "static"
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """What tells this row from others of the same method."""
-        if self.side == "ours" or self.method == "nearest":
-            return {"observer": self.observer} if (self.side, self.task) == ("peer", "int4") else {}
-        rounds = self.method.endswith("gptq")
-        extra = {"observer": self.observer, "actorder": self.actorder} if rounds else {}
-        return {"propagate_error": self.propagate_error, **extra}
-
-
-def jobs_of(task: str, samples: int) -> list[Job]:
-    """The rows of a task, peer and ours in turn."""
-    if task == "seven":
-        return [Job(task, "hwpq", "ours", NATIVE, samples)] if samples == 32 else []
-    ours = [Job(task, method, "ours", NATIVE, samples) for method in _our_methods(task)]
-    peers = _peer_jobs(task, samples)
-    if samples != 32:
-        ours = [job for job in ours if job.method not in ("hwpq-fixed_mask", "hwpq-balanced", "hwpq-admm")]
-    # bfloat16 that is emulated takes several times as long: there, 8 samples show what it gives.
-    if samples == (32 if NATIVE == "bfloat16" else 8):
-        other = "float32" if NATIVE == "bfloat16" else "bfloat16"
-        best = {"sparsegpt": Job.observer, "wanda": Job.observer, "gptq": "mse", "sparsegpt-gptq": "mse"}
-        peers += [
-            replace(job, dtype=other)
-            for job in peers
-            if (job.observer, job.propagate_error, job.actorder) == (best.get(job.method), True, Job.actorder)
-        ]
-    turns = [job for pair in zip(peers, ours, strict=False) for job in pair]
-    return turns + peers[len(ours) :] + ours[len(peers) :]
-
-
-def _our_methods(task: str) -> tuple[str, ...]:
-    return {
-        "2of4": ("hwpq-fast", "hwpq-quality", "hwpq-balanced", "hwpq-admm", "hwpq-fixed_mask"),
-        "50": ("hwpq-fast", "hwpq-quality", "hwpq-balanced", "hwpq-admm", "hwpq-fixed_mask"),
-        "int4": ("hwpq", "hwpq-sequential", "nearest"),
-        "2of4-int4": ("hwpq-fast", "hwpq-quality", "hwpq-balanced", "hwpq-admm"),
-        "fp8": ("nearest",),
-    }[task]
-
-
-def _peer_jobs(task: str, samples: int) -> list[Job]:
-    def peer(method: str, **settings: Any) -> Job:
-        return Job(task, method, "peer", NATIVE, samples, **settings)
-
-    if task in ("2of4", "50"):
-        return [
-            peer("sparsegpt"),
-            peer("wanda"),
-            peer("sparsegpt", propagate_error=False),
-            peer("wanda", propagate_error=False),
-        ]
-    if task == "int4":
-        return [
-            peer("gptq"),
-            peer("nearest"),
-            peer("gptq", observer="mse"),
-            peer("nearest", observer="memoryless-mse"),
-            peer("gptq", observer="mse", propagate_error=False),
-            peer("gptq", observer="mse", actorder="weight"),
-        ][: None if samples == 32 else 3]
-    if task == "2of4-int4":
-        return [peer("sparsegpt-gptq", observer="mse")]
-    return [peer("nearest")]
 
 
 def make_inputs(model_dir: Path, documents: Path, target: Path, samples: int, seed: int) -> dict[str, float]:
@@ -234,8 +150,8 @@ def _line(row: dict[str, Any], dense: float) -> str:
     return f"{head}{quality} {seconds(row)} | {row['peak_rss_bytes'] / 2**30:.2f} |"
 
 
-def main() -> None:
-    """Run the rows that the command line asks for."""
+def arguments() -> argparse.Namespace:
+    """What the command line asks for."""
     parser = argparse.ArgumentParser(description="Ours beside llm-compressor's SparseGPT, Wanda, GPTQ and rounding.")
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=TASKS)
     parser.add_argument("--samples", nargs="+", type=int, default=list(SAMPLES))
@@ -247,13 +163,44 @@ def main() -> None:
     parser.add_argument("--untimed", action="store_true", help="other work is running: keep no seconds")
     parser.add_argument("--lock", type=Path, help="file to lock while a row runs; other work may wait for it (flock)")
     parser.add_argument("--out", type=Path, default=RESULTS)
-    options = parser.parse_args()
+    return parser.parse_args()
+
+
+def chosen(options: argparse.Namespace) -> Iterator[Job]:
+    """The jobs that the command line asks for."""
+    for samples in options.samples:
+        for task in options.tasks:
+            for job in jobs_of(task, samples):
+                if job.method in (options.methods or [job.method]) and job.dtype in (options.dtypes or [job.dtype]):
+                    yield job
+
+
+def versions_of(peers: Path) -> str:
+    """What the peers' environment has."""
+    versions = "import llmcompressor as l, torch, transformers as t"
+    text = "print(f'llmcompressor {l.__version__}, torch {torch.__version__}, transformers {t.__version__}')"
+    told = subprocess.run([peers, "-c", f"{versions}; {text}"], capture_output=True, text=True, check=True)
+    return told.stdout.strip().splitlines()[-1]
+
+
+def judged(row: dict[str, Any], job: Job, layers: dict[str, float]) -> dict[str, Any]:
+    """The row without its figures if its model is not what the task asks for; see `check`."""
+    wrong = row.get("error") or check(row, layers)
+    if wrong and job.method == "sparsegpt-gptq" and "error" not in row:
+        row["note"] = f"mask not kept: {wrong}"  # its GPTQ writes where SparseGPT has pruned; an easier task
+    elif wrong:
+        row = {name: row[name] for name in row if name not in ("perplexity", "kl_divergence", "seconds")}
+        row["error"] = wrong
+    return row
+
+
+def main() -> None:
+    """Run the rows that the command line asks for."""
+    options = arguments()
     model_dir, documents = options.data / "01_raw" / "model", options.data / "02_intermediate" / "documents.parquet"
     if not documents.exists():
         raise SystemExit(f"{documents}: not there. Run `kedro run --pipelines fetch` first.")
-    versions = "import llmcompressor as l, torch, transformers as t"
-    text = "print(f'llmcompressor {l.__version__}, torch {torch.__version__}, transformers {t.__version__}')"
-    peers = subprocess.run([options.peers, "-c", f"{versions}; {text}"], capture_output=True, text=True, check=True)
+    peers = versions_of(options.peers)
     with tempfile.TemporaryDirectory() as folder:
         inputs = Path(folder) / "inputs.safetensors"
         dense = make_inputs(model_dir.resolve(), documents, inputs, max(options.samples), options.evaluation_seed)
@@ -263,32 +210,22 @@ def main() -> None:
         report = {
             "machine": machine(),
             "model": json.loads((model_dir / "source.json").read_text())["name"],
-            "peers": peers.stdout.strip().splitlines()[-1],
+            "peers": peers,
             "dense_perplexity": dense["perplexity"],
             "rows": old.get("rows", []),
         }
         layers: dict[str, float] = {}
-        for job in (job for samples in options.samples for task in options.tasks for job in jobs_of(task, samples)):
-            if job.method not in (options.methods or [job.method]) or job.dtype not in (options.dtypes or [job.dtype]):
-                continue
+        for job in chosen(options):
             print(f"{job.samples:4} {job.task:10} {job.side:5} {job.method:14} {job.settings} …", flush=True)
             row = run(job, model_dir.resolve(), inputs, options.peers, options.lock or Path(folder) / "lock")
             row["processor"] = processor(report["machine"])
-            wrong = row.get("error") or check(row, layers)
-            if wrong and job.method == "sparsegpt-gptq" and "error" not in row:
-                row["note"] = f"mask not kept: {wrong}"  # its GPTQ writes where SparseGPT has pruned; an easier task
-            elif wrong:
-                row = {name: row[name] for name in row if name not in ("perplexity", "kl_divergence", "seconds")}
-                row["error"] = wrong
+            row = judged(row, job, layers)
             layers = layers or row.get("zeros", {})
-            row.pop("zeros", None)
-            row.pop("broken_fours", None)
-            if options.untimed:
-                row.pop("seconds", None)
+            for name in ("zeros", "broken_fours", *(["seconds"] if options.untimed else [])):
+                row.pop(name, None)
             row["load_before"] = os.getloadavg()[0]
-            print(
-                f"     {row.get('perplexity', 0):.3f}, {row.get('seconds', 0):.1f} s {row.get('error', '')}", flush=True
-            )
+            told = f"     {row.get('perplexity', 0):.3f}, {row.get('seconds', 0):.1f} s {row.get('error', '')}"
+            print(told, flush=True)
             report["rows"] = [other for other in report["rows"] if key(other) != key(row)] + [row]
             write_results(options.out, result, report, table(report))
     print(table(report))

@@ -51,7 +51,7 @@ class Compressed:
     seconds: float
 
 
-def compress(
+def compress(  # noqa: PLR0913 (each is a choice of the user)
     model_dir: str | Path,
     recipe: Recipe | Mapping[str, Any],
     *,

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from benchmarks.peers.contest import TASKS, check, jobs_of, key, table
+from benchmarks.peers.contest import check, key, table
+from benchmarks.peers.jobs import TASKS, jobs_of
 from benchmarks.peers.ours import recipe_of
 
 REPORT = {"machine": {"cores": 2, "torch": "t"}, "model": "m", "peers": "x", "dense_perplexity": 20.0}

@@ -6,12 +6,11 @@ import hashlib
 import json
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
-
-import pytest
 
 COMMIT = "a" * 40
 
@@ -69,16 +68,15 @@ def _handler(root: Path) -> type[BaseHTTPRequestHandler]:  # noqa: C901 (a class
     return Hub
 
 
-@pytest.fixture
-def hub(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """The stand-in's root: put repositories at `models/<owner>/<name>` or `datasets/<owner>/<name>`."""
-    root = tmp_path_factory.mktemp("hub")
+@contextmanager
+def serve_hub(root: Path) -> Iterator[str]:
+    """Serve the repositories at `models/<owner>/<name>` and `datasets/<owner>/<name>` below `root`; the address."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(root))
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
-    monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    yield root
-    server.shutdown()
-    server.server_close()
-    thread.join()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()

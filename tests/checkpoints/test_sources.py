@@ -11,7 +11,6 @@ from safetensors.torch import load_file, save_file
 from hwpq_pipeline.checkpoints.reader import Checkpoint
 from hwpq_pipeline.checkpoints.sources import ModelSource, fetch_model
 from hwpq_pipeline.errors import HwpqError
-from tests.checkpoints.hub import hub  # noqa: F401 (a fixture)
 from tests.tiny import tiny_checkpoint, tiny_config, tiny_tokens
 
 
@@ -131,7 +130,7 @@ def test_missing_sources(tmp_path: Path, source: ModelSource, message: str) -> N
     assert list(tmp_path.iterdir()) == []
 
 
-def test_hub(tmp_path: Path, hub: Path) -> None:  # noqa: F811
+def test_hub(tmp_path: Path, hub: Path) -> None:
     source = tiny_checkpoint(hub / "models" / "me" / "tiny")
     (source / "pytorch_model.bin").write_bytes(b"pickle")
     target = fetch_model(
@@ -147,7 +146,7 @@ def test_hub(tmp_path: Path, hub: Path) -> None:  # noqa: F811
     assert not (tmp_path / "none").exists()
 
 
-def test_hub_that_does_not_answer(tmp_path: Path, hub: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+def test_hub_that_does_not_answer(tmp_path: Path, hub: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     with pytest.raises(HwpqError, match="hub repository me/tiny"):
         fetch_model(ModelSource("hub", repo="me/tiny"), tmp_path / "out", tmp_path / "cache")

@@ -11,7 +11,6 @@ import pytest
 
 from hwpq_pipeline.corpus.documents import CorpusSource, fetch_corpus, read_corpus, strip_markup
 from hwpq_pipeline.errors import HwpqError
-from tests.checkpoints.hub import hub  # noqa: F401 (a fixture)
 
 LONG = "A river walks under the moon. " * 10
 
@@ -105,7 +104,7 @@ def test_bad_sources(tmp_path: Path) -> None:
         fetch_corpus(CorpusSource("tape"), tmp_path / "out", tmp_path)
 
 
-def test_hub(tmp_path: Path, hub: Path) -> None:  # noqa: F811
+def test_hub(tmp_path: Path, hub: Path) -> None:
     home = hub / "datasets" / "me" / "texts"
     home.mkdir(parents=True)
     pd.DataFrame({"text": [LONG, LONG + "more"]}).to_parquet(home / "train.parquet")

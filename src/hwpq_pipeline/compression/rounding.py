@@ -46,7 +46,7 @@ class Descent:
     refit_scales: bool = True
 
 
-def quantize(
+def quantize(  # noqa: PLR0913 (a format takes some of them, coordinate descent the others)
     weight: Tensor,
     grid: str,
     *,

@@ -7,14 +7,12 @@ the recipe's steps are taken, and the run goes on with what they made. So a vari
 sums.
 
 **The residual stream.** A layer whose output is added to the stream is also asked for what the stream has lost by
-then. Which layers do that is measured, not assumed from names: the change of the stream over the dense block is
-fitted by the outputs of the layers that are as wide as the stream. Where it is their weighted sum, the layers with a
-weight are the writers. Where it is not (a norm follows the layer, say), there are none, and the layers are asked for
-the dense outputs alone.
+then. These layers (writers) are measured, not taken from names: the outputs of the layers that are as wide as the
+stream are fitted to its change over the dense block. If a weighted sum of them is the change, the layers with a weight
+are the writers. If not (a norm follows the layer, say), there are none, and all are asked for the dense outputs alone.
 
-**Memory.** All tokens run through a block at once, so that its layers can be compressed on the way and each runs only
-twice. Memory holds two hidden states and the activations of two runs of one block, in float32. A model or a sample
-that is too large for this needs fewer samples.
+**Memory.** All tokens run through a block at once, so that each of its layers runs only twice. Memory holds two hidden
+states and the activations of two runs of one block, in float32. If that is too much, take fewer samples.
 
 **Precision.** Weights, hidden states and sums are float32. Products are in the dtype that the statistics were
 collected in: bfloat16 makes the walk twice as fast where the processor multiplies it. Its rounding (2⁻⁹ of a value)
@@ -280,8 +278,7 @@ def _missing(walk: Walk, state: BlockState, members: list[Member], original: Ten
     """
     shift = None
     parts = []
-    heights = [layer.shape[0] for layer, _ in members]
-    for (layer, module), part in zip(members, original.split(heights), strict=True):
+    for (layer, module), part in zip(members, original.split([layer.shape[0] for layer, _ in members]), strict=True):
         if layer.name in state.stream:
             with walk.products(low=True):
                 given = nn.functional.linear(x, module.weight, module.bias).float()

@@ -23,7 +23,7 @@ from hwpq_pipeline.tracking.records import Dataset, Record
 from hwpq_pipeline.tracking.runs import log_once
 
 
-def record(
+def record(  # noqa: PLR0913 (a node gets one for each dataset)
     name: str,
     sources: dict[str, dict[str, Any]],
     calibration_samples: pd.DataFrame,
