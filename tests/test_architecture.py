@@ -1,4 +1,4 @@
-"""The rules of `docs/architecture.md` that a program can check: who may import what, and what is declared."""
+"""Rules that a program can check: who may import what, what is declared, how long files and functions are."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import re
 import sys
 import tomllib
 from collections.abc import Iterator
+from datetime import date
 from importlib.metadata import packages_distributions
 from pathlib import Path
 
@@ -15,6 +16,18 @@ import pytest
 PACKAGE = "hwpq_pipeline"
 # The mathematics must run wherever torch does; llvmlite is numba's, triton only the CUDA kernels look for.
 MATHEMATICS_MAY_IMPORT = {"llvmlite", "numba", "numpy", "torch", "triton", PACKAGE}
+# Each framework, and the modules that may import it; pyproject.toml's contracts must name all others.
+MAY_KNOW = {
+    "kedro": {
+        "__main__", "cli", "commands", "datasets", "failures", "pipeline_registry", "pipelines", "project", "settings",
+    },
+    "mlflow": {"__main__", "tracking"},
+}  # fmt: skip
+# CONTRIBUTING.md names these limits; a function's signature and docstring do not count.
+FILE_LINES, FUNCTION_LINES = 300, 40
+LONGER_FUNCTIONS = {
+    "src/hwpq_pipeline/kernels/ewma_select/triton_parts.py:run_pass",  # one loop over a row, whose state is 15 values
+}
 
 
 def imported_names(folder: Path) -> Iterator[tuple[Path, int, str]]:
@@ -83,12 +96,80 @@ def test_lock_is_whole_and_tied_to_no_machine(root: Path) -> None:
     assert wanted <= requirement_names(pins), wanted - requirement_names(pins)
 
 
-def test_versions_agree(root: Path) -> None:
+def test_the_changelog_ends_at_the_version_that_the_package_has(root: Path) -> None:
     from hwpq_pipeline import __version__
 
     changelog = (root / "CHANGELOG.md").read_text(encoding="utf-8")
-    assert f"## [{__version__}]" in changelog
+    first, *released = re.findall(r"^## (.+)$", changelog, re.MULTILINE)
+    assert first == "[Unreleased]"
+    found = [re.fullmatch(r"\[(\d+\.\d+\.\d+)\] - (\d{4}-\d\d-\d\d)", heading) for heading in released]
+    versions = [match[1] for match in found if match and date.fromisoformat(match[2])]
+    assert len(versions) == len(released)
+    assert versions[0] == __version__
 
 
-def test_telemetry_is_off(root: Path) -> None:
-    assert (root / ".telemetry").read_text(encoding="utf-8").strip() == "consent: false"
+def test_kedro_sends_nothing(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The project's file withholds consent where no variable does; an empty folder does not."""
+    from kedro_telemetry.api import send_telemetry_event
+
+    sent = []
+    for variable in ("DO_NOT_TRACK", "KEDRO_DISABLE_TELEMETRY", "GITHUB_REPOSITORY_OWNER"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setattr("kedro_telemetry.api._get_or_create_uuid", lambda: "nobody")
+    monkeypatch.setattr("kedro_telemetry.api._send_heap_event", lambda **event: bool(sent.append(event)) or True)
+    assert not send_telemetry_event("test", project_path=root)
+    assert not sent
+    assert send_telemetry_event("test", project_path=tmp_path)
+    assert sent
+
+
+@pytest.mark.parametrize("framework", MAY_KNOW)
+def test_the_contracts_name_every_module(root: Path, framework: str) -> None:
+    contracts = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["importlinter"][
+        "contracts"
+    ]
+    (contract,) = [entry for entry in contracts if framework in entry.get("forbidden_modules", [])]
+    package = root / "src" / PACKAGE
+    modules = {path.stem for path in package.iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()}
+    named = {name.removeprefix(f"{PACKAGE}.") for name in contract["source_modules"]}
+    assert named == modules - MAY_KNOW[framework] - {"__init__"}
+
+
+def test_tests_do_not_import_each_other(root: Path) -> None:
+    """What two test modules share is a helper or a fixture: a changed test then breaks no other."""
+    found = [
+        f"{file.relative_to(root)}:{node.lineno}"
+        for file in sorted((root / "tests").rglob("*.py"))
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Import | ast.ImportFrom)
+        for name in (
+            [f"{node.module}.{alias.name}" for alias in node.names]
+            if isinstance(node, ast.ImportFrom)
+            else [alias.name for alias in node.names]
+        )
+        if name.startswith("tests.") and any(part.startswith("test_") for part in name.split(".")[:-1])
+    ]
+    assert not found, found
+
+
+def lines_of_body(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
+    """Lines from the first statement to the last; a docstring is none."""
+    first, *rest = function.body
+    if ast.get_docstring(function) is not None:
+        return (function.end_lineno or 0) - (first.end_lineno or 0) if rest else 0
+    return (function.end_lineno or 0) - first.lineno + 1
+
+
+@pytest.mark.parametrize("folder", ["src", "benchmarks"])
+def test_files_and_functions_are_short(root: Path, folder: str) -> None:
+    files = {file: file.read_text(encoding="utf-8") for file in sorted((root / folder).rglob("*.py"))}
+    assert files
+    long = {
+        f"{file.relative_to(root)}:{node.name}": lines_of_body(node)
+        for file, text in files.items()
+        for node in ast.walk(ast.parse(text))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and lines_of_body(node) > FUNCTION_LINES
+    }
+    assert set(long) == {name for name in LONGER_FUNCTIONS if name.startswith(folder)}, long
+    lengths = {str(file.relative_to(root)): len(text.splitlines()) for file, text in files.items()}
+    assert not {name: length for name, length in lengths.items() if length > FILE_LINES}
