@@ -103,9 +103,9 @@ def test_the_changelog_ends_at_the_version_that_the_package_has(root: Path) -> N
     first, *released = re.findall(r"^## (.+)$", changelog, re.MULTILINE)
     assert first == "[Unreleased]"
     found = [re.fullmatch(r"\[(\d+\.\d+\.\d+)\] - (\d{4}-\d\d-\d\d)", heading) for heading in released]
-    versions = [match[1] for match in found if match and date.fromisoformat(match[2])]
+    versions = [(match[1], date.fromisoformat(match[2])) for match in found if match]
     assert len(versions) == len(released)
-    assert versions[0] == __version__
+    assert versions[0][0] == __version__
 
 
 def test_kedro_sends_nothing(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
