@@ -40,7 +40,16 @@ def with_quality(card: str, metrics: Mapping[str, Any]) -> str:
         "weights."
     )
     table = "\n".join(["| | dense | this | |", "|---|---|---|---|", *rows])
-    return f"{before}\n## Quality\n\n{note}\n\n{table}\n{heading}{after}"
+    return f"{before}\n## Quality\n\n{note}\n\n{table}\n{_left_dense(metrics)}{heading}{after}"
+
+
+def _left_dense(metrics: Mapping[str, Any]) -> str:
+    """A list of the block weights that were not compressed; empty where all were."""
+    lines = metrics.get("left_dense", [])
+    if not lines:
+        return ""
+    listed = "".join(f"- `{line.replace('`', '')}`\n" for line in lines)  # names come from the checkpoint
+    return f"\nInside the decoder blocks these weights are as in the dense model:\n\n{listed}"
 
 
 def _dense(figure: Figure, metrics: Mapping[str, Any]) -> str:

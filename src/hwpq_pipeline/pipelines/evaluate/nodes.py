@@ -21,7 +21,10 @@ def evaluate(
     samples: pd.DataFrame,
     evaluation: Evaluation,
 ) -> tuple[dict[str, Any], dict[str, float]]:
-    """Load the export as a user would; its figures beside the dense model's, and the seconds it took."""
+    """Load the export as a user would; its figures beside the dense model's, and the seconds it took.
+
+    `left_dense` stands beside the figures where a part of the blocks was not compressed.
+    """
     with progress_bar(f"evaluate {export.name}: batches") as progress:
         quality = evaluate_export(
             export,
@@ -36,7 +39,10 @@ def evaluate(
         "evaluation_length": evaluation.length,
         "evaluation_predictions": quality.tokens,
     }
-    figures = {**quality.figures(), **measure_size(export, model).figures(), **conditions}
+    size = measure_size(export, model)
+    figures = {**quality.figures(), **size.figures(), **conditions}
+    if size.left_dense:
+        figures["left_dense"] = size.left_dense
     return figures, {"evaluate": quality.seconds}
 
 
