@@ -108,6 +108,7 @@ def test_coverage_counts_fused_experts(tmp_path: Path) -> None:
     assert size.coverage == compressed / every < 0.12
     zeros = sum(int((weight == 0).sum()) for weight in weights.values())
     assert size.sparsity == zeros / every < 0.05
+    assert size.model_sparsity == zeros / sum(parameter.numel() for parameter in model.parameters())
     assert [line.partition(":")[0] for line in size.left_dense] == [
         "model.layers.*.mlp.experts.gate_up_proj", "model.layers.*.mlp.experts.down_proj", "model.layers.*.mlp.router",
     ]  # fmt: skip

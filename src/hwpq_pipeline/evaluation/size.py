@@ -39,6 +39,7 @@ class Size:
     Attributes:
         coverage: share of the block weights that were pruned or rounded, 0 to 1.
         sparsity: share of zeros among the block weights, 0 to 1.
+        model_sparsity: the same zeros as a share of the whole model's weights, embeddings and head included.
         size_bytes: of the export's safetensors files.
         dense_bytes: of the dense checkpoint's.
         compression_ratio: dense_bytes / size_bytes.
@@ -49,6 +50,7 @@ class Size:
 
     coverage: float
     sparsity: float
+    model_sparsity: float
     size_bytes: int
     dense_bytes: int
     compression_ratio: float
@@ -58,7 +60,7 @@ class Size:
 
     def figures(self) -> dict[str, float]:
         """What `metrics.json` holds of it, by name."""
-        others = ("weights", "expected_bytes", "left_dense")
+        others = ("model_sparsity", "weights", "expected_bytes", "left_dense")
         return {name: value for name, value in asdict(self).items() if name not in others}
 
 
@@ -90,6 +92,7 @@ def measure_size(export_dir: str | Path, model_dir: str | Path) -> Size:
         compression_ratio=dense.size_bytes / export.size_bytes,
         coverage=compressed / weights,
         sparsity=zeros / weights,
+        model_sparsity=zeros / sum(prod(dense.shape(name)) for name in dense.names),
         weights=weights,
         expected_bytes=_expected_bytes(export, dense, layers, scheme),
         left_dense=told_left_dense(left, shapes, layers) if compressed else [],

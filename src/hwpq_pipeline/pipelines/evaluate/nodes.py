@@ -23,7 +23,7 @@ def evaluate(
 ) -> tuple[dict[str, Any], dict[str, float]]:
     """Load the export as a user would; its figures beside the dense model's, and the seconds it took.
 
-    `left_dense` stands beside the figures where a part of the blocks was not compressed.
+    `model_sparsity` stands beside the figures, and `left_dense` where a part of the blocks was not compressed.
     """
     with progress_bar(f"evaluate {export.name}: batches") as progress:
         quality = evaluate_export(
@@ -40,7 +40,7 @@ def evaluate(
         "evaluation_predictions": quality.tokens,
     }
     size = measure_size(export, model)
-    figures = {**quality.figures(), **size.figures(), **conditions}
+    figures = {**quality.figures(), **size.figures(), "model_sparsity": size.model_sparsity, **conditions}
     if size.left_dense:
         figures["left_dense"] = size.left_dense
     return figures, {"evaluate": quality.seconds}
