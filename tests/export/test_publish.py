@@ -261,3 +261,11 @@ def test_metrics_that_are_not_whole_are_refused(export: Path, lost: str) -> None
     metrics = {name: value for name, value in METRICS.items() if name != lost}
     with pytest.raises(HwpqError, match=f"no metric '{lost}'"):
         with_quality((export / "README.md").read_text(), metrics)
+    with pytest.raises(HwpqError, match=f"no metric '{lost}'"):
+        with_quality((export / "README.md").read_text(), {**METRICS, lost: None})
+
+
+@pytest.mark.parametrize("damaged", [{}, None, []])
+def test_metrics_that_are_empty_are_refused(export: Path, damaged: Any) -> None:
+    with pytest.raises(HwpqError, match="no metric 'dense_perplexity'"):
+        with_quality((export / "README.md").read_text(), damaged)

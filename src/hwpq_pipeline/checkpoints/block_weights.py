@@ -72,7 +72,7 @@ def told_left_dense(
         counts[kind] = counts.get(kind, 0) + prod(shape)
     total = sum(map(prod, everything.values()))
     return [
-        f"{pattern}: {why}, {count / total:.1%} of the block weights"
+        f"{' '.join(pattern.split())}: {why}, {count / total:.1%} of the block weights"  # one line, whatever the name
         for (pattern, why), count in sorted(counts.items(), key=lambda item: -item[1])
     ]
 
