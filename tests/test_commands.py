@@ -55,6 +55,17 @@ def test_compare_shows_what_was_evaluated(small):
     figures = json.loads((small / "data" / "08_reporting" / EWMA / "metrics.json").read_text())
     assert f"{figures['perplexity']:.2f}" in shown
     assert "Not evaluated yet: dense" in shown
+    for text, told in {
+        "": "cannot be read",
+        "{": "cannot be read",
+        "{}": "no perplexity",
+        "null": "no perplexity",
+    }.items():
+        (small / "data" / "08_reporting" / "dense" / "metrics.json").write_text(text)
+        done = hwpq(small, "compare")
+        assert done.returncode == 1
+        (line,) = error_lines(done)
+        assert line.startswith(f"error: metrics of dense: {told}")
     for file in (small / "data" / "08_reporting").glob("*/metrics.json"):
         file.unlink()
     done = hwpq(small, "compare")

@@ -22,7 +22,7 @@ pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 
 VARIANTS = ("dense", "2of4-fp8", "ewma50-int4")
 KEYS = {
-    "perplexity", "perplexity_ratio", "kl_divergence", "top1_agreement", "sparsity", "size_bytes",
+    "perplexity", "perplexity_ratio", "kl_divergence", "top1_agreement", "coverage", "sparsity", "size_bytes",
     "compression_ratio", "seconds",
 }  # fmt: skip
 STAGES = {"calibrate", "select", "compress", "export", "evaluate"}
@@ -88,6 +88,7 @@ def test_figures_are_those_of_working_variants(kedro_project):
     assert dense["perplexity_ratio"] == pytest.approx(1, abs=1e-4)
     assert dense["kl_divergence"] < 1e-4
     assert dense["top1_agreement"] == pytest.approx(1, abs=0.01)
+    assert [found["coverage"] for found in (dense, sparse, four)] == [0, 1, 1]
     assert sparse["sparsity"] == pytest.approx(0.5, abs=0.01)
     assert four["sparsity"] >= 0.5 - 0.001  # rounding to 4 bits adds zeros
     assert 1 < sparse["perplexity_ratio"] < 8

@@ -106,6 +106,15 @@ def test_shared_parameters_are_written_out_in_full(root, env):
         (Quantization, {"grid": "int8", "method": "coordinate_descent"}, "rounds to nearest"),
         (Quantization, {"grid": "int4", "group_size": 64, "sweeps": 3}, "sweeps belongs to"),
         (Recovery, {"preset": "quality", "steps": 9}, "steps belongs to preset fixed_mask"),
+        *(
+            (kind, {**given, name: value}, "(less|greater) than or equal to")
+            for kind, given, name in (
+                (Selection, {"structure": "unstructured"}, "multiplier"),
+                (Recovery, {"preset": "fast"}, "damping"),
+            )
+            for value in (float("inf"), float("-inf"), float("nan"), 1e308, -1)
+        ),
+        (Gate, {"minimum_coverage": 99}, "less than or equal to 1"),
         (Variant, {"description": "x", "recovery": {}}, "add selection or remove recovery"),
         (
             Variant,

@@ -141,9 +141,19 @@ FIGURES = (
         dense=1,
     ),
     Figure(
+        "coverage",
+        "coverage",
+        "share of the weights inside the decoder blocks that were pruned or rounded; 0 where nothing was to be done",
+        unit="share",
+        format=".1%",
+        better="higher",
+        gate="coverage",
+        dense=0,
+    ),
+    Figure(
         "sparsity",
-        "sparsity",
-        "share of zeros among the weights of the compressible linear layers, after rounding",
+        "sparsity of the blocks",
+        "share of zeros among all weights inside the decoder blocks, after rounding; embeddings and head do not count",
         unit="share",
         format=".1%",
     ),
@@ -151,7 +161,7 @@ FIGURES = (
     Figure(
         "compression_ratio",
         "× smaller",
-        "the dense model's bytes as a multiple of the variant's",
+        "the whole dense model's bytes, embeddings included, as a multiple of the variant's",
         unit="×",
         better="higher",
         positive=True,
@@ -188,20 +198,27 @@ WANTED = LayerFigure("wanted_sparsity", "sparsity, wanted")
 LAYER_FIGURES = (*ERRORS, REACHED, WANTED)
 
 
-def values(metrics: Mapping[str, Any], *, where: str) -> dict[str, float]:
+def values(metrics: Mapping[str, Any] | None, *, where: str) -> dict[str, float]:
     """The figures of a variant by name, in the order of `FIGURES`.
 
     Args:
-        metrics: as in its `metrics.json`.
+        metrics: as in its `metrics.json`, which may be damaged.
         where: whose they are, for the error.
 
     Raises:
-        HwpqError: a figure is missing.
+        HwpqError: a figure is missing, or is no number. NaN is one: people see it, and it keeps no limit.
     """
-    known = {**metrics, **({TIME.name: making_seconds(metrics)} if TIMES in metrics else {})}
-    if missing := [figure.name for figure in FIGURES if figure.name not in known]:
+    known = dict(metrics) if isinstance(metrics, Mapping) else {}
+    times = known.get(TIMES)
+    if isinstance(times, Mapping) and times and all(map(_is_number, times.values())):
+        known[TIME.name] = making_seconds(known)
+    if missing := [figure.name for figure in FIGURES if not _is_number(known.get(figure.name))]:
         raise HwpqError(f"no {', '.join(missing)}", where=where, remedy="Run the evaluate pipeline again.")
     return {figure.name: known[figure.name] for figure in FIGURES}
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def cells(figures: Mapping[str, Any]) -> list[str]:

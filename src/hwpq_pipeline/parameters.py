@@ -20,6 +20,10 @@ from hwpq_pipeline.compression.grids import GRIDS, OFFERED
 from hwpq_pipeline.method.recipe import PRESETS
 
 Fraction = Annotated[float, Field(gt=0, lt=1)]
+#: Deviations over the mean: no float32 ratio of a row of weights comes near it, so more drops every weight.
+MOST_MULTIPLIER = 1e4
+#: In units of the Gram matrix's mean energy: with more of it the inputs no longer count.
+MOST_DAMPING = 1e3
 SHA256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 #: `auto` is bfloat16 where the hardware multiplies it, else float32 (`decoder.dtypes`).
 Dtype = Literal["auto", "float32", "bfloat16"]
@@ -137,7 +141,7 @@ class Selection(Parameters):
     structure: Literal["2of4", "unstructured"]
     metric: Literal["hwpq", "hwpq_weighted", "wanda", "ria", "magnitude"] | None = None
     sparsity: Fraction | None = None
-    multiplier: float | None = None
+    multiplier: Annotated[float, Field(ge=0, le=MOST_MULTIPLIER)] | None = None
     domain: Literal["sqrt", "log", "raw"] | None = None
     alpha: Fraction | None = None
     beta: Fraction | None = None
@@ -168,7 +172,7 @@ class Recovery(Parameters):
 
     preset: Literal["fixed_mask", "fast", "balanced", "admm", "quality"] | None = None
     steps: Annotated[int, Field(ge=1, le=1000)] | None = None
-    damping: Annotated[float, Field(ge=0)] | None = None
+    damping: Annotated[float, Field(ge=0, le=MOST_DAMPING)] | None = None
 
     @model_validator(mode="after")
     def _no_contradiction(self) -> Self:

@@ -122,6 +122,33 @@ def test_dead_and_silent_inputs(structure: str) -> None:
         assert bool((found.weight[~found.mask] == 0).all())
 
 
+@pytest.mark.parametrize("method", ["descent", "admm"])
+@pytest.mark.parametrize("structure", ["2of4", "unstructured"])
+def test_a_layer_that_no_token_reached_keeps_its_mask_and_weights(structure: str, method: str) -> None:
+    weight, _, gram = problem(6, 16)
+    mask = wanda(weight, gram)
+    for damping in (0.0, 0.01):
+        search = replace(QUICK, structure=structure, method=method, damping=damping)
+        found = refine_mask(weight, mask, torch.zeros(16, 16), search)
+        assert torch.equal(found.mask, mask)
+        assert torch.equal(found.weight, torch.where(mask, weight, 0.0))
+        assert (found.errors.relative_before, found.errors.relative_after) == (0.0, 0.0)
+
+
+@pytest.mark.parametrize("method", ["descent", "admm"])
+@pytest.mark.parametrize("damping", [0.0, 1e-12, 0.01])
+def test_silent_inputs_beside_live_ones_keep_their_largest_weights(method: str, damping: float) -> None:
+    weight, inputs, _ = problem(6, 16)
+    inputs[:, 4:8] = 0.0
+    gram = inputs.T @ inputs
+    found = refine_mask(weight, wanda(weight, gram + 1e-9), gram, replace(QUICK, method=method, damping=damping))
+    silent = weight[:, 4:8]
+    largest = silent.abs() >= silent.abs().sort(1).values[:, 2:3]
+    assert torch.equal(found.mask[:, 4:8], largest)
+    torch.testing.assert_close(found.weight[:, 4:8], torch.where(largest, silent, 0.0))
+    assert found.errors.relative_after < found.errors.relative_before
+
+
 @pytest.mark.parametrize(
     ("search", "heights", "message"),
     [

@@ -240,14 +240,32 @@ def test_quality_stands_before_loading_and_the_rest_is_kept(export: Path) -> Non
     assert whole.index("## Quality") < whole.index("## How to load")
     assert "| MB on disk | 269.1 | 113.2 | " in whole
     assert "| top-1 agreement | 100.0% | 80.5% | " in whole
-    assert "| sparsity |  | 50.0% | " in whole
+    assert "| coverage | 0.0% | 100.0% | " in whole
+    assert "| sparsity of the blocks |  | 50.0% | " in whole
     assert "seconds" not in whole.partition("## How to load")[0]
     kept = iter(whole.splitlines())
     assert all(line in kept for line in card.splitlines())
 
 
-@pytest.mark.parametrize("lost", ["perplexity", "sparsity"])
+def test_what_was_left_dense_is_listed_as_plain_text(export: Path) -> None:
+    card = (export / "README.md").read_text()
+    assert "as in the dense model:" not in with_quality(card, METRICS)
+    lines = ["model.layers.*.mlp.experts: 3-D tensor of experts, 88.5% of the block weights", "`# a <b>name</b>"]
+    whole = with_quality(card, {**METRICS, "left_dense": lines})
+    quality = whole.partition("## Quality")[2].partition("## How to load")[0]
+    assert f"as in the dense model:\n\n- `{lines[0]}`\n- `# a <b>name</b>`\n" in quality
+
+
+@pytest.mark.parametrize("lost", ["perplexity", "sparsity", "coverage"])
 def test_metrics_that_are_not_whole_are_refused(export: Path, lost: str) -> None:
     metrics = {name: value for name, value in METRICS.items() if name != lost}
     with pytest.raises(HwpqError, match=f"no metric '{lost}'"):
         with_quality((export / "README.md").read_text(), metrics)
+    with pytest.raises(HwpqError, match=f"no metric '{lost}'"):
+        with_quality((export / "README.md").read_text(), {**METRICS, lost: None})
+
+
+@pytest.mark.parametrize("damaged", [{}, None, []])
+def test_metrics_that_are_empty_are_refused(export: Path, damaged: Any) -> None:
+    with pytest.raises(HwpqError, match="no metric 'dense_perplexity'"):
+        with_quality((export / "README.md").read_text(), damaged)

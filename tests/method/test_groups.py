@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from dataclasses import replace
 
@@ -143,3 +144,46 @@ def test_table_has_a_row_a_layer_and_gaps_for_what_is_not_known(places):
     assert table["layer"].tolist() == layers.names
     assert table["x"].count() == 1
     assert list(table.loc[1, ["kind", "rows", "columns"]]) == ["k_proj", 16, 32]
+
+
+def damaged(places, tmp_path, change, group="model.layers.1.mlp.gate_proj"):
+    """Statistics whose sums of one group are changed by ``change(gram, energy)``."""
+    target = tmp_path / "statistics"
+    shutil.copytree(places / "gram", target)
+    file = target / "block_001.safetensors"
+    tensors = load_file(file)
+    gram, energy = (tensors[f"{group}.{suffix}"] for suffix in ("gram", "energy"))
+    change(gram, energy)
+    save_file(tensors, file)
+    return Groups(Checkpoint(places / "model"), layer_map(places / "model"), Statistics(target))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda gram, energy: gram[1, 2].fill_(float("nan")), "NaN or not symmetric"),
+        (lambda gram, energy: gram[1, 2].add_(1e-3), "NaN or not symmetric"),
+        (lambda gram, energy: gram[3, 3].fill_(-1.0), "NaN, infinite or negative"),
+        (lambda gram, energy: energy[3].fill_(float("inf")), "NaN, infinite or negative"),
+    ],
+)
+def test_damaged_sums_are_named_by_their_group(places, tmp_path, change, message):
+    groups = damaged(places, tmp_path, change)
+    with pytest.raises(HwpqError, match=rf"^model\.layers\.1\.mlp\.gate_proj: .*{message}.*calibrate"):
+        [(group.sums.energy(), group.gram) for group in groups]
+
+
+def test_layers_that_no_token_reached_are_found(places, tmp_path):
+    groups = damaged(places, tmp_path, lambda gram, energy: (gram.zero_(), energy.zero_()))
+    assert groups.silent() == ["model.layers.1.mlp.gate_proj", "model.layers.1.mlp.up_proj"]
+    assert make(places).silent() == []
+
+
+def test_sums_that_are_all_zero_are_refused(places, tmp_path):
+    target = tmp_path / "statistics"
+    shutil.copytree(places / "gram", target)
+    for file in target.glob("*.safetensors"):
+        save_file({name: torch.zeros_like(tensor) for name, tensor in load_file(file).items()}, file)
+    groups = Groups(Checkpoint(places / "model"), layer_map(places / "model"), Statistics(target))
+    with pytest.raises(HwpqError, match="all sums of all layers are zero"):
+        groups.silent()

@@ -19,7 +19,8 @@ from hwpq_pipeline.method.groups import Group, open_groups
 from hwpq_pipeline.method.recipe import Recipe
 from hwpq_pipeline.method.run import compress_model, write_model
 from hwpq_pipeline.method.select import select_model
-from tests.tiny import tiny_checkpoint, tiny_tokens
+from tests.beyond_linear import gpt_oss
+from tests.tiny import tiny_checkpoint, tiny_model, tiny_tokens
 
 R = TypeVar("R")
 TOKENS = tiny_tokens(16, 32)
@@ -99,6 +100,20 @@ def test_each_group_is_handed_on_before_the_next_one_is_worked_on(root: Path) ->
     compress_model(groups, {}, recipe, sink=lambda group: events.append(("sunk", group.name)), executor=executor)
     names = list(groups.members())
     assert events == [event for name in names for event in (("begun", name), ("sunk", name))]
+
+
+def test_what_is_out_of_reach_is_told_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    tiny_model(gpt_oss()).save_pretrained(tmp_path / "model")
+    told = {}
+    for name, variant in {"int8": {"quantization": {"grid": "int8"}}, "dense": {}}.items():
+        caplog.clear()
+        (tmp_path / name).mkdir()
+        write_model(tmp_path / "model", None, Recipe.from_variant(variant), tmp_path / name, name=name)
+        told[name] = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert told["dense"] == []
+    (line,) = told["int8"]
+    assert line.startswith("Left dense: model.layers.*.mlp.experts.gate_up_proj: 3-D tensor of experts, ")
+    assert "model.layers.*.mlp.router: " in line
 
 
 def test_what_lacks_is_named(root: Path) -> None:

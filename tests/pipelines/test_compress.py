@@ -5,6 +5,7 @@ from __future__ import annotations
 import pandas as pd
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from hwpq_pipeline.calibration.statistics import collect_statistics
 from hwpq_pipeline.checkpoints.reader import read_json, read_tensors
@@ -103,6 +104,75 @@ def test_dense_is_nothing_but_a_recipe(places, tmp_path):
     assert tensors == {}
     assert (selected["reached_sparsity"] == 0).all()
     assert table["error_pruned"].isna().all()
+
+
+@pytest.fixture(scope="module")
+def silent_places(tmp_path_factory):
+    """A model whose second feed-forward network gets nothing but zeros, as an expert that no token is sent to."""
+    root = tmp_path_factory.mktemp("silent")
+    tiny_checkpoint(root / "model")
+    file = root / "model" / "model.safetensors"
+    tensors = read_tensors(file)
+    tensors["model.layers.1.post_attention_layernorm.weight"].zero_()
+    save_file(tensors, file, metadata={"format": "pt"})
+    collect_statistics(root / "model", TOKENS, target=root / "statistics")
+    return root
+
+
+SILENT = [f"model.layers.1.mlp.{kind}_proj" for kind in ("gate", "up", "down")]
+
+
+@pytest.mark.parametrize("preset", ["fixed_mask", "fast", "balanced", "admm", "quality"])
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_a_layer_that_no_token_reaches_is_kept_by_magnitude_and_told(
+    silent_places, tmp_path, caplog, structure, preset
+):
+    dense = read_tensors(silent_places / "model" / "model.safetensors")
+    _, tensors, selected, *_ = run(
+        silent_places, tmp_path, selection=STRUCTURES[structure], recovery={"preset": preset}
+    )
+    for layer in SILENT:
+        weight, found = dense[f"{layer}.weight"], tensors[f"{layer}.weight"]
+        keep = found != 0
+        assert torch.equal(found[keep], weight[keep])
+        assert keep.double().mean().item() == pytest.approx(0.5, abs=0.002)
+        if structure == "2of4":
+            quads = weight.abs().unflatten(1, (-1, 4))
+            assert torch.equal(keep.unflatten(1, (-1, 4)), quads >= quads.sort(-1).values[..., 2:3])
+        else:  # the moving average's threshold is another one for each weight
+            assert weight[keep].abs().mean() > 2 * weight[~keep].abs().mean()
+    metrics = dict(zip(selected["layer"], selected["metric"], strict=True))
+    assert {layer for layer, metric in metrics.items() if metric == "magnitude"} == set(SILENT)
+    (line,) = [record.getMessage() for record in caplog.records if "No calibration token" in record.getMessage()]
+    assert all(layer in line for layer in SILENT)
+
+
+def test_a_silent_layer_is_rounded_as_without_data(silent_places, tmp_path, caplog):
+    descent = {"grid": "int4", "group_size": 32, "method": "coordinate_descent"}
+    _, tensors, *_ = run(silent_places, tmp_path, quantization=descent)
+    for layer in SILENT:
+        dense = read_tensors(silent_places / "model" / "model.safetensors")[f"{layer}.weight"]
+        scale = tensors[f"{layer}.scale"].repeat_interleave(32, 1)
+        codes = tensors[f"{layer}.codes"].float()
+        assert torch.equal(codes, (dense / scale).round().clamp(-8, 7))
+        assert ((codes * scale - dense).norm() / dense.norm()).item() < 0.12
+    assert "No calibration token reached 3 layers" in caplog.text
+
+
+def test_a_mask_that_keeps_nothing_is_refused(places, tmp_path):
+    variant = Variant.model_validate({"description": "d", "selection": STRUCTURES["unstructured"], "recovery": {}})
+    masks, *_ = select_weights(places / "model", places / "statistics", variant, CPU, tmp_path)
+    tensors = read_tensors(masks)
+    tensors["model.layers.1.mlp.up_proj.keep"].zero_()
+    save_file(tensors, masks)
+    samples = pd.DataFrame({"tokens": list(TOKENS)})
+    with pytest.raises(HwpqError, match=r"^model\.layers\.1\.mlp\.up_proj: its mask keeps no weight"):
+        compress_weights(places / "model", places / "statistics", samples, masks, "v", variant, CPU, tmp_path)
+
+
+def test_a_multiplier_that_drops_all_is_refused(places, tmp_path):
+    with pytest.raises(HwpqError, match=r"q_proj: every weight is dropped.*multiplier"):
+        run(places, tmp_path, selection={"structure": "unstructured", "multiplier": 10000}, recovery={})
 
 
 def test_a_group_that_does_not_divide_is_named(places, tmp_path):

@@ -25,6 +25,12 @@ def test_a_figure_that_is_missing_is_named_with_its_variant():
         comparison_table({"a": METRICS, "b": old})
 
 
+@pytest.mark.parametrize("damaged", [{}, None])
+def test_metrics_that_are_empty_are_named_with_their_variant(damaged):
+    with pytest.raises(HwpqError, match=r"^metrics of b: no perplexity, .*Run the evaluate pipeline"):
+        comparison_table({"a": METRICS, "b": damaged})
+
+
 def test_nothing_is_cut_short_in_a_pipe(capsys):
     show_table(comparison_table({"paper-2of4-fp8": METRICS}))
     shown = capsys.readouterr().out

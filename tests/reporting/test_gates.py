@@ -49,3 +49,24 @@ def test_a_figure_that_is_not_a_number_keeps_no_limit(limit):
 def test_a_gate_on_no_variant_is_a_mistake():
     (error,) = broken_gates({"2of4-pf8": {"maximum_bytes": 1}}, {"2of4-fp8": FIGURES})
     assert str(error) == "quality_gates.yml: variants.2of4-pf8: no such variant. Use one of 2of4-fp8"
+
+
+@pytest.mark.parametrize(
+    "damaged",
+    [
+        {}, None, [], {**FIGURES, "perplexity_ratio": None}, {**FIGURES, "size_bytes": "1"},
+        {name: value for name, value in FIGURES.items() if name != "coverage"},
+        {**FIGURES, "seconds": None}, {**FIGURES, "seconds": {"calibrate": None}},
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("gates", [{"a": {"maximum_bytes": 10**12}}, {"a": {}}, {}])
+def test_a_variant_without_its_figures_fails_with_or_without_a_limit(damaged, gates):
+    (error,) = broken_gates(gates, {"a": damaged, "b": FIGURES})
+    assert str(error).startswith("metrics of a: no ")
+    assert "evaluate" in str(error)
+    assert "\n" not in str(error)
+
+
+def test_coverage_below_its_limit_fails():
+    (error,) = broken_gates({"a": {"minimum_coverage": 0.99}}, {"a": {**FIGURES, "coverage": 0.1142}})
+    assert "coverage is 0.1142, below minimum_coverage 0.99" in str(error)

@@ -16,8 +16,8 @@ domain of the selection needs neither a square nor a root, and a tiny weight's s
 
 **Edges.** One input that holds all the energy makes the denominator zero. The denominator is floored at 2⁻²⁴
 (float32's resolution), so that this input's weights rank above all others of their size but stay finite. Without any
-energy (S = 0) the shares `x_j²/S` count as zero: `hwpq` is then the magnitude, and the energy-weighted metrics are
-zero everywhere (all tied). A row or column of zero weights has no relative importance: its RIA term is zero.
+energy (S = 0: no calibration token reached the layer) nothing is known of the inputs, and every metric is the
+magnitude. A row or column of zero weights has no relative importance: its RIA term is zero.
 """
 
 from __future__ import annotations
@@ -106,16 +106,16 @@ def root_factors(metric: str, weight: Tensor, energy: Tensor) -> Factors:
             remedy="Collect the activation statistics again: sums of squares are finite and not negative",
         )
     row, cross = np.zeros(weight.shape[0]), np.zeros(weight.shape[1])
-    if metric == "ria":
+    if not x2.any():
+        column = np.ones_like(x2)
+    elif metric == "ria":
         by_row, by_column = _absolute_sums(weight)
         cross = np.sqrt(x2) ** RIA_EXPONENT
         row, column = _inverse(by_row), _inverse(by_column) * cross
     else:
         column = x2 if metric in ("hwpq_weighted", "wanda") else np.ones_like(x2)
         if metric in ("hwpq", "hwpq_weighted"):
-            total = x2.sum()
-            share = x2 / total if total > 0 else np.zeros_like(x2)
-            column = column / np.maximum(1 - share, SMALLEST_REST)
+            column = column / np.maximum(1 - x2 / x2.sum(), SMALLEST_REST)
         column = np.sqrt(column)
     return Factors(*(torch.from_numpy(part.astype(np.float32)).to(weight.device) for part in (column, row, cross)))
 

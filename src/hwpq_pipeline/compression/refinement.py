@@ -23,6 +23,10 @@ Damping `δ` is in units of the mean energy. More than 0.01 lowers the layers' e
 
 Unstructured. Each layer has one threshold on what keeping a weight gains. After every sweep it is set to the score that
 the wanted share exceeds. That score is found by counting, without a sort, and the sparsity is met exactly but for ties.
+
+Silent inputs, whose energy (second moment) is zero. Damping gives them a small one, so that among them the largest
+weights stay, unchanged. Without damping `SILENT` does. Where all inputs are silent (no calibration token reached the
+layer), there is no error to lower: the given mask stands, and the weights that it keeps are unchanged.
 """
 
 from __future__ import annotations
@@ -43,6 +47,8 @@ METHODS = ("descent", "admm")
 SHRINK = 0.5
 ROW_TILE = 1024
 ADMM_RHO, ADMM_GROWTH, ADMM_STEPS = 0.3, 1.2, 3
+#: A silent input's energy where there is no damping, in units of the mean: too small to take a live input's place.
+SILENT = 1e-6
 
 
 @dataclass(frozen=True)
@@ -117,7 +123,10 @@ def refine_mask(
 def _refine(weight: Tensor, mask: Tensor, gram: Tensor, *, search: MaskSearch, layers: list[slice]) -> Refined:
     """`refine_mask` of a sound problem, on the kernels' device."""
     weight = weight.float()
-    scaled, root, _ = normalised_gram(gram, search.damping)
+    if not bool(gram.diagonal().any()):
+        nothing = weight.new_zeros(weight.shape[0])
+        return Refined(weight * mask, mask, RowErrors(nothing, nothing, nothing))
+    scaled, root = _scaled_gram(gram, search.damping)
     kept = [int(mask[rows].sum()) for rows in layers]
     problem = _Problem(weight * root, scaled, search.structure, layers, kept)
     if search.method == "admm":
@@ -126,6 +135,16 @@ def _refine(weight: Tensor, mask: Tensor, gram: Tensor, *, search: MaskSearch, l
         values, keep = _descend(problem, None, search.rounds, search.sweeps)
     refined = (values / root) * keep
     return _guard(weight, mask, gram, refined, keep, layers if search.structure == "unstructured" else None)
+
+
+def _scaled_gram(gram: Tensor, damping: float) -> tuple[Tensor, Tensor]:
+    """Ĝ (in, in) with ones on its diagonal, also where an input is silent, and `s` (in,)."""
+    scaled, root, _ = normalised_gram(gram, damping)
+    silent = scaled.diagonal() == 0
+    if bool(silent.any()):
+        scaled.diagonal()[silent] = 1.0
+        root = torch.where(silent, (SILENT * gram.diagonal().double().mean()).sqrt().to(root.dtype), root)
+    return scaled, root
 
 
 @dataclass(frozen=True)

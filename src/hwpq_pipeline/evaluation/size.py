@@ -1,4 +1,4 @@
-"""Size of an export: bytes on disk, how many times smaller than the dense model, share of zero weights.
+"""Size of an export: bytes on disk, how many times smaller than the dense model, coverage, share of zero weights.
 
 `size_bytes` counts the safetensors files, which users download and engines read into memory. Tokenizer, config and card
 are left out: they are the same in every variant. Embeddings are counted, unquantized. In a small model they are a large
@@ -8,19 +8,23 @@ part (SmolLM2-135M: 56.6 of 269 MB), and the ratio shows it.
 (and 16 bytes of shape where weights are packed), and the dense bytes of everything else. Only the files' headers are
 missing.
 
-Sparsity counts the zeros of the compressible layers as loaded. A weight is zero if `scale · code` is, whether it was
-pruned or rounded to zero.
+Coverage and sparsity are shares of the block weights (`checkpoints.block_weights`), which count what no method reaches
+as well. A weight counts as compressed if its layer is stored in codes, or differs from the dense model's. Sparsity
+counts zeros as loaded. A weight is zero if `scale · code` is, whether it was pruned or rounded to zero.
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from hwpq_pipeline.checkpoints.block_weights import block_weights, told_left_dense
 from hwpq_pipeline.checkpoints.layers import LayerMap, layer_map
 from hwpq_pipeline.checkpoints.reader import Checkpoint
 from hwpq_pipeline.errors import HwpqError, first_line
@@ -33,24 +37,31 @@ class Size:
     """What `measure_size` found.
 
     Attributes:
-        sparsity: share of zeros among the compressible layers' weights, 0 to 1.
+        coverage: share of the block weights that were pruned or rounded, 0 to 1.
+        sparsity: share of zeros among the block weights, 0 to 1.
+        model_sparsity: the same zeros as a share of the whole model's weights, embeddings and head included.
         size_bytes: of the export's safetensors files.
         dense_bytes: of the dense checkpoint's.
         compression_ratio: dense_bytes / size_bytes.
-        weights: number of those weights.
+        weights: number of block weights.
         expected_bytes: what the arithmetic gives for `size_bytes`, headers left out.
+        left_dense: what was left dense and why, a line for each kind of weight; empty where nothing was compressed.
     """
 
+    coverage: float
     sparsity: float
+    model_sparsity: float
     size_bytes: int
     dense_bytes: int
     compression_ratio: float
     weights: int
     expected_bytes: int
+    left_dense: list[str] = field(default_factory=list)
 
     def figures(self) -> dict[str, float]:
         """What `metrics.json` holds of it, by name."""
-        return {name: value for name, value in asdict(self).items() if name not in ("weights", "expected_bytes")}
+        others = ("model_sparsity", "weights", "expected_bytes", "left_dense")
+        return {name: value for name, value in asdict(self).items() if name not in others}
 
 
 def measure_size(export_dir: str | Path, model_dir: str | Path) -> Size:
@@ -65,25 +76,59 @@ def measure_size(export_dir: str | Path, model_dir: str | Path) -> Size:
     """
     export, dense, layers = Checkpoint(export_dir), Checkpoint(model_dir), layer_map(model_dir)
     scheme = quantization_scheme(export)
-    zeros = weights = 0
-    for layer in layers:
-        weight = exported_weight(export, layer.name, scheme)
-        if tuple(weight.shape) != layer.shape:
-            raise HwpqError(
-                f"weight has shape {tuple(weight.shape)}, the dense model's {layer.shape}",
-                where=f"{export_dir}: {layer.name}",
-                remedy="Export this model's variant again.",
-            )
+    shapes = block_weights(dense, layers)
+    zeros = compressed = 0
+    left = {}
+    for name, weight in _exported_blocks(export, layers, shapes, scheme):
         zeros += weight.numel() - int(weight.count_nonzero())
-        weights += weight.numel()
+        if f"{name}_scale" in export or not _equal(weight, dense.tensor(name)):
+            compressed += weight.numel()
+        else:
+            left[name] = shapes[name]
+    weights = sum(map(prod, shapes.values()))
     return Size(
         size_bytes=export.size_bytes,
         dense_bytes=dense.size_bytes,
         compression_ratio=dense.size_bytes / export.size_bytes,
+        coverage=compressed / weights,
         sparsity=zeros / weights,
+        model_sparsity=zeros / sum(prod(dense.shape(name)) for name in dense.names),
         weights=weights,
         expected_bytes=_expected_bytes(export, dense, layers, scheme),
+        left_dense=told_left_dense(left, shapes, layers) if compressed else [],
     )
+
+
+def _exported_blocks(
+    export: Checkpoint, layers: LayerMap, shapes: Mapping[str, tuple[int, ...]], scheme: Any
+) -> Iterator[tuple[str, Tensor]]:
+    """Every block weight of the export as loaded, by the dense tensor's name.
+
+    Args:
+        export: the export.
+        layers: the compressible layers.
+        shapes: of the dense model's block weights.
+        scheme: the export's quantization scheme.
+
+    Raises:
+        HwpqError: one is missing, or has another shape than the dense model's.
+    """
+    compressible = {f"{layer.name}.weight": layer.name for layer in layers}
+    for name in [*compressible, *sorted(shapes.keys() - compressible.keys())]:
+        layer = compressible.get(name)
+        weight = export.tensor(name) if layer is None else exported_weight(export, layer, scheme)
+        if tuple(weight.shape) != shapes.get(name):
+            raise HwpqError(
+                f"weight has shape {tuple(weight.shape)}, the dense model's {shapes.get(name)}",
+                where=f"{export.path}: {layer or name}",
+                remedy="Export this model's variant again.",
+            )
+        yield name, weight
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+    """Whether all numbers are the same, each in its own dtype."""
+    return bool((one == other).all())
 
 
 def exported_weight(export: Checkpoint, layer: str, scheme: Any = None) -> Tensor:

@@ -13,12 +13,12 @@ from hwpq_pipeline.errors import HwpqError
 from hwpq_pipeline.figures import FIGURES, TIME, Figure
 
 
-def with_quality(card: str, metrics: Mapping[str, Any]) -> str:
+def with_quality(card: str, metrics: Mapping[str, Any] | None) -> str:
     """Put the table of what was measured into a card, before the section on loading.
 
     Args:
         card: as `render_card` gave it.
-        metrics: as in the variant's `metrics.json`.
+        metrics: as in the variant's `metrics.json`, which may be damaged.
 
     Raises:
         HwpqError: the card has no section on loading, or a figure is missing.
@@ -26,13 +26,15 @@ def with_quality(card: str, metrics: Mapping[str, Any]) -> str:
     before, heading, after = card.partition("\n## How to load\n")
     if not heading:
         raise HwpqError("no section on loading", where="model card", remedy="Run the export pipeline again.")
+    known = metrics if isinstance(metrics, Mapping) else {}
+    known = {name: value for name, value in known.items() if value is not None}
     try:
         rows = [
-            f"| {figure.label} | {_dense(figure, metrics)} | {figure.show(metrics[figure.name])} | {figure.told} |"
+            f"| {figure.label} | {_dense(figure, known)} | {figure.show(known[figure.name])} | {figure.told} |"
             for figure in FIGURES
             if figure is not TIME  # a card says nothing of the machine that it was made on
         ]
-        tokens = f"{metrics['evaluation_samples']} × {metrics['evaluation_length']} tokens"
+        tokens = f"{known['evaluation_samples']} × {known['evaluation_length']} tokens"
     except KeyError as error:
         raise HwpqError(f"no metric {error}", where="model card", remedy="Run the evaluate pipeline again.") from error
     note = (
@@ -40,7 +42,16 @@ def with_quality(card: str, metrics: Mapping[str, Any]) -> str:
         "weights."
     )
     table = "\n".join(["| | dense | this | |", "|---|---|---|---|", *rows])
-    return f"{before}\n## Quality\n\n{note}\n\n{table}\n{heading}{after}"
+    return f"{before}\n## Quality\n\n{note}\n\n{table}\n{_left_dense(known)}{heading}{after}"
+
+
+def _left_dense(metrics: Mapping[str, Any]) -> str:
+    """A list of the block weights that were not compressed; empty where all were."""
+    lines = metrics.get("left_dense", [])
+    if not lines:
+        return ""
+    listed = "".join(f"- `{line.replace('`', '')}`\n" for line in lines)  # names come from the checkpoint
+    return f"\nInside the decoder blocks these weights are as in the dense model:\n\n{listed}"
 
 
 def _dense(figure: Figure, metrics: Mapping[str, Any]) -> str:

@@ -37,6 +37,7 @@ from hwpq_pipeline.errors import HwpqError
 R = TypeVar("R")
 #: Columns of the layer table by layer name.
 Facts = dict[str, Mapping[str, Any]]
+_AGAIN = "The statistics are damaged: run the calibrate pipeline again."
 
 
 class InputSums(Protocol):
@@ -57,12 +58,36 @@ class StoredSums:
     group: str
 
     def gram(self) -> Tensor | None:
-        """Σ x xᵀ; None where only its diagonal was collected."""
-        return None if self.statistics.mode == "diagonal" else self.statistics.gram(self.group)
+        """Σ x xᵀ; None where only its diagonal was collected.
+
+        Raises:
+            HwpqError: it is no sum of x xᵀ.
+        """
+        if self.statistics.mode == "diagonal":
+            return None
+        found = self.statistics.gram(self.group)
+        self._check_squares(found.diagonal())
+        if not torch.equal(found, found.T):  # written exactly symmetric; NaN equals nothing
+            raise HwpqError("the Gram matrix is NaN or not symmetric", where=self.group, remedy=_AGAIN)
+        return found
 
     def energy(self) -> Tensor:
-        """Its diagonal."""
-        return self.statistics.energy(self.group)
+        """Its diagonal.
+
+        Raises:
+            HwpqError: it is no sum of squares.
+        """
+        found = self.statistics.energy(self.group)
+        self._check_squares(found)
+        return found
+
+    def _check_squares(self, sums: Tensor) -> None:
+        if not bool((torch.isfinite(sums) & (sums >= 0)).all()):
+            raise HwpqError(
+                "the sums of its inputs' squares hold values that are NaN, infinite or negative",
+                where=self.group,
+                remedy=_AGAIN,
+            )
 
 
 @dataclass(frozen=True)
@@ -182,6 +207,20 @@ class Groups:
             name = layer.name if self.statistics is None else self.statistics.group_of(layer.name)
             members[name] = (*members.get(name, ()), layer)
         return members
+
+    def silent(self) -> list[str]:
+        """Layers that no calibration token reached: all their inputs are zero. The energies alone are read.
+
+        Raises:
+            HwpqError: sums that are no sums of squares, or no token reached any layer.
+        """
+        if self.statistics is None:
+            return []
+        members = self.members()
+        groups = [name for name in members if not bool(StoredSums(self.statistics, name).energy().any())]
+        if members and len(groups) == len(members):
+            raise HwpqError("all sums of all layers are zero", where=str(self.statistics.path), remedy=_AGAIN)
+        return [layer.name for name in groups for layer in members[name]]
 
     def __iter__(self) -> Iterator[Group]:
         """The groups in order; while one is worked on, the next is read.

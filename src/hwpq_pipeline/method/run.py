@@ -22,6 +22,7 @@ from hwpq_pipeline.checkpoints.compressed import CompressedWriter
 from hwpq_pipeline.errors import HwpqError
 from hwpq_pipeline.method.groups import Executor, Facts, Groups, open_groups, serial
 from hwpq_pipeline.method.recipe import Recipe
+from hwpq_pipeline.method.remarks import warn_of_dense_weights, warn_of_silent_layers
 from hwpq_pipeline.method.select import select_model
 from hwpq_pipeline.method.sequential import walk_in_sequence
 from hwpq_pipeline.method.steps import CompressedGroup, compress_group, packed, take_steps
@@ -51,11 +52,14 @@ def compress_model(
         Columns of the layer table by layer name.
 
     Raises:
-        HwpqError: a damaged weight, a missing mask, or a step that cannot be taken.
+        HwpqError: a damaged weight, damaged statistics, a missing mask, or a step that cannot be taken.
     """
     facts: Facts = {}
     if not recipe.changes_weights:
         return facts
+    warn_of_dense_weights(groups)
+    if recipe.selection is None:  # else the selection has said it
+        warn_of_silent_layers(groups)
     results: Iterator[CompressedGroup]
     if recipe.sequence is None:
         results = executor(partial(compress_group, masks=masks, recipe=recipe), groups)

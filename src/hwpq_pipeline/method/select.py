@@ -20,6 +20,7 @@ from hwpq_pipeline.compression.structured import SPARSITY, select_two_of_four
 from hwpq_pipeline.errors import HwpqError
 from hwpq_pipeline.method.groups import Executor, Facts, Group, Groups, serial
 from hwpq_pipeline.method.recipe import Recipe, Selection
+from hwpq_pipeline.method.remarks import warn_of_silent_layers
 from hwpq_pipeline.progress import with_progress
 
 #: Fields of a recipe's selection that the moving average takes.
@@ -49,8 +50,8 @@ def select_group(group: Group, recipe: Recipe) -> SelectedGroup:
         recipe: with a selection.
 
     Raises:
-        HwpqError: a layer that the structure does not fit, values that are not finite, or inputs of which nothing is
-            known.
+        HwpqError: a layer that the structure does not fit or that would lose every weight, values that are not
+            finite, or inputs of which nothing is known.
     """
     if recipe.selection is None or group.sums is None:
         raise HwpqError(
@@ -59,12 +60,13 @@ def select_group(group: Group, recipe: Recipe) -> SelectedGroup:
             remedy="Give a recipe with a selection, and calibration statistics.",
         )
     energy = group.sums.energy()
+    metric = recipe.selection.metric if bool(energy.any()) else "magnitude"
     choose = _two_of_four if recipe.selection.structure == "2of4" else _unstructured
     masks, facts = {}, {}
     for layer, rows in group.rows:
         keep, found = choose(group.weight[rows], recipe.selection, energy, layer.name)
         masks[layer.name] = keep.cpu()
-        facts[layer.name] = {"metric": recipe.selection.metric, **found}
+        facts[layer.name] = {"metric": metric, **found}
     return SelectedGroup(group.name, masks, facts)
 
 
@@ -80,6 +82,8 @@ def _two_of_four(weight: Tensor, selection: Selection, energy: Tensor, where: st
 def _unstructured(weight: Tensor, selection: Selection, energy: Tensor, where: str) -> tuple[Tensor, dict[str, Any]]:
     settings = {name: getattr(selection, name) for name in MOVING_AVERAGE}
     chosen = ewma_select(weight, selection.metric, energy, Threshold(**settings), where=where)
+    if chosen.reached == 1:
+        raise HwpqError("every weight is dropped", where=where, remedy="Lower the selection's multiplier or sparsity.")
     if chosen.note:
         logging.getLogger(__name__).warning("%s: %s", where, chosen.note)
     return chosen.keep, {
@@ -111,11 +115,12 @@ def select_model(
         Columns of the layer table by layer name; without a selection a reached sparsity of 0.
 
     Raises:
-        HwpqError: a damaged weight, or a layer that the structure does not fit.
+        HwpqError: a damaged weight, damaged statistics, or a layer that the structure does not fit.
     """
     facts: Facts = {layer.name: {"reached_sparsity": 0.0} for layer in groups.layers}
     if recipe.selection is None:
         return facts
+    warn_of_silent_layers(groups)
     results = executor(partial(select_group, recipe=recipe), groups)
     for selected in with_progress(results, "select: input groups", len(groups.members())):
         sink(selected)

@@ -94,6 +94,11 @@ def _prune(group: Group, masks: Mapping[str, Tensor], structure: str) -> Group:
     mask = unpack_bits(bits, group.weight.shape[1])
     if structure == "2of4":
         check_two_of_four(mask, where=group.name)
+    for layer, rows in group.rows:
+        if not bool(mask[rows].any()):
+            raise HwpqError(
+                "its mask keeps no weight", where=layer.name, remedy="Run the select pipeline for this variant again"
+            )
     return group.with_weight(group.weight * mask, mask=mask)
 
 

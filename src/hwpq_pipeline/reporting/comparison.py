@@ -17,7 +17,7 @@ TITLE = "Compressed variants"
 WIDE = 1000
 
 
-def comparison_table(metrics: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:
+def comparison_table(metrics: Mapping[str, Mapping[str, Any] | None]) -> pd.DataFrame:
     """A row a variant: `variant` and the figures.
 
     Args:

@@ -21,7 +21,10 @@ def evaluate(
     samples: pd.DataFrame,
     evaluation: Evaluation,
 ) -> tuple[dict[str, Any], dict[str, float]]:
-    """Load the export as a user would; its figures beside the dense model's, and the seconds it took."""
+    """Load the export as a user would; its figures beside the dense model's, and the seconds it took.
+
+    `model_sparsity` stands beside the figures, and `left_dense` where a part of the blocks was not compressed.
+    """
     with progress_bar(f"evaluate {export.name}: batches") as progress:
         quality = evaluate_export(
             export,
@@ -36,7 +39,11 @@ def evaluate(
         "evaluation_length": evaluation.length,
         "evaluation_predictions": quality.tokens,
     }
-    figures = {**quality.figures(), **measure_size(export, model).figures(), **conditions}
+    size = measure_size(export, model)
+    told = {"model_sparsity": size.model_sparsity, **conditions}
+    figures: dict[str, Any] = {**quality.figures(), **size.figures(), **told}
+    if size.left_dense:
+        figures["left_dense"] = size.left_dense
     return figures, {"evaluate": quality.seconds}
 
 

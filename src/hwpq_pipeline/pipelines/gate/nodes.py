@@ -21,7 +21,7 @@ def check(quality_gates: QualityGates, **metrics: dict[str, Any]) -> None:
         metrics: of each variant, keyed as `by_variant` reads them.
 
     Raises:
-        ExceptionGroup: of HwpqError, one for each limit that does not hold.
+        ExceptionGroup: of HwpqError, one for each limit that does not hold and each variant that lacks a figure.
     """
     gates = quality_gates.limits()
     figures = by_variant(metrics, "metrics")
