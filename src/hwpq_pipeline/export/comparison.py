@@ -37,6 +37,8 @@ from hwpq_pipeline.errors import HwpqError, first_line
 SHORT, KEPT = 16, 64
 LONG, PAST, LONGEST, SHORTEST = 512, 64, 4_200, 128
 OPERATIONS = 5e11
+#: What configs call their largest number of positions.
+_CONTEXT = ("max_position_embeddings", "max_seq_len", "n_positions", "n_ctx")
 #: Bound where codes, scales and other weights keep their values: what is left is the order of float32 sums.
 EXACT = 1e-3
 #: (1, length) token ids and a number n to the logits of the last n tokens, (n, vocabulary) float32.
@@ -79,14 +81,14 @@ def compare(
     """
     again = "Nothing was written. Use another format for this variant, and report this as a fault of the exporter."
     with quiet_transformers(), torch.inference_mode():
-        prompts, wanted = _reference(dense, compressed)
         try:
+            prompts, wanted = _reference(dense, compressed)
             found = _run(read_back.open(folder), prompts)
         except HwpqError as error:
-            said = f"the {name} export cannot be run again ({error.what})"
+            said = f"the {name} export cannot be compared ({error.what})"
             raise HwpqError(said, where=where, remedy=error.remedy) from error
         except Exception as error:  # whatever a runtime raises: it cannot run the export
-            said = f"the {name} export cannot be run again ({first_line(error)})"
+            said = f"the {name} export cannot be compared ({first_line(error)})"
             raise HwpqError(said, where=where, remedy=again) from error
     bound = read_back.bound(dense, compressed)
     for prompt, expected, got in zip(prompts, wanted, found, strict=True):
@@ -153,7 +155,7 @@ def long_length(config: Any, parameters: int) -> int:
         config: the text model's.
         parameters: of the model.
     """
-    context = getattr(config, "max_position_embeddings", None) or LONG
+    context = next((value for name in _CONTEXT if (value := getattr(config, name, None))), LONG)
     stated = getattr(config, "rope_parameters", None) or {}
     entries = [stated, *(entry for entry in stated.values() if isinstance(entry, dict))]
     scaled = [entry for entry in entries if entry.get("rope_type", "default") != "default"]
