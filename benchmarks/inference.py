@@ -33,7 +33,6 @@ import numpy as np
 import torch
 
 from benchmarks.engines import ask, installed
-from benchmarks.engines.onnx_session import Array, Session
 from benchmarks.inference_tables import render
 from benchmarks.machine import machine
 from benchmarks.output import RESULTS, write_results
@@ -44,6 +43,7 @@ from hwpq_pipeline.export.gguf import export_gguf
 from hwpq_pipeline.export.onnx import export_onnx
 from hwpq_pipeline.kernels.packed_matvec import KINDS, arrange, packed_matvec
 from hwpq_pipeline.runtime import load_packed
+from hwpq_pipeline.runtime.onnx_session import Array, Session
 
 ROOT = Path(__file__).resolve().parents[1]
 MODEL, COMPRESSED, EXPORTS = (ROOT / "data" / part for part in ("01_raw/model", "06_models", "07_export"))

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.engines.onnx_session import Session
 from hwpq_pipeline.export.onnx import export_onnx
+from hwpq_pipeline.runtime.onnx_session import Session
 from tests.engines.conftest import MODEL, NEW_TOKENS, load, losses, missed
 
 VARIANTS = ("dense", "fp8", "int8", "int4", "2of4-fp8", "2of4-int4")

@@ -88,10 +88,12 @@ def make_compressed(
     return weights
 
 
-def make_two_of_four(target: Path, grid: str | None, group_size: int | None) -> dict[str, torch.Tensor]:
+def make_two_of_four(
+    target: Path, grid: str | None, group_size: int | None, *, shapes: dict[str, tuple[int, int]] | None = None
+) -> dict[str, torch.Tensor]:
     """Write a compressed model of 2:4 layers for the tiny one and return its weights."""
     generator, tensors, weights = torch.Generator().manual_seed(4), {}, {}
-    for layer, shape in layer_shapes().items():
+    for layer, shape in (shapes or layer_shapes()).items():
         weight = two_of_four(*shape, generator)
         if grid is None:
             tensors[f"{layer}.weight"] = weights[layer] = 0.1 * weight

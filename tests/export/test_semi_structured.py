@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from hwpq_pipeline.checkpoints.layers import layer_map
 from hwpq_pipeline.errors import HwpqError
 from hwpq_pipeline.export.card import CardInfo
 from hwpq_pipeline.export.semi_structured import export_semi_structured
@@ -90,6 +91,29 @@ def test_biases_and_an_untied_head_are_kept(tmp_path: Path) -> None:
     config = tiny_config(attention_bias=True, tie_word_embeddings=False)
     tiny_checkpoint(tmp_path / "model", config)
     weights = make_two_of_four(tmp_path / "compressed", "int8", None)
+    model = load_packed(export_semi_structured(tmp_path / "model", tmp_path / "compressed", tmp_path / "packed"))
+    dense = tiny_model(config)
+    for layer, weight in weights.items():
+        dense.get_submodule(layer).weight.data.copy_(weight)
+    with torch.inference_mode():
+        torch.testing.assert_close(model(tiny_tokens()).logits, dense(tiny_tokens()).logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [("gemma2", {"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 8}), ("gptj", {"rotary_dim": 8})],
+)
+def test_buffers_that_no_file_holds_are_computed(tmp_path: Path, kind: str, changes: dict[str, int]) -> None:
+    """Gemma scales its embeddings by a buffer, GPT-J's attention holds its rotary table beside its weights."""
+    from transformers import AutoConfig
+
+    shape = {"num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2,
+             "num_key_value_heads": 2, "max_position_embeddings": 64, "vocab_size": 260}  # fmt: skip
+    names = {**shape, "n_inner": 64} if kind == "gptj" else shape
+    config = AutoConfig.for_model(kind, **names, **changes)
+    tiny_checkpoint(tmp_path / "model", config)
+    shapes = {layer.name: layer.shape for layer in layer_map(tmp_path / "model")}
+    weights = make_two_of_four(tmp_path / "compressed", "int8", None, shapes=shapes)
     model = load_packed(export_semi_structured(tmp_path / "model", tmp_path / "compressed", tmp_path / "packed"))
     dense = tiny_model(config)
     for layer, weight in weights.items():

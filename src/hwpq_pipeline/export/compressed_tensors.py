@@ -36,11 +36,11 @@ from hwpq_pipeline.checkpoints.compressed import CompressedModel, open_compresse
 from hwpq_pipeline.checkpoints.layers import meta_model
 from hwpq_pipeline.checkpoints.reader import Checkpoint
 from hwpq_pipeline.checkpoints.side_files import copy_side_files
-from hwpq_pipeline.checkpoints.writer import SHARD_BYTES, atomic_directory, write_json, write_weights
+from hwpq_pipeline.checkpoints.writer import SHARD_BYTES, write_json, write_weights
 from hwpq_pipeline.compression.codes import Quantized
 from hwpq_pipeline.compression.grids import GRIDS
 
-from .card import CardInfo, Storage, write_card
+from .card import CardInfo, Storage
 from .formats import Format
 
 #: By grid: the library's preset for weights and activations, and its name for how the codes are stored.
@@ -84,12 +84,10 @@ def export_checkpoint(
         config["quantization_config"] = quantization_config(
             compressed.grid or "", compressed.group_size, _left_alone(model_dir, compressed.quantized)
         )
-    with atomic_directory(target_dir) as partial:
+    with FORMAT.directory(dense, compressed, target_dir, card) as partial:
         write_json(partial / "config.json", config)
         write_weights(partial, _tensors(dense, compressed, scale_dtype), shard_bytes=shard_bytes)
         copy_side_files(Path(model_dir), partial)
-        compressed.write_recipe(partial)
-        write_card(partial, card, STORAGE)
     return Path(target_dir)
 
 
@@ -163,4 +161,4 @@ def _how_to_load(info: CardInfo) -> str:
 
 
 STORAGE = Storage("compressed-tensors", "transformers", _how_to_load, plain_without_grid=True)
-FORMAT = Format("compressed-tensors", export_checkpoint, STORAGE, grids=tuple(_SCHEMES))
+FORMAT = Format("compressed-tensors", export_checkpoint, STORAGE, None, grids=tuple(_SCHEMES))

@@ -1,20 +1,26 @@
 """Export formats: what each is called, which variants it holds, who writes it.
 
 Every variant has a compressed-tensors export, which is the one that is evaluated. The formats listed here are written
-beside it where the parameter `export.formats` names them. To add one, write its module with a `Format` in it and list
-it in `further_formats`; nothing else in `src` changes (docs/add-an-export-format.md).
+beside it where the parameter `export.formats` names them. Each is run again and compared with it before it is kept
+(`comparison`), so no export computes something else than was evaluated. To add one, write its module with a `Format`
+in it and list it in `further_formats`; nothing else in `src` changes (docs/add-an-export-format.md).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from hwpq_pipeline.checkpoints.compressed import CompressedModel
+from hwpq_pipeline.checkpoints.reader import Checkpoint
+from hwpq_pipeline.checkpoints.writer import atomic_directory
 from hwpq_pipeline.compression.grids import GRIDS
 from hwpq_pipeline.errors import HwpqError
 
-from .card import Storage
+from .card import CardInfo, Storage, write_card
+from .comparison import ReadBack, compare
 
 STRUCTURES = ("dense", "2of4", "unstructured")
 
@@ -27,6 +33,8 @@ class Format:
         name: its word in `export.formats`, and the name of its directory.
         write: writes it: `write(model_dir, compressed_dir, target_dir, *, card)` gives back `target_dir`.
         storage: what the model card says of it.
+        read_back: how its export is run again, to compare it; None for compressed-tensors, which the others are
+            compared with.
         grids: names of the grids that it stores, besides no grid at all.
         structures: that it stores.
     """
@@ -34,6 +42,7 @@ class Format:
     name: str
     write: Callable[..., Path]
     storage: Storage
+    read_back: ReadBack | None
     grids: tuple[str, ...] = tuple(GRIDS)
     structures: tuple[str, ...] = STRUCTURES
 
@@ -58,6 +67,28 @@ class Format:
         """
         if said := self.refusal(structure, grid):
             raise HwpqError(said, where=where, remedy="Use another export format for this variant.")
+
+    @contextmanager
+    def directory(
+        self, dense: Checkpoint, compressed: CompressedModel, target_dir: str | Path, card: CardInfo | None
+    ) -> Iterator[Path]:
+        """Yield an empty folder for the export; it becomes `target_dir` with recipe and card, if it compares well.
+
+        Args:
+            dense: the dense checkpoint.
+            compressed: the compressed model.
+            target_dir: replaced when the new one is complete, and untouched on an error.
+            card: what the model card says; without it the directory gets none.
+
+        Raises:
+            HwpqError: the export computes something else than the compressed-tensors export (`comparison.compare`).
+        """
+        with atomic_directory(target_dir) as folder:
+            yield folder
+            if self.read_back is not None:
+                compare(self.read_back, folder, dense, compressed, name=self.name, where=str(compressed.path))
+            compressed.write_recipe(folder)
+            write_card(folder, card, self.storage)
 
 
 def further_formats() -> dict[str, Format]:

@@ -20,10 +20,24 @@ than the first one, except for weights below m/16. `gguf-f16` avoids it at twice
 how activations are rounded: llama.cpp rounds them to 8 bits for each block of 32, whatever the weights.
 
 Everything else is copied: embeddings and an untied head as F16 (bfloat16 weights are float16 numbers within 2⁻²⁵),
-norms as F32. llama.cpp rotates neighbouring pairs where transformers rotates halves, so the rows of queries and keys
-are put in its order. Rows move whole, and no code changes.
+norms and biases as F32. llama.cpp rotates neighbouring pairs where transformers rotates halves, so the rows of queries
+and keys, and their biases, are put in its order. Rows move whole, and no code changes.
 
-The architecture is `llama`. One tensor at a time is in memory.
+Rope scaling, as llama.cpp's own converter writes it:
+
+    linear     `rope.scaling.type` and `rope.scaling.factor`
+    llama3     `rope_freqs.weight`, by which each frequency is divided: transformers' frequency without the scaling
+               over the one with it
+
+Others are refused. `dynamic` and `longrope` depend on the prompt's length. llama.cpp has `yarn`, but how it scales the
+attention with it has changed between its releases.
+
+The architecture is `llama`. One tensor at a time is in memory while the file is written. Then it is read back and
+compared (`gguf_reading`). Its bound is a few times what rounding does to tiny random models, whose logits move most:
+
+    Q4_0, Q8_0 of integer grids    exact where the scales and the dense weights are bfloat16; else 11 bits
+    F16                            11 bits, where the compressed-tensors export has bfloat16's 8
+    Q8_0 of FP8                    steps of 1/127 of a block's largest weight
 """
 
 from __future__ import annotations
@@ -40,19 +54,26 @@ from torch import Tensor
 
 from hwpq_pipeline.checkpoints.compressed import CompressedModel, open_compressed
 from hwpq_pipeline.checkpoints.reader import Checkpoint
-from hwpq_pipeline.checkpoints.writer import atomic_directory
 from hwpq_pipeline.compression.codes import Quantized, dequantize
 from hwpq_pipeline.compression.grids import GRIDS
 from hwpq_pipeline.errors import HwpqError
 
-from .card import CardInfo, Storage, write_card
+from .card import CardInfo, Storage
+from .comparison import EXACT, ReadBack
 from .formats import Format
+from .gguf_reading import open_gguf
 from .gguf_tokenizer import add_tokenizer
-from .llama import USE_ANOTHER, LlamaShape, read_llama
+from .llama import USE_ANOTHER, LlamaShape, Rope, read_llama
 
 BLOCK = 32
+#: Bounds of the comparison: weights with 11 significant bits beside bfloat16's 8, and FP8 rounded to Q8_0.
+ELEVEN_BITS, ROUNDED_AGAIN = 0.02, 0.2
 _TYPES = {"int4": "Q4_0", "int8": "Q8_0", "fp8_e4m3": "Q8_0", "fp8_e5m2": "Q8_0"}
 _BLOCK_BYTES = {"Q4_0": 2 + BLOCK // 2, "Q8_0": 2 + BLOCK}
+#: Rope types that llama.cpp's header holds.
+_ROPES = ("default", "linear", "llama3")
+#: Old checkpoints store what transformers computes from the config.
+_COMPUTED = "rotary_emb.inv_freq"
 _FLOAT16_MAX = torch.finfo(torch.float16).max
 Array = np.ndarray[Any, Any]
 
@@ -88,18 +109,18 @@ def export_gguf(
         `target_dir`.
 
     Raises:
-        HwpqError: an architecture, a tokenizer or a group size that this module does not write; a damaged input.
+        HwpqError: an architecture, a tokenizer or a group size that this module does not write, a damaged input, or a
+            file that computes something else than the compressed-tensors export.
     """
     dense, compressed = open_compressed(model_dir, compressed_dir)
-    (FLOAT16 if float16 else FORMAT).check(compressed.structure, compressed.grid, str(compressed_dir))
-    shape = read_llama(dense, "GGUF")
+    made = FLOAT16 if float16 else FORMAT
+    made.check(compressed.structure, compressed.grid, str(compressed_dir))
+    shape = read_llama(dense, "GGUF", _ROPES)
     kind = "F16" if float16 or compressed.grid is None else _TYPES[compressed.grid]
     _check_groups(dense, compressed, kind)
     model = _Model(dense, compressed, kind, shape)
-    with atomic_directory(target_dir) as folder:
+    with made.directory(dense, compressed, target_dir, card) as folder:
         _write_file(folder / f"model-{kind}.gguf", model, card)
-        compressed.write_recipe(folder)
-        write_card(folder, card, STORAGE)
     return Path(target_dir)
 
 
@@ -127,11 +148,16 @@ def _write_file(path: Path, model: _Model, card: CardInfo | None) -> None:
         add_tokenizer(writer, model.dense.path, model.shape.vocabulary)
         for name, target in _names(model).items():
             _announce(writer, model, name, target)
+        factors = _rope_factors(model.shape.rope)
+        if factors is not None:
+            writer.add_tensor_info("rope_freqs.weight", factors.shape, factors.dtype, factors.nbytes)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
         for array in _arrays(model):
             writer.write_tensor_data(array)
+        if factors is not None:
+            writer.write_tensor_data(factors)
     finally:
         writer.close()
 
@@ -152,6 +178,8 @@ def _add_description(writer: Any, model: _Model, card: CardInfo | None) -> None:
 
 
 def _add_shape(writer: Any, shape: LlamaShape) -> None:
+    from gguf import RopeScalingType
+
     writer.add_block_count(shape.blocks)
     writer.add_context_length(shape.context)
     writer.add_embedding_length(shape.hidden)
@@ -162,8 +190,19 @@ def _add_shape(writer: Any, shape: LlamaShape) -> None:
     writer.add_value_length(shape.head_size)
     writer.add_layer_norm_rms_eps(shape.epsilon)
     writer.add_rope_dimension_count(shape.head_size)
-    writer.add_rope_freq_base(shape.theta)
+    writer.add_rope_freq_base(shape.rope.theta)
+    if shape.rope.type == "linear":
+        writer.add_rope_scaling_type(RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(shape.rope.factor)
     writer.add_vocab_size(shape.vocabulary)
+
+
+def _rope_factors(rope: Rope) -> Array | None:
+    """What llama.cpp divides each frequency by, (head size / 2,) float32; None where it divides by nothing."""
+    if rope.type != "llama3":
+        return None
+    factors: Array = (rope.plain / rope.frequencies).numpy()
+    return factors
 
 
 def _names(model: _Model) -> dict[str, str]:
@@ -173,6 +212,8 @@ def _names(model: _Model) -> dict[str, str]:
     table = get_tensor_name_map(MODEL_ARCH.LLAMA, model.shape.blocks)
     names = {}
     for name in model.dense.names:
+        if name.endswith(_COMPUTED):
+            continue
         target = table.get_name(name, try_suffixes=(".weight", ".bias"))
         if target is None:
             raise HwpqError(
@@ -217,7 +258,8 @@ def _arrays(model: _Model) -> Iterator[Array]:
         weight = (
             model.compressed.read_weight(layer, shape) if layer in model.compressed.layers else model.dense.finite(name)
         )
-        yield weight.float().numpy() if kind == "F32" else _float16(_interleaved(weight, heads), where)
+        moved_rows = _interleaved(weight, heads)
+        yield moved_rows.float().numpy() if kind == "F32" else _float16(moved_rows, where)
 
 
 def _interleaved(rows: Tensor, heads: int | None) -> Tensor:
@@ -266,6 +308,16 @@ def _with_scales(values: Array, scale: Tensor, where: str) -> Array:
     return np.concatenate([halves, values], axis=2).reshape(values.shape[0], -1)
 
 
+def _bound(dense: Checkpoint, compressed: CompressedModel) -> float:
+    """Of the format `gguf`."""
+    if compressed.grid is None:
+        return ELEVEN_BITS
+    if GRIDS[compressed.grid].is_float:
+        return ROUNDED_AGAIN
+    kept = dense.torch_dtype == compressed.scale_dtype(torch.bfloat16) == torch.bfloat16
+    return EXACT if kept else ELEVEN_BITS
+
+
 def _how_to_load(info: CardInfo) -> str:
     rounded = (
         "\n\nGGUF has no 8-bit floats: the weights are those of the FP8 variant rounded once more to Q8_0 (steps of "
@@ -283,5 +335,7 @@ def _how_to_load(info: CardInfo) -> str:
 
 
 STORAGE = Storage("gguf", "gguf", _how_to_load)
-FORMAT = Format("gguf", export_gguf, STORAGE, grids=tuple(_TYPES))
-FLOAT16 = Format("gguf-f16", partial(export_gguf, float16=True), STORAGE)
+FORMAT = Format("gguf", export_gguf, STORAGE, ReadBack(open_gguf, _bound), grids=tuple(_TYPES))
+FLOAT16 = Format(
+    "gguf-f16", partial(export_gguf, float16=True), STORAGE, ReadBack(open_gguf, lambda _dense, _made: ELEVEN_BITS)
+)

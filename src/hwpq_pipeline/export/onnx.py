@@ -27,7 +27,9 @@ ONNX Runtime's attention takes several sequences without a cache, or one token o
 behind a cache only for one sequence ("batch_size must be 1 when sequence_length > 1 and past context is given"). The
 sequences of a batch have one length: padding has not been tried.
 
-The architecture is `llama` without biases, with plain rotary embeddings and heads of a multiple of 16.
+The architecture is `llama`, with or without biases, with heads of a multiple of 16. The rotary tables hold the
+frequencies of transformers, scaled or not, for the config's `max_position_embeddings` positions. The graph takes no
+longer prompt. Scalings that change with the prompt's length (`dynamic`, `longrope`) have no table and are refused.
 """
 
 from __future__ import annotations
@@ -42,20 +44,23 @@ from torch import Tensor
 from hwpq_pipeline.checkpoints.compressed import CompressedModel, open_compressed
 from hwpq_pipeline.checkpoints.reader import Checkpoint
 from hwpq_pipeline.checkpoints.side_files import copy_side_files
-from hwpq_pipeline.checkpoints.writer import atomic_directory, write_json
+from hwpq_pipeline.checkpoints.writer import write_json
 from hwpq_pipeline.compression.codes import Quantized
 from hwpq_pipeline.compression.grids import GRIDS
 from hwpq_pipeline.compression.packing import pack_nibbles
 from hwpq_pipeline.errors import HwpqError
+from hwpq_pipeline.runtime.onnx_session import Session
 
-from .card import CardInfo, Storage, write_card
+from .card import CardInfo, Storage
+from .comparison import Logits, ReadBack, exact
 from .formats import Format
-from .llama import USE_ANOTHER, LlamaShape, read_llama
+from .llama import FIXED_ROPES, USE_ANOTHER, LlamaShape, read_llama
 
 OPSET, MICROSOFT = 21, "com.microsoft"
 LARGEST_BLOCK, SMALLEST_BLOCK = 128, 16
 HEAD_STEP = 16  # "head_size shall be a multiple of 16", says GroupQueryAttention when it runs
 _ALIGNMENT = 64
+_PIECE = 512
 #: Bits of the integer codes that are stored here.
 _CODE_BITS = (4, 8)
 
@@ -121,26 +126,23 @@ def export_onnx(
         `target_dir`.
 
     Raises:
-        HwpqError: an architecture that this module does not write, or a damaged input.
+        HwpqError: an architecture that this module does not write, a damaged input, no ONNX Runtime to compare with, or
+            a graph that computes something else than the compressed-tensors export.
     """
     dense, compressed = open_compressed(model_dir, compressed_dir)
     FORMAT.check(compressed.structure, compressed.grid, str(compressed_dir))
     shape = _read_shape(dense)
-    with atomic_directory(target_dir) as partial:
+    with FORMAT.directory(dense, compressed, target_dir, card) as partial:
         with open(partial / "model.onnx.data", "wb") as data:
             model = _Llama(dense, compressed, shape, _Graph(data)).build()
         (partial / "model.onnx").write_bytes(model.SerializeToString(deterministic=True))
         write_json(partial / "config.json", dense.config)
         copy_side_files(Path(model_dir), partial)
-        compressed.write_recipe(partial)
-        write_card(partial, card, STORAGE)
     return Path(target_dir)
 
 
 def _read_shape(dense: Checkpoint) -> LlamaShape:
-    shape, where = read_llama(dense, "ONNX graph"), f"{dense.path}/config.json"
-    if any(name.endswith(".bias") for name in dense.names):
-        raise HwpqError("no ONNX graph for layers with biases", where=where, remedy=USE_ANOTHER)
+    shape, where = read_llama(dense, "ONNX graph", FIXED_ROPES), f"{dense.path}/config.json"
     if over := shape.head_size % HEAD_STEP:
         raise HwpqError(
             f"heads of {shape.head_size} numbers, which is {over} more than a multiple of {HEAD_STEP}",
@@ -148,6 +150,20 @@ def _read_shape(dense: Checkpoint) -> LlamaShape:
             remedy=f"ONNX Runtime's attention wants a multiple of {HEAD_STEP}. {USE_ANOTHER}",
         )
     return shape
+
+
+def _tables(shape: LlamaShape) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of every position's angles, (context, head size / 2) float32 each.
+
+    Without a scaling the angles are worked out in float64. With one they are transformers' own, in float32.
+    """
+    rope, size = shape.rope, shape.head_size
+    if rope.type == "default":
+        inverse = rope.theta ** (-torch.arange(0, size, 2, dtype=torch.float64) / size)
+        angles = torch.arange(shape.context, dtype=torch.float64)[:, None] * inverse
+    else:
+        angles = torch.arange(shape.context, dtype=torch.float32)[:, None] * rope.frequencies
+    return (angles.cos() * rope.amplitude).float(), (angles.sin() * rope.amplitude).float()
 
 
 class _Llama:
@@ -197,11 +213,9 @@ class _Llama:
         shape = graph.node("Shape", ["attention_mask"], "mask.shape")
         total = graph.node("Gather", [shape, graph.small("second", np.int64(1))], "mask.total", axis=0)
         graph.node("Cast", [total], "total", to=6)
-        size, theta = self.shape.head_size, self.shape.theta
-        inverse = theta ** (-torch.arange(0, size, 2, dtype=torch.float64) / size)
-        angles = torch.arange(self.shape.context, dtype=torch.float64)[:, None] * inverse
-        graph.weight("cosines", angles.cos().float())
-        graph.weight("sines", angles.sin().float())
+        cosines, sines = _tables(self.shape)
+        graph.weight("cosines", cosines)
+        graph.weight("sines", sines)
 
     def _block(self, block: int, hidden: str) -> str:
         graph, name = self.graph, f"model.layers.{block}"
@@ -238,8 +252,15 @@ class _Llama:
         return self.graph.node("Cast", [stored], f"{name}.float", to=1)
 
     def _linear(self, layer: str, hidden: str) -> str:
+        bias, output = f"{layer}.bias", f"{layer}.out"
+        if bias not in self.dense:
+            return self._product(layer, hidden, output)
+        product = self._product(layer, hidden, f"{layer}.product")
+        return self.graph.node("Add", [product, self._plain(bias)], output)
+
+    def _product(self, layer: str, hidden: str, output: str) -> str:
         graph, name = self.graph, f"{layer}.weight"
-        shape, output = self.dense.shape(name), f"{layer}.out"
+        shape = self.dense.shape(name)
         if layer not in self.compressed.quantized:
             weight = (
                 self.compressed.read_weight(layer, shape).to(self.dense.torch_dtype)
@@ -275,6 +296,27 @@ class _Llama:
         return self.graph.node("MatMulNBits", [hidden, *names], output, K=columns, N=rows, bits=bits, block_size=block)
 
 
+def _open(folder: Path) -> Logits:
+    """ONNX Runtime on the export; a prompt goes through it in pieces, to keep few logits at a time."""
+    try:
+        session = Session(folder)
+    except ImportError as error:
+        raise HwpqError(
+            "ONNX Runtime is not installed, and only it can run the graph",
+            where=str(folder),
+            remedy="pip install onnxruntime, or take onnx out of export.formats.",
+        ) from error
+
+    def logits(ids: Tensor, kept: int) -> Tensor:
+        session.fresh()
+        pieces = [piece for piece in (*ids[:, :-kept].split(_PIECE, dim=1), ids[:, -kept:]) if piece.shape[1]]
+        for piece in pieces[:-1]:
+            session.logits(piece.numpy())
+        return torch.from_numpy(session.logits(pieces[-1].numpy())[0])
+
+    return logits
+
+
 def _how_to_load(_info: CardInfo) -> str:
     return (
         "```bash\npip install onnxruntime transformers\n```\n\n```python\n"
@@ -289,6 +331,6 @@ def _how_to_load(_info: CardInfo) -> str:
 
 STORAGE = Storage("onnx", "onnx", _how_to_load)
 FORMAT = Format(
-    "onnx", export_onnx, STORAGE,
+    "onnx", export_onnx, STORAGE, ReadBack(_open, exact),
     grids=tuple(name for name, grid in GRIDS.items() if grid.is_float or grid.bits in _CODE_BITS),
 )  # fmt: skip

@@ -16,9 +16,11 @@ from hwpq_pipeline.checkpoints.compressed import CompressedModel, open_compresse
 from hwpq_pipeline.checkpoints.packed import pack_codes, pack_weight, write_packed
 from hwpq_pipeline.checkpoints.reader import Checkpoint
 from hwpq_pipeline.checkpoints.side_files import copy_side_files
-from hwpq_pipeline.checkpoints.writer import atomic_directory, write_json
+from hwpq_pipeline.checkpoints.writer import write_json
+from hwpq_pipeline.runtime import load_packed
 
-from .card import CardInfo, Storage, write_card
+from .card import CardInfo, Storage
+from .comparison import Logits, ReadBack, exact, model_logits
 from .formats import Format
 
 
@@ -37,17 +39,16 @@ def export_semi_structured(
         `target_dir`, which `hwpq_pipeline.runtime.load_packed` opens.
 
     Raises:
-        HwpqError: a variant that is not 2:4, a damaged input, or one that does not belong to the dense model.
+        HwpqError: a variant that is not 2:4, a damaged input, one that does not belong to the dense model, or an export
+            that computes something else than the compressed-tensors export.
     """
     dense, compressed = open_compressed(model_dir, compressed_dir)
     FORMAT.check(compressed.structure, compressed.grid, str(compressed_dir))
-    with atomic_directory(target_dir) as partial:
+    with FORMAT.directory(dense, compressed, target_dir, card) as partial:
         write_json(partial / "config.json", dense.config)
         shapes = {layer: dense.shape(f"{layer}.weight") for layer in compressed.layers}
         write_packed(partial, compressed.grid, shapes, dict(_tensors(dense, compressed)))
         copy_side_files(Path(model_dir), partial)
-        compressed.write_recipe(partial)
-        write_card(partial, card, STORAGE)
     return Path(target_dir)
 
 
@@ -67,6 +68,10 @@ def _tensors(dense: Checkpoint, compressed: CompressedModel) -> Iterator[tuple[s
             yield from pack_weight(layer, weight, dense.torch_dtype, where=where).items()
 
 
+def _open(folder: Path) -> Logits:
+    return model_logits(load_packed(folder))
+
+
 def _how_to_load(_info: CardInfo) -> str:
     return (
         "No other engine reads this format.\n\n"
@@ -80,4 +85,4 @@ def _how_to_load(_info: CardInfo) -> str:
 
 
 STORAGE = Storage("semi-structured", "hwpq-pipeline", _how_to_load, stores_zeros=False)
-FORMAT = Format("semi-structured", export_semi_structured, STORAGE, structures=("2of4",))
+FORMAT = Format("semi-structured", export_semi_structured, STORAGE, ReadBack(_open, exact), structures=("2of4",))

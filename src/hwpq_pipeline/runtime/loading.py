@@ -23,6 +23,9 @@ from hwpq_pipeline.errors import HwpqError
 
 from .packed_linear import PackedLinear, dense_weight
 
+#: transformers' mark on tensors that its `initialize_weights` must not touch.
+_LOADED = "_is_hf_initialized"
+
 
 def load_packed(directory: str | Path, device: str = "cpu", dtype: torch.dtype = torch.bfloat16) -> Any:
     """The causal LM of a packed export, in evaluation mode; `generate` works as with any other.
@@ -81,11 +84,25 @@ def _fill(model: Any, tensors: dict[str, Tensor], device: str, where: str) -> No
     model.tie_weights()
     if found.unexpected_keys:
         raise HwpqError(f"a tensor too many: {found.unexpected_keys[0]}", where=where, remedy=AGAIN)
-    for name, module in list(model.named_modules()):
-        if any(buffer.is_meta for buffer in module.buffers(recurse=False)):  # rotary tables: they are made, not stored
-            parent, _, last = name.rpartition(".")
-            with torch.device(device):
-                setattr(model.get_submodule(parent), last, type(module)(config=model.config))
-    empty = [name for name, part in (*model.named_parameters(), *model.named_buffers()) if part.is_meta]
+    _compute_buffers(model, device)
+    buffers = [(name, buffer) for name, buffer in model.named_buffers() if buffer.is_floating_point()]
+    empty = [name for name, part in model.named_parameters() if part.is_meta]
+    empty += [name for name, buffer in buffers if bool(buffer.isnan().any())]
     if empty:
         raise HwpqError(f"no tensor {empty[0]}", where=where, remedy=AGAIN)
+
+
+def _compute_buffers(model: Any, device: str) -> None:
+    """Fill the buffers that no checkpoint holds (rotary tables, embedding scales), as transformers does after loading.
+
+    Its `initialize_weights` touches nothing that is marked as loaded. A buffer that it leaves out stays NaN.
+    """
+    for part in (*model.parameters(), *model.buffers()):
+        setattr(part, _LOADED, not part.is_meta)
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            if buffer.is_meta:
+                blank = torch.nan if buffer.is_floating_point() else 0
+                setattr(module, name, torch.full_like(buffer, blank, device=device))
+    with torch.device(device):
+        model.initialize_weights()

@@ -1,4 +1,4 @@
-"""ONNX Runtime on an `onnx` export: it is a plain package of the test environment, so no other process is asked."""
+"""ONNX Runtime on an `onnx` export, with the cache that the graph takes and gives back."""
 
 from __future__ import annotations
 
