@@ -38,7 +38,7 @@ def test_only_figures_that_changed_are_shown_each_with_its_direction():
     assert rows(found) == [
         ["b", "perplexity", "68.10", "60.00", "better"],
         ["b", "top-1 agreement", "48.0%", "40.0%", "worse"],
-        ["b", "sparsity", "50.0%", "60.0%", ""],
+        ["b", "sparsity of the blocks", "50.0%", "60.0%", ""],
         ["b", "seconds to make, calibration included", "94", "100", "worse"],
     ]
 
