@@ -40,7 +40,12 @@ def evaluate(
         "evaluation_predictions": quality.tokens,
     }
     size = measure_size(export, model)
-    figures = {**quality.figures(), **size.figures(), "model_sparsity": size.model_sparsity, **conditions}
+    figures: dict[str, Any] = {
+        **quality.figures(),
+        **size.figures(),
+        "model_sparsity": size.model_sparsity,
+        **conditions,
+    }
     if size.left_dense:
         figures["left_dense"] = size.left_dense
     return figures, {"evaluate": quality.seconds}
