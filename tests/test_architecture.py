@@ -60,6 +60,8 @@ def test_import_contracts(root: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
     from importlinter.cli import lint_imports
 
     monkeypatch.chdir(root)
+    # Its logging would switch off all loggers that exist, for the tests that follow.
+    monkeypatch.setattr("importlinter.cli._configure_logging", lambda verbose: None)
     status = lint_imports(no_cache=True)
     assert status == 0, capsys.readouterr().out
 

@@ -84,7 +84,7 @@ def test_ci_reruns_one_variant_compares_with_main_and_fails_on_a_gate(small):
     assert "All quality gates hold" in summary
     after = metrics_of(small)
     assert f"| {EWMA} | perplexity | {before['perplexity']:.2f} | {after['perplexity']:.2f} | " in summary
-    assert f"| {EWMA} | sparsity | {before['sparsity']:.1%} | {after['sparsity']:.1%} | " in summary
+    assert f"| {EWMA} | sparsity of the blocks | {before['sparsity']:.1%} | {after['sparsity']:.1%} | " in summary
     assert "| dense |" not in summary
     assert "](pareto.png)" in summary
     changed = json.loads(ok(dvc(small, "metrics", "diff", "--json")).stdout)

@@ -72,7 +72,7 @@ def variants(env: str | None) -> None:
 @ENVIRONMENT
 def compare(env: str | None) -> None:
     """Print the table of the variants that have been evaluated."""
-    from hwpq_pipeline.project import open_catalog, variant_names
+    from hwpq_pipeline.project import load_metrics, open_catalog, variant_names
     from hwpq_pipeline.reporting.comparison import comparison_table, console, show_table
 
     with plainly():
@@ -81,20 +81,9 @@ def compare(env: str | None) -> None:
         done = [name for name in names if catalog.exists(f"variants.{name}.metrics")]
         if not done:
             raise HwpqError("no variant has been evaluated", where="data/08_reporting", remedy="Run `kedro run` first")
-        show_table(comparison_table({name: _metrics(catalog, name) for name in done}))
+        show_table(comparison_table({name: load_metrics(catalog, name) for name in done}))
         if missing := [name for name in names if name not in done]:
             console().print(f"Not evaluated yet: {', '.join(missing)}")
-
-
-def _metrics(catalog: Any, variant: str) -> Any:
-    """A variant's `metrics.json`."""
-    from kedro.io import DatasetError
-
-    try:
-        return catalog.load(f"variants.{variant}.metrics")
-    except DatasetError as error:
-        where = f"metrics of {variant}"
-        raise HwpqError("cannot be read", where=where, remedy="Run the evaluate pipeline again.") from error
 
 
 @hwpq.command()

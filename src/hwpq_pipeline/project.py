@@ -15,7 +15,7 @@ from typing import Any
 from kedro.config import OmegaConfigLoader
 from kedro.framework.context import KedroContext
 from kedro.framework.hooks import hook_impl
-from kedro.io import CatalogProtocol
+from kedro.io import CatalogProtocol, DatasetError
 
 from hwpq_pipeline.errors import HwpqError
 
@@ -67,6 +67,19 @@ def open_catalog(env: str | None = None) -> CatalogProtocol[Any, Any]:
     with KedroSession.create(project_path=Path.cwd(), env=env) as session:
         context: KedroContext = session.load_context()  # type: ignore[attr-defined]  # of a session with context
         return context.catalog
+
+
+def load_metrics(catalog: CatalogProtocol[Any, Any], variant: str) -> Any:
+    """What a variant's `metrics.json` holds.
+
+    Raises:
+        HwpqError: it cannot be read: it is empty, cut off, or no JSON.
+    """
+    try:
+        return catalog.load(f"variants.{variant}.metrics")
+    except DatasetError as error:
+        where = f"metrics of {variant}"
+        raise HwpqError("cannot be read", where=where, remedy="Run the evaluate pipeline again.") from error
 
 
 def variant_names(variants: Any = None) -> list[str]:

@@ -30,7 +30,8 @@ def warn_of_silent_layers(groups: Groups) -> None:
     if silent := groups.silent():
         more = f" and {len(silent) - NAMED} more" if len(silent) > NAMED else ""
         logger.warning(
-            "No calibration token reached %d layers. Their weights are kept by magnitude. They are: %s%s",
+            "No calibration token reached %d layers. Their weights are chosen by magnitude and rounded to "
+            "nearest. They are: %s%s",
             len(silent),
             ", ".join(silent[:NAMED]),
             more,

@@ -58,7 +58,7 @@ def compress_model(
     if not recipe.changes_weights:
         return facts
     warn_of_dense_weights(groups)
-    if recipe.selection is None:  # else the selection has said it
+    if recipe.needs_text and recipe.selection is None:  # else the selection has said it
         warn_of_silent_layers(groups)
     results: Iterator[CompressedGroup]
     if recipe.sequence is None:
