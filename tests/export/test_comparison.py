@@ -18,8 +18,8 @@ from hwpq_pipeline.errors import HwpqError
 from hwpq_pipeline.export import gguf, onnx, semi_structured
 from hwpq_pipeline.export.comparison import Logits, long_length
 from hwpq_pipeline.export.formats import Format, further_formats
+from tests.export.long_prompts import STATED, YARN, checkpoint
 from tests.export.making import HEADS, make_compressed, make_two_of_four
-from tests.export.test_long_prompts import STATED, YARN, checkpoint
 from tests.tiny import tiny_checkpoint, tiny_config
 
 Patch = pytest.MonkeyPatch
@@ -48,12 +48,12 @@ def gguf_without_biases(patch: Patch) -> None:
 
 
 def gguf_with_rows_in_transformers_order(patch: Patch) -> None:
-    patch.setattr(gguf, "_interleaved", lambda rows, _heads: rows)
+    patch.setattr(gguf, "interleaved", lambda rows, _heads: rows)
 
 
 def gguf_with_biases_in_transformers_order(patch: Patch) -> None:
-    real = gguf._interleaved
-    patch.setattr(gguf, "_interleaved", lambda rows, heads: real(rows, heads if rows.dim() == 2 else None))
+    real = gguf.interleaved
+    patch.setattr(gguf, "interleaved", lambda rows, heads: real(rows, heads if rows.dim() == 2 else None))
 
 
 def gguf_with_a_key_that_nobody_compared(patch: Patch) -> None:

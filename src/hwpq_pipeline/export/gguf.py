@@ -50,32 +50,27 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from hwpq_pipeline.checkpoints.compressed import CompressedModel, open_compressed
 from hwpq_pipeline.checkpoints.reader import Checkpoint
-from hwpq_pipeline.compression.codes import Quantized, dequantize
 from hwpq_pipeline.compression.grids import GRIDS
 from hwpq_pipeline.errors import HwpqError
 
 from .card import CardInfo, Storage
 from .comparison import EXACT, ReadBack
 from .formats import Format
+from .gguf_blocks import BLOCK, BLOCK_BYTES, Array, as_blocks, as_float16, interleaved
 from .gguf_reading import open_gguf
 from .gguf_tokenizer import add_tokenizer
 from .llama import USE_ANOTHER, LlamaShape, Rope, read_llama
 
-BLOCK = 32
 #: Bounds of the comparison: weights with 11 significant bits beside bfloat16's 8, and FP8 rounded to Q8_0.
 ELEVEN_BITS, ROUNDED_AGAIN = 0.02, 0.2
 _TYPES = {"int4": "Q4_0", "int8": "Q8_0", "fp8_e4m3": "Q8_0", "fp8_e5m2": "Q8_0"}
-_BLOCK_BYTES = {"Q4_0": 2 + BLOCK // 2, "Q8_0": 2 + BLOCK}
 #: Rope types that llama.cpp's header holds.
 _ROPES = ("default", "linear", "llama3")
 #: Old checkpoints store what transformers computes from the config.
 _COMPUTED = "rotary_emb.inv_freq"
-_FLOAT16_MAX = torch.finfo(torch.float16).max
-Array = np.ndarray[Any, Any]
 
 
 @dataclass(frozen=True)
@@ -237,8 +232,8 @@ def _announce(writer: Any, model: _Model, name: str, target: str) -> None:
     shape, kind = model.dense.shape(name), _stored_type(model, name)
     stored: tuple[int, ...] = shape
     dtype: np.dtype[Any] = np.dtype(np.float32 if kind == "F32" else np.float16)
-    if kind in _BLOCK_BYTES:
-        stored = (shape[0], shape[1] // BLOCK * _BLOCK_BYTES[kind])
+    if kind in BLOCK_BYTES:
+        stored = (shape[0], shape[1] // BLOCK * BLOCK_BYTES[kind])
         dtype = np.dtype(np.uint8)
     nbytes = int(np.prod(stored)) * dtype.itemsize
     writer.add_tensor_info(target, stored, dtype, nbytes, raw_dtype=GGMLQuantizationType[kind])
@@ -252,60 +247,14 @@ def _arrays(model: _Model) -> Iterator[Array]:
         heads = {"q_proj": model.shape.heads, "k_proj": model.shape.key_heads}.get(name.split(".")[-2])
         if layer in model.compressed.quantized:
             read = model.compressed.read_quantized(layer, shape)
-            moved = replace(read, codes=_interleaved(read.codes, heads), scale=_interleaved(read.scale, heads))
-            yield _blocks(moved, kind, where)
+            moved = replace(read, codes=interleaved(read.codes, heads), scale=interleaved(read.scale, heads))
+            yield as_blocks(moved, kind, where)
             continue
         weight = (
             model.compressed.read_weight(layer, shape) if layer in model.compressed.layers else model.dense.finite(name)
         )
-        moved_rows = _interleaved(weight, heads)
-        yield moved_rows.float().numpy() if kind == "F32" else _float16(moved_rows, where)
-
-
-def _interleaved(rows: Tensor, heads: int | None) -> Tensor:
-    """Rows of queries or keys from halves (j, j + half) to neighbours (2j, 2j + 1), head by head."""
-    if heads is None:
-        return rows
-    half = rows.shape[0] // heads // 2
-    return rows.reshape(heads, 2, half, *rows.shape[1:]).transpose(1, 2).reshape(rows.shape)
-
-
-def _float16(weight: Tensor, where: str) -> Array:
-    if float(weight.abs().max()) > _FLOAT16_MAX:
-        raise HwpqError("a weight is too large for float16", where=where, remedy=USE_ANOTHER)
-    array: Array = weight.to(torch.float16).numpy()
-    return array
-
-
-def _blocks(quantized: Quantized, kind: str, where: str) -> Array:
-    """A compressed layer as stored: float16 (out, in), or bytes (out, in / 32 · bytes a block)."""
-    codes, scale = quantized.codes, quantized.scale
-    rows, columns = codes.shape
-    if kind == "F16":
-        return _float16(dequantize(quantized), where)
-    if GRIDS[quantized.grid].is_float:
-        return _rounded(dequantize(quantized), where)
-    spread = scale.repeat_interleave(columns // BLOCK // scale.shape[1], dim=1)
-    values = codes.view(rows, columns // BLOCK, BLOCK).numpy()
-    if kind == "Q4_0":  # columns j and j + 16 of a block share a byte, the first in its lower half
-        shifted = (values.astype(np.int16) + 8).astype(np.uint8)
-        values = shifted[..., : BLOCK // 2] | shifted[..., BLOCK // 2 :] << 4
-    return _with_scales(values.view(np.uint8), spread, where)
-
-
-def _rounded(weight: Tensor, where: str) -> Array:
-    """Float weights as Q8_0: the block's largest becomes ±127."""
-    rows, columns = weight.shape
-    blocks = weight.view(rows, columns // BLOCK, BLOCK)
-    scale = (blocks.abs().amax(2) / 127).to(torch.float16).float()  # codes are chosen for the scale as stored
-    codes = torch.where(scale[..., None] > 0, blocks / scale[..., None], 0.0).round_().clamp_(-127, 127)
-    return _with_scales(codes.to(torch.int8).numpy().view(np.uint8), scale, where)
-
-
-def _with_scales(values: Array, scale: Tensor, where: str) -> Array:
-    """Each block's scale before its codes, (out, bytes)."""
-    halves = _float16(scale, where)[..., None].view(np.uint8)
-    return np.concatenate([halves, values], axis=2).reshape(values.shape[0], -1)
+        moved_rows = interleaved(weight, heads)
+        yield moved_rows.float().numpy() if kind == "F32" else as_float16(moved_rows, where)
 
 
 def _bound(dense: Checkpoint, compressed: CompressedModel) -> float:

@@ -55,60 +55,14 @@ from .card import CardInfo, Storage
 from .comparison import Logits, ReadBack, exact
 from .formats import Format
 from .llama import FIXED_ROPES, USE_ANOTHER, LlamaShape, read_llama
+from .onnx_graph import MICROSOFT, Graph
 
-OPSET, MICROSOFT = 21, "com.microsoft"
+OPSET = 21
 LARGEST_BLOCK, SMALLEST_BLOCK = 128, 16
 HEAD_STEP = 16  # "head_size shall be a multiple of 16", says GroupQueryAttention when it runs
-_ALIGNMENT = 64
 _PIECE = 512
 #: Bits of the integer codes that are stored here.
 _CODE_BITS = (4, 8)
-
-
-class _Graph:
-    """Nodes and weights; the weights' bytes go to the data file as they come."""
-
-    def __init__(self, data: Any) -> None:
-        self.data = data
-        self.nodes: list[Any] = []
-        self.weights: list[Any] = []
-
-    def node(self, operator: str, inputs: list[str], output: str | list[str], **attributes: Any) -> str:
-        """Add an operation; gives back the name of its first output."""
-        from onnx import helper
-
-        outputs = [output] if isinstance(output, str) else output
-        domain = MICROSOFT if operator in ("MatMulNBits", "GroupQueryAttention") else ""
-        self.nodes.append(helper.make_node(operator, inputs, outputs, name=outputs[0], domain=domain, **attributes))
-        return outputs[0]
-
-    def weight(self, name: str, tensor: Tensor) -> str:
-        """Add a weight of any dtype; gives back its name."""
-        from onnx import TensorProto
-
-        kinds = {
-            torch.float32: TensorProto.FLOAT, torch.float16: TensorProto.FLOAT16, torch.bfloat16: TensorProto.BFLOAT16,
-            torch.float8_e4m3fn: TensorProto.FLOAT8E4M3FN, torch.uint8: TensorProto.UINT8,
-            torch.int64: TensorProto.INT64, torch.int32: TensorProto.INT32,
-        }  # fmt: skip
-        content = tensor.contiguous().view(torch.uint8).numpy() if tensor.dim() else tensor.numpy()
-        self.data.write(b"\0" * (-self.data.tell() % _ALIGNMENT))
-        proto = TensorProto(
-            name=name, dims=list(tensor.shape), data_type=kinds[tensor.dtype], data_location=TensorProto.EXTERNAL
-        )
-        places = {"location": "model.onnx.data", "offset": self.data.tell(), "length": tensor.nbytes}
-        for key, value in places.items():
-            proto.external_data.add(key=key, value=str(value))
-        self.data.write(content.tobytes())
-        self.weights.append(proto)
-        return name
-
-    def small(self, name: str, values: Any) -> str:
-        """Add a constant that the graph's own shapes are worked out from; it lies in the model file."""
-        from onnx import numpy_helper
-
-        self.weights.append(numpy_helper.from_array(np.array(values), name))
-        return name
 
 
 def export_onnx(
@@ -134,7 +88,7 @@ def export_onnx(
     shape = _read_shape(dense)
     with FORMAT.directory(dense, compressed, target_dir, card) as partial:
         with open(partial / "model.onnx.data", "wb") as data:
-            model = _Llama(dense, compressed, shape, _Graph(data)).build()
+            model = _Llama(dense, compressed, shape, Graph(data)).build()
         (partial / "model.onnx").write_bytes(model.SerializeToString(deterministic=True))
         write_json(partial / "config.json", dense.config)
         copy_side_files(Path(model_dir), partial)
@@ -169,7 +123,7 @@ def _tables(shape: LlamaShape) -> tuple[Tensor, Tensor]:
 class _Llama:
     """The graph of a Llama, written block by block."""
 
-    def __init__(self, dense: Checkpoint, compressed: CompressedModel, shape: LlamaShape, graph: _Graph) -> None:
+    def __init__(self, dense: Checkpoint, compressed: CompressedModel, shape: LlamaShape, graph: Graph) -> None:
         self.dense, self.compressed, self.shape, self.graph = dense, compressed, shape, graph
 
     def build(self) -> Any:
