@@ -15,7 +15,7 @@ import torch
 from hwpq_pipeline.checkpoints import packed
 from hwpq_pipeline.checkpoints.digest import sha256_directory
 from hwpq_pipeline.errors import HwpqError
-from hwpq_pipeline.export import gguf, onnx, semi_structured
+from hwpq_pipeline.export import gguf, gguf_blocks, onnx, semi_structured
 from hwpq_pipeline.export.comparison import Logits, long_length
 from hwpq_pipeline.export.formats import Format, further_formats
 from tests.export.long_prompts import STATED, YARN, checkpoint
@@ -52,7 +52,7 @@ def gguf_with_rows_in_transformers_order(patch: Patch) -> None:
 
 
 def gguf_with_biases_in_transformers_order(patch: Patch) -> None:
-    real = gguf.interleaved
+    real = gguf_blocks.interleaved
     patch.setattr(gguf, "interleaved", lambda rows, heads: real(rows, heads if rows.dim() == 2 else None))
 
 
