@@ -2,8 +2,8 @@
 
 Layers that read the same tensor share one Gram matrix `G` (q/k/v; gate/up). Stacked along their rows they are one
 matrix `W` of shape (Σ out_features, in_features), and every step of the method (select, prune, recover, round) treats
-the rows of `W` independently given `G`. A *group* is therefore the unit of work. It is small enough that memory is
-bounded by one `(W, G)`. It is whole enough that `G` is read once. It depends on no other group, so that any number of
+the rows of `W` independently given `G`. A *group* is therefore the unit of work. It is small enough to be held in
+memory whole. Its layers share one `G`, which each step reads once. It depends on no other group, so that any number of
 workers may share them.
 
 **Reading ahead.** A thread reads the next group while this one is worked on: safetensors releases the interpreter's

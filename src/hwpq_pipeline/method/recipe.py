@@ -62,7 +62,7 @@ PRESETS: dict[str, Preset] = {
 DAMPING, SEQUENTIAL_DAMPING = 0.01, 0.3
 #: Conjugate-gradient steps from the dense weight towards the target that makes up for the layers before.
 CORRECTION_STEPS = 8
-#: Of the moving average: each step moves mean and deviation by this share of the way (docs/decisions.md, 3).
+#: Of the moving average: each step moves mean and deviation by this share of the way (docs/decisions.md, 31).
 GAIN = 1 / 128
 ROUNDING_SWEEPS, ROUNDING_COST = 4, 2
 
