@@ -95,11 +95,10 @@ def read_shapes(model: str | Path) -> Shapes:
     built = meta_model(model)
     found: LayerMap = map_model(built, where=str(model))
     parameters: dict[str, Any] = {name: tensor.numel() for name, tensor in built.named_parameters()}
-    inside = {f"{layer.name}.weight" for layer in found}
-    head = built.get_output_embeddings()  # type: ignore[operator]
+    head = built.get_output_embeddings()
     return Shapes(
         layers=found.layers,
-        others=sum(count for name, count in parameters.items() if name not in inside),
+        others=sum(parameters.values()) - sum(layer.shape[0] * layer.shape[1] for layer in found),
         head=head.weight.numel() if head is not None else 0,
     )
 

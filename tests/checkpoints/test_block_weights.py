@@ -20,7 +20,7 @@ CONFIGS = {"llama": tiny_config, "gpt_oss": gpt_oss, "gpt_neo": gpt_neo, "qwen2_
 
 
 def counted(model: nn.Module) -> tuple[int, int]:
-    """All block weights, and those of `nn.Linear` among them, module by module."""
+    """All block weights, and those of `nn.Linear` and of stacks of experts among them, module by module."""
     (blocks,) = [
         module for name, module in model.named_modules() if name in ("model.layers", "transformer.h", "backbone.layers")
     ]
@@ -30,7 +30,7 @@ def counted(model: nn.Module) -> tuple[int, int]:
             if parameter.dim() < 2 or "bias" in name or "Norm" in type(module).__name__:
                 continue
             every += parameter.numel()
-            linear += parameter.numel() if isinstance(module, nn.Linear) else 0
+            linear += parameter.numel() if isinstance(module, nn.Linear) or "Experts" in type(module).__name__ else 0
     return every, linear
 
 
@@ -58,11 +58,16 @@ def test_what_was_left_dense_is_told_by_kind(tmp_path: Path) -> None:
     lines = told_left_dense(out_of_reach(dense, layers), block_weights(dense, layers), layers)
     # Two blocks: 4 experts of 64 × 256 and 128 × 64, a router of 4 × 64, attention of 64 × (64 + 32 + 32 + 64).
     total = 4 * (64 * 256 + 128 * 64) + 4 * 64 + 64 * 192
-    shares = [f"{part / total:.1%} of the block weights" for part in (4 * 64 * 256, 4 * 128 * 64, 4 * 64)]
-    assert lines == [
-        f"model.layers.*.mlp.experts.gate_up_proj: 3-D tensor of experts, {shares[0]}",
-        f"model.layers.*.mlp.experts.down_proj: 3-D tensor of experts, {shares[1]}",
-        f"model.layers.*.mlp.router: not a linear layer that can be compressed, {shares[2]}",
+    assert lines == [f"model.layers.*.mlp.router: router of experts, {4 * 64 / total:.1%} of the block weights"]
+
+
+def test_a_recurrences_own_tensors_are_told_by_name(tmp_path: Path) -> None:
+    tiny_model(mamba()).save_pretrained(tmp_path)
+    dense, layers = Checkpoint(tmp_path), layer_map(tmp_path)
+    lines = told_left_dense(out_of_reach(dense, layers), block_weights(dense, layers), layers)
+    assert [line.split(",")[0] for line in lines] == [
+        "backbone.layers.*.mixer.A_log: narrower than a group of columns",
+        "backbone.layers.*.mixer.conv1d: 3-D tensor",
     ]
 
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from hwpq_pipeline.checkpoints.layers import Layer, layer_map
+from hwpq_pipeline.checkpoints.layers import LayerMap, layer_map
+from hwpq_pipeline.checkpoints.matrices import Matrix
 from hwpq_pipeline.checkpoints.reader import Checkpoint, read_names, read_tensors
 from hwpq_pipeline.errors import HwpqError
 from tests.tiny import tiny_checkpoint, tiny_config
@@ -27,9 +28,9 @@ def test_reads_every_tensor_of_one_file_or_of_shards(tmp_path: Path, shards: str
         assert checkpoint.shape(name) == tuple(tensor.shape)
     assert checkpoint.dtype == "BF16"
     assert checkpoint.config["hidden_size"] == 32
-    layer = "model.layers.1.mlp.down_proj"
-    assert checkpoint.weight(layer).dtype == torch.float32
-    assert checkpoint.weight(layer).shape == (32, 64)
+    matrix = Matrix("model.layers.1.mlp.down_proj.weight")
+    assert checkpoint.weight(matrix).dtype == torch.float32
+    assert checkpoint.weight(matrix).shape == (32, 64)
 
 
 def test_non_finite_weights_name_the_layer(tmp_path: Path) -> None:
@@ -39,9 +40,9 @@ def test_non_finite_weights_name_the_layer(tmp_path: Path) -> None:
     tensors["model.layers.0.mlp.up_proj.weight"][3, 5] = float("nan")
     save_file(tensors, file)
     checkpoint = Checkpoint(path)
-    checkpoint.weight("model.layers.0.mlp.gate_proj")
+    checkpoint.weight(Matrix("model.layers.0.mlp.gate_proj.weight"))
     with pytest.raises(HwpqError, match=r"layers\.0\.mlp\.up_proj.*1 of 2048"):
-        checkpoint.weight("model.layers.0.mlp.up_proj")
+        checkpoint.weight(Matrix("model.layers.0.mlp.up_proj.weight"))
 
 
 def truncate(path: Path) -> None:
@@ -122,23 +123,28 @@ def test_layer_map_lists_linears_in_module_order(tmp_path: Path) -> None:
     assert [layer.name for layer in found.in_block(1)] == [name for name, block, _ in expected if block == 1]
 
 
+def shapes(layers: LayerMap) -> list[tuple[str, int, tuple[int, int]]]:
+    return [(layer.name, layer.block, layer.shape) for layer in layers]
+
+
 def test_layer_map_of_other_architectures(tmp_path: Path) -> None:
-    """OPT and GPT-NeoX name their blocks otherwise; GPT-2's Conv1D has no linear layers."""
+    """OPT, GPT-NeoX and GPT-2 name their blocks otherwise; GPT-2 holds its weights transposed."""
     from transformers import GPT2Config, GPTNeoXConfig, OPTConfig
 
     small: dict[str, Any] = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
     OPTConfig(ffn_dim=48, word_embed_proj_dim=32, **small).save_pretrained(tmp_path / "opt")
     opt = layer_map(tmp_path / "opt")
     assert opt.blocks_name == "model.decoder.layers"
-    assert Layer("model.decoder.layers.1.fc1", 1, (48, 32)) in opt.layers
+    assert ("model.decoder.layers.1.fc1", 1, (48, 32)) in shapes(opt)
     assert not any("embed" in name or "lm_head" in name for name in opt.names)
     GPTNeoXConfig(intermediate_size=48, **small).save_pretrained(tmp_path / "neox")
     neox = layer_map(tmp_path / "neox")
     assert (neox.blocks_name, neox.tied) == ("gpt_neox.layers", {})
-    assert Layer("gpt_neox.layers.0.attention.query_key_value", 0, (96, 32)) in neox.layers
+    assert ("gpt_neox.layers.0.attention.query_key_value", 0, (96, 32)) in shapes(neox)
     GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=64).save_pretrained(tmp_path / "gpt2")
-    with pytest.raises(HwpqError, match="decoder blocks"):
-        layer_map(tmp_path / "gpt2")
+    gpt2 = layer_map(tmp_path / "gpt2")
+    assert ("transformer.h.1.attn.c_attn", 1, (96, 32)) in shapes(gpt2)
+    assert all(layer.stored.transposed and not layer.packs for layer in gpt2)
 
 
 def test_layer_map_refuses_what_is_no_causal_lm(tmp_path: Path) -> None:

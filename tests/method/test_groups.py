@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from hwpq_pipeline.calibration.statistics import Statistics, collect_statistics
 from hwpq_pipeline.checkpoints.layers import layer_map
+from hwpq_pipeline.checkpoints.matrices import Matrix
 from hwpq_pipeline.checkpoints.reader import Checkpoint
 from hwpq_pipeline.errors import HwpqError
 from hwpq_pipeline.layer_columns import IDENTITY, Column, names
@@ -55,9 +56,9 @@ def test_the_next_group_is_read_meanwhile_and_one_at_most(places):
     read: list[str] = []
 
     class Watched(Checkpoint):
-        def weight(self, layer: str) -> torch.Tensor:
-            read.append(layer)
-            return super().weight(layer)
+        def weight(self, matrix: Matrix) -> torch.Tensor:
+            read.append(matrix.tensor.removesuffix(".weight"))
+            return super().weight(matrix)
 
     groups = make(places, checkpoint=Watched)
     members = [[layer.name for layer in layers] for layers in groups.members().values()]
@@ -72,10 +73,10 @@ def test_the_next_group_is_read_meanwhile_and_one_at_most(places):
 
 def test_a_group_that_cannot_be_read_stops_the_walk_at_its_turn(places):
     class Damaged(Checkpoint):
-        def weight(self, layer: str) -> torch.Tensor:
-            if layer.endswith("0.mlp.up_proj"):  # of the third group
-                raise HwpqError("no such tensor", where=layer, remedy="fetch again")
-            return super().weight(layer)
+        def weight(self, matrix: Matrix) -> torch.Tensor:
+            if matrix.tensor.endswith("0.mlp.up_proj.weight"):  # of the third group
+                raise HwpqError("no such tensor", where=matrix.tensor, remedy="fetch again")
+            return super().weight(matrix)
 
     groups = make(places, checkpoint=Damaged)
     seen: list[str] = []

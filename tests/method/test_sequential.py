@@ -47,7 +47,7 @@ def spied(monkeypatch, look):
     real = sequential.run_compressed
 
     def run(walk, state, forward, hidden):
-        stream = state.stream
+        stream = state.stream.weights
         after = real(walk, state, forward, hidden)
         look(stream, state.gap, after)
         return after
@@ -166,10 +166,26 @@ def olmo2():
     """Norms between the layers and the stream."""
     from transformers import Olmo2Config
 
-    return Olmo2Config(**SIZE), {}
+    return Olmo2Config(**SIZE), {"self_attn.o_proj": 1.0, "mlp.down_proj": 1.0}
 
 
-@pytest.mark.parametrize("architecture", [llama, granite, gpt_neox, olmo2])
+def mamba():
+    """One layer writes, and a recurrence is between it and the rest."""
+    from transformers import MambaConfig
+
+    return MambaConfig(vocab_size=260, hidden_size=32, state_size=4, num_hidden_layers=2, time_step_rank=32), {
+        "mixer.out_proj": 1.0
+    }
+
+
+def mixtral():
+    """Experts write together, and none of them alone."""
+    from transformers import MixtralConfig
+
+    return MixtralConfig(**SIZE, num_local_experts=4, num_experts_per_tok=2), {}
+
+
+@pytest.mark.parametrize("architecture", [llama, granite, gpt_neox, olmo2, mamba, mixtral])
 def test_who_writes_to_the_stream_is_found(tmp_path, monkeypatch, architecture):
     config, expected = architecture()
     groups = make(tmp_path, config)
@@ -208,9 +224,10 @@ def test_tokens_that_are_routed_by_value_are_refused(tmp_path, monkeypatch):
     groups = make(tmp_path)
     real = sequential.run_dense
 
-    def shortened(members, forward, hidden):
-        seen, after = real(members, forward, hidden)
-        return replace(seen, inputs={name: x[:-1] for name, x in seen.inputs.items()}), after
+    def shortened(state, forward, hidden):
+        after = real(state, forward, hidden)
+        state.seen.inputs = {name: x[:-1] for name, x in state.seen.inputs.items()}
+        return after
 
     monkeypatch.setattr(sequential, "run_dense", shortened)
     with pytest.raises(HwpqError, match=r"q_proj.*other tokens.*sequential"):

@@ -1,25 +1,24 @@
 """The sums over the inputs of one decoder block's linear layers.
 
-`BlockSums` hooks the linear layers. Layers that are fed by the same tensor share one sum. The hooks find them by the
-memory that they read, and assume nothing from their names.
+`BlockSums` sees the products that the block makes (`decoder.products`). Layers that are fed by the same tensor share
+one sum. They are found by the memory that they read, and nothing is assumed from their names. An expert's sum is over
+the tokens that were routed to it, and their number is kept.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Mapping
 
 import torch
-from torch import nn
 
-from hwpq_pipeline.checkpoints.layers import LayerMap
+from hwpq_pipeline.checkpoints.layers import Layer, LayerMap
 from hwpq_pipeline.decoder.gram import Energy, Gram
+from hwpq_pipeline.decoder.products import Products
 from hwpq_pipeline.errors import HwpqError
 
 
 class BlockSums:
-    """The sums of one decoder block's inputs, filled by hooks on its linear layers.
+    """The sums of one decoder block's inputs, filled by the products that it makes.
 
     The first layer to meet a tensor leads its group and sums it. The others that meet the same memory before the
     batch ends join the group. Tensors are held until then, so that no address can be used twice.
@@ -31,46 +30,42 @@ class BlockSums:
     """
 
     def __init__(self, plan: LayerMap, number: int, kind: type[Gram] | type[Energy]) -> None:
-        self.layers = {layer.name: layer.shape[1] for layer in plan.in_block(number)}
-        self.prefix = f"{plan.blocks_name}.{number}."
+        self.members = plan.in_block(number)
+        self.layers = {layer.name: layer.shape[1] for layer in self.members}
         self.kind = kind
         self.sums: dict[str, Gram | Energy] = {}
+        self.tokens: dict[str, int] = {}
         self.leader_of: dict[str, str] = {}
         self.seen: list[tuple[torch.Tensor, str]] = []
 
-    @contextmanager
-    def hooked(self, block: nn.Module) -> Iterator[None]:
-        """Hooks on the block's linear layers while the context lasts."""
-        handles = [
-            block.get_submodule(name.removeprefix(self.prefix)).register_forward_pre_hook(self._hook(name))
-            for name in self.layers
-        ]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
+    def watched(self, parameters: Mapping[str, torch.Tensor]) -> Products:
+        """A context in which the block's products are summed.
 
-    def _hook(self, name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        def meet(_: nn.Module, arguments: tuple[Any, ...]) -> None:
-            x: torch.Tensor = arguments[0]
-            leader = next((other for seen, other in self.seen if _same_memory(seen, x)), name)
-            if self.leader_of.setdefault(name, leader) != leader:
+        Args:
+            parameters: the model's, by name.
+        """
+        return Products(self.members, parameters, before=self._meet)
+
+    def _meet(self, layers: tuple[Layer, ...], x: torch.Tensor) -> None:
+        first = layers[0].name
+        leader = next((other for seen, other in self.seen if _same_memory(seen, x)), first)
+        for layer in layers:
+            if self.leader_of.setdefault(layer.name, leader) != leader:
                 raise HwpqError(
                     f"it shares its input with {leader} in one batch and not in another",
-                    where=name,
-                    remedy="This architecture routes inputs by their values, which is not supported.",
+                    where=layer.name,
+                    remedy="This architecture changes the inputs that its layers share, which is not supported.",
                 )
-            if leader == name:
-                self.seen.append((x, name))
-                self._add(name, x)
-
-        return meet
+        if leader == first:
+            self.seen.append((x, first))
+            self._add(first, x)
 
     def _add(self, name: str, x: torch.Tensor) -> None:
         if name not in self.sums:
             self.sums[name] = self.kind(self.layers[name], x.device)
-        self.sums[name].add(x.reshape(-1, self.layers[name]))
+        rows = x.reshape(-1, self.layers[name])
+        self.sums[name].add(rows)
+        self.tokens[name] = self.tokens.get(name, 0) + len(rows)
 
     def end_batch(self) -> None:
         """Forget the batch's tensors."""

@@ -1,7 +1,7 @@
 """Activation statistics of the dense model in one forward pass, in bounded memory.
 
 All that later stages need from the data is `G = Σ x xᵀ` of each distinct layer input. The pass goes block by block: the
-embeddings of all samples once, then each decoder block over all batches, with hooks on its linear layers. A block's
+embeddings of all samples once, then each decoder block over all batches, its products watched. A block's
 sums are written to disk before the next block starts. Memory holds the model, the hidden states of all samples
 (samples · length · hidden) and one block's sums.
 
@@ -20,7 +20,7 @@ import torch
 
 from hwpq_pipeline.calibration.blocks import BlockSums
 from hwpq_pipeline.calibration.store import InputGroup, Statistics, StatisticsWriter
-from hwpq_pipeline.checkpoints.layers import find_blocks, map_model
+from hwpq_pipeline.checkpoints.layers import LayerMap, find_blocks, layer_map
 from hwpq_pipeline.checkpoints.writer import atomic_directory
 from hwpq_pipeline.decoder.blocks import first_output, record_inputs
 from hwpq_pipeline.decoder.dtypes import dtype_name, resolve_dtype
@@ -73,23 +73,25 @@ def collect_statistics(
     ids = checked_ids(token_ids, model, str(model_dir)).to(place)
     with torch.inference_mode(), atomic_directory(target) as partial:
         writer = StatisticsWriter(partial, mode)
-        _walk(model, list(ids.split(batch)), writer, progress)
+        _walk(model, layer_map(model_dir), list(ids.split(batch)), writer, progress)
         writer.close(ids.numel(), dtype=dtype_name(precision))
     return Path(target)
 
 
-def _walk(model: Any, batches: list[torch.Tensor], writer: StatisticsWriter, progress: Progress) -> None:
+def _walk(
+    model: Any, plan: LayerMap, batches: list[torch.Tensor], writer: StatisticsWriter, progress: Progress
+) -> None:
     """Take all batches through one block after another, and write each block's sums."""
-    plan = map_model(model)
     _, blocks = find_blocks(model)
+    parameters = dict(model.named_parameters(remove_duplicate=False))
     hidden, extra = record_inputs(model, blocks, batches)
     for number, block in enumerate(blocks):
         sums = BlockSums(plan, number, Gram if writer.mode == "gram" else Energy)
-        with sums.hooked(block):
+        with sums.watched(parameters):
             for index, state in enumerate(hidden):
-                positional, keyword = extra[index][number]
-                hidden[index] = first_output(block(state, *positional, **keyword))
+                hidden[index] = first_output(extra[index][number].run(block, state))
                 sums.end_batch()
         groups = sums.groups()
-        writer.block(groups, sums.tensors(groups, hidden[0].device))
+        tokens = {name: sums.tokens.get(sums.leader_of.get(name, name), 0) for name, _ in groups}
+        writer.block(groups, sums.tensors(groups, hidden[0].device), tokens)
         progress(number + 1, len(blocks))

@@ -13,7 +13,7 @@ are hundreds of megabytes. The tensors are sums, not means. Each file can be rea
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,12 +38,14 @@ class InputGroup:
         features: length of an input vector.
         layers: names of the layers, in module order.
         block: index of the decoder block.
+        tokens: that reached them: all tokens, or those that were routed to an expert.
     """
 
     name: str
     features: int
     layers: tuple[str, ...]
     block: int
+    tokens: int
 
 
 class Statistics:
@@ -76,7 +78,13 @@ class Statistics:
                 raise ValueError(f"dtype {self.dtype}")
             self._files = [str(block["file"]) for block in self.index["blocks"]]
             self._groups = {
-                group["name"]: InputGroup(group["name"], int(group["features"]), tuple(group["layers"]), number)
+                group["name"]: InputGroup(
+                    group["name"],
+                    int(group["features"]),
+                    tuple(group["layers"]),
+                    number,
+                    int(group.get("tokens", self.tokens)),
+                )
                 for number, block in enumerate(self.index["blocks"])
                 for group in block["groups"]
             }
@@ -160,12 +168,18 @@ class StatisticsWriter:
         self.directory, self.mode = directory, mode
         self._blocks: list[dict[str, Any]] = []
 
-    def block(self, groups: Sequence[tuple[str, Sequence[str]]], tensors: dict[str, torch.Tensor]) -> None:
+    def block(
+        self,
+        groups: Sequence[tuple[str, Sequence[str]]],
+        tensors: Mapping[str, torch.Tensor],
+        tokens: Mapping[str, int] | None = None,
+    ) -> None:
         """Write the next block.
 
         Args:
             groups: name and layers of each input group, in module order.
             tensors: the sum of each group, by its name: `Σ x xᵀ`, or in diagonal mode `Σ x_j²`.
+            tokens: how many tokens reached each group, by its name; None if all did.
         """
         file = f"block_{len(self._blocks):03d}.safetensors"
         stored = {}
@@ -175,7 +189,9 @@ class StatisticsWriter:
             stored[f"{name}.energy"] = total.diagonal().clone() if self.mode == "gram" else total
         write_tensors(self.directory / file, stored)
         entries = [
-            {"name": name, "features": tensors[name].shape[0], "layers": list(layers)} for name, layers in groups
+            {"name": name, "features": tensors[name].shape[0], "layers": list(layers)}
+            | ({} if tokens is None else {"tokens": tokens[name]})
+            for name, layers in groups
         ]
         self._blocks.append({"file": file, "groups": entries})
 

@@ -11,11 +11,12 @@ compressible. So what a compression cannot reach is counted too, and coverage (t
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from math import prod
 
 from hwpq_pipeline.checkpoints.layers import LayerMap
 from hwpq_pipeline.checkpoints.reader import Checkpoint
+from hwpq_pipeline.checkpoints.structure import NARROWEST
 
 #: A norm's or a bias's name, as in `q_norm.weight`, `gate_up_proj_bias`.
 _NO_WEIGHT = re.compile(r"bias$|norm[^.]*(\.weight)?$", re.IGNORECASE)
@@ -28,7 +29,7 @@ def block_weights(dense: Checkpoint, layers: LayerMap) -> dict[str, tuple[int, .
         dense: the dense checkpoint.
         layers: its compressible layers, which tell where the blocks are.
     """
-    block = _block_pattern(dense.names, layers.blocks_name)
+    block = _block_pattern(layers)
     found = {}
     for name in dense.names:
         inside = block.match(name)
@@ -39,16 +40,20 @@ def block_weights(dense: Checkpoint, layers: LayerMap) -> dict[str, tuple[int, .
     return found
 
 
-def _block_pattern(names: Iterable[str], blocks: str) -> re.Pattern[str]:
-    """Matches names inside a block and gives its number. A base model's files lack the path's first parts."""
-    parts = blocks.split(".")
-    patterns = [re.compile(rf"{re.escape('.'.join(parts[start:]))}\.(\d+)\.") for start in range(len(parts))]
-    return next((pattern for pattern in patterns if any(map(pattern.match, names))), patterns[0])
+def _block_pattern(layers: LayerMap) -> re.Pattern[str]:
+    """Matches names of tensors inside a block, and gives its number. The files may call the blocks otherwise."""
+    for layer in layers:
+        name = layer.stored.tensor
+        for found in re.finditer(rf"(?<=\.){layer.block}(?=\.)", name):
+            start = name[: found.start()]
+            if all(other.stored.tensor.startswith(f"{start}{other.block}.") for other in layers):
+                return re.compile(rf"{re.escape(start)}(\d+)\.")
+    return re.compile(rf"{re.escape(layers.blocks_name)}\.(\d+)\.")
 
 
 def out_of_reach(dense: Checkpoint, layers: LayerMap) -> dict[str, tuple[int, ...]]:
     """The block weights that are no compressible layer's, as `block_weights` gives them."""
-    known = {f"{name}.weight" for name in layers.names}
+    known = {layer.stored.tensor for layer in layers}
     return {name: shape for name, shape in block_weights(dense, layers).items() if name not in known}
 
 
@@ -65,7 +70,7 @@ def told_left_dense(
     Returns:
         Lines such as `model.layers.*.mlp.experts.gate_up_proj: 3-D tensor of experts, 59.3% of the block weights`.
     """
-    known = {f"{name}.weight" for name in layers.names}
+    known = {layer.stored.tensor for layer in layers}
     counts: dict[tuple[str, str], int] = {}
     for name, shape in left.items():
         kind = re.sub(r"(?<=\.)\d+(?=\.)", "*", name.removesuffix(".weight")), _why(name, shape, known)
@@ -82,4 +87,8 @@ def _why(name: str, shape: tuple[int, ...], compressible: set[str]) -> str:
         return "left as in the dense model"
     if len(shape) > 2:
         return f"{len(shape)}-D tensor" + (" of experts" if "expert" in name else "")
+    if re.search(r"gate\.(w(eigh)?t|layer\.weight)$|router|shared_expert_gate", name):
+        return "router of experts"
+    if shape[-1] < NARROWEST:
+        return "narrower than a group of columns"
     return "not a linear layer that can be compressed"

@@ -20,9 +20,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from hwpq_pipeline.checkpoints.layers import layer_map
 from hwpq_pipeline.checkpoints.reader import Checkpoint, read_json, read_names, read_tensors
 from hwpq_pipeline.checkpoints.writer import write_json, write_tensors
-from hwpq_pipeline.compression.codes import Quantized, code_dtype, on_grid
+from hwpq_pipeline.compression.codes import Quantized, code_dtype, dequantize, on_grid
 from hwpq_pipeline.compression.grids import GRIDS, OFFERED
 from hwpq_pipeline.errors import HwpqError
 
@@ -166,6 +167,16 @@ class CompressedModel:
             raise HwpqError("weights are NaN or infinite", where=f"{self.path}: {layer}", remedy=_AGAIN)
         return weight
 
+    def dequantized(self, layer: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """A layer's weight as an engine sees it, (out, in): scale times code in float32, or in `dtype` if only pruned.
+
+        Raises:
+            HwpqError: as `read_quantized` and `read_weight`.
+        """
+        if layer in self.quantized:
+            return dequantize(self.read_quantized(layer, shape))
+        return self.read_weight(layer, shape).to(dtype)
+
     def scale_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """`dtype` if every scale is a number of that dtype, else float32. So no scale changes its value."""
         for layer in self.quantized:
@@ -182,9 +193,9 @@ def open_compressed(model_dir: str | Path, compressed_dir: str | Path) -> tuple[
         HwpqError: one of them is damaged, or the compressed model has a layer that the dense one lacks.
     """
     dense, compressed = Checkpoint(model_dir), CompressedModel(compressed_dir)
-    if lost := sorted(layer for layer in compressed.layers if f"{layer}.weight" not in dense):
+    if lost := sorted(set(compressed.layers) - set(layer_map(model_dir).names)):
         raise HwpqError(
-            f"the dense model has no {lost[0]}.weight",
+            f"the dense model has no layer {lost[0]}",
             where=str(dense.path),
             remedy="Compress this model again: the compressed layers belong to another one.",
         )

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from hwpq_pipeline.checkpoints.layers import map_model
+from hwpq_pipeline.checkpoints.layers import tied_parameters
 from hwpq_pipeline.checkpoints.pre_tokenizers import rule_of
 from hwpq_pipeline.checkpoints.quiet import quiet_transformers
 from hwpq_pipeline.checkpoints.reader import read_json
@@ -118,7 +118,7 @@ def _write_model(model: Any, target: Path, dtype: torch.dtype, file: Path) -> No
     write_json(target / "config.json", plain)
     model.generation_config.save_pretrained(target)
     state = model.state_dict()
-    tied = map_model(model, where=str(file)).tied
+    tied = tied_parameters(model)
 
     def tensors() -> Iterator[tuple[str, torch.Tensor]]:
         for name in sorted(set(state) - set(tied)):

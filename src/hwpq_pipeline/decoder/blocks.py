@@ -9,12 +9,40 @@ batch.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
-Inputs = tuple[tuple[Any, ...], dict[str, Any]]
+from hwpq_pipeline.checkpoints.layers import text_model
+
+
+class Inputs(NamedTuple):
+    """What a block gets beside the hidden states, to be replayed as it was.
+
+    Attributes:
+        positional: arguments after the hidden states, or all where those are given by name.
+        keyword: by name.
+        name: of the hidden states' argument; None where they come first.
+    """
+
+    positional: tuple[Any, ...]
+    keyword: dict[str, Any]
+    name: str | None
+
+    def run(self, block: Callable[..., Any], state: torch.Tensor) -> Any:
+        """The block's output on other hidden states."""
+        if self.name is None:
+            return block(state, *self.positional, **self.keyword)
+        return block(*self.positional, **self.keyword, **{self.name: state})
+
+
+def split_inputs(positional: tuple[Any, ...], keyword: dict[str, Any]) -> tuple[torch.Tensor, Inputs]:
+    """A block's hidden states (its first argument, or the one of that name), and the rest."""
+    if positional:
+        return positional[0], Inputs(positional[1:], keyword, None)
+    name = "hidden_states" if "hidden_states" in keyword else next(iter(keyword))
+    return keyword[name], Inputs((), {other: value for other, value in keyword.items() if other != name}, name)
 
 
 def first_output(output: Any) -> torch.Tensor:
@@ -29,7 +57,7 @@ def record_inputs(
     """The first block's hidden states of each batch, and what else each block gets with each batch.
 
     A recorder replaces each block's `forward` and passes its input on, in the form (tensor or tuple) that the first
-    block's real output has.
+    block's real output has. What else is in a tuple is that block's.
 
     Args:
         model: a causal LM.
@@ -37,23 +65,24 @@ def record_inputs(
         batches: token ids, each (samples, length).
 
     Returns:
-        A tensor (samples, length, hidden) for each batch; and for each batch, for each block, the positional and
-        keyword arguments after the hidden states.
+        A tensor (samples, length, hidden) for each batch; and for each batch, for each block, what it gets beside
+        the hidden states.
     """
     hidden: list[torch.Tensor] = []
     calls: list[Inputs] = []
-    form: list[type] = []
+    form: list[Any] = []
 
     def recorder(index: int) -> Callable[..., Any]:
         real = blocks[index].forward
 
-        def record(state: torch.Tensor, *positional: Any, **keyword: Any) -> Any:
+        def record(*positional: Any, **keyword: Any) -> Any:
+            state, inputs = split_inputs(positional, keyword)
             if index == 0:
                 hidden.append(state)
                 if not form:
-                    form.append(type(real(state, *positional, **keyword)))
-            calls.append((positional, keyword))
-            return (state,) if form[0] is tuple else state
+                    form.append(inputs.run(real, state))
+            calls.append(inputs)
+            return (state, *form[0][1:]) if isinstance(form[0], tuple) else state
 
         return record
 
@@ -64,7 +93,7 @@ def record_inputs(
             block.forward = recorder(index)
         for ids in batches:
             calls.clear()
-            model.base_model(input_ids=ids, use_cache=False)
+            text_model(model)(input_ids=ids, use_cache=False)
             extra.append(_shared(list(calls), extra))
     finally:
         for block, forward in zip(blocks, own, strict=True):

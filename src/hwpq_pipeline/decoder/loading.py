@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,19 +13,23 @@ from hwpq_pipeline.checkpoints.reader import Checkpoint
 from hwpq_pipeline.decoder.memory import keep_freed_memory
 from hwpq_pipeline.errors import HwpqError, first_line
 
+#: Tensors of a quantized layer. One that is not read means weights that are not there; others may be further heads.
+_CODES = re.compile(r"\.weight_(packed|scale|shape|zero_point|global_scale)$")
 
-def load_causal_lm(directory: str | Path, dtype: torch.dtype, *, remedy: str, allow_unused: bool = False) -> Any:
+
+def load_causal_lm(directory: str | Path, dtype: torch.dtype, *, remedy: str) -> Any:
     """The causal LM of a checkpoint, in evaluation mode, on the CPU: `from_pretrained(directory)`, checked.
+
+    The checkpoint may hold tensors that the model does not read (further heads, say), but no codes of that kind.
 
     Args:
         directory: a dense checkpoint or an export.
         dtype: that it runs in.
         remedy: what the user does about a checkpoint that does not load.
-        allow_unused: whether the checkpoint may hold tensors that the model does not read.
 
     Raises:
-        HwpqError: the checkpoint is not whole, transformers cannot load it, or weights are missing, unused or of
-            another shape.
+        HwpqError: the checkpoint is not whole, transformers cannot load it, weights are missing or of another shape,
+            or codes are not read.
     """
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
@@ -45,8 +50,8 @@ def load_causal_lm(directory: str | Path, dtype: torch.dtype, *, remedy: str, al
             f"transformers cannot load it ({first_line(error)})", where=str(directory), remedy=remedy
         ) from error
     model, found = result
-    kinds = ("missing_keys", "mismatched_keys", "error_msgs") + (() if allow_unused else ("unexpected_keys",))
-    for kind in kinds:
+    found = {**found, "unexpected_keys": filter(_CODES.search, map(str, found.get("unexpected_keys") or ()))}
+    for kind in ("missing_keys", "mismatched_keys", "error_msgs", "unexpected_keys"):
         if wrong := sorted(map(str, found.get(kind) or ())):
             raise HwpqError(
                 f"{len(wrong)} {kind.replace('_', ' ')}, first {wrong[0]}", where=str(directory), remedy=remedy
@@ -55,7 +60,7 @@ def load_causal_lm(directory: str | Path, dtype: torch.dtype, *, remedy: str, al
 
 
 def load_dense(model_dir: str | Path, dtype: torch.dtype, device: torch.device) -> Any:
-    """The dense causal LM of a checkpoint, in evaluation mode, to work on.
+    """The dense causal LM of a checkpoint, in evaluation mode, to work on. Its experts run one by one.
 
     Args:
         model_dir: the checkpoint. It may hold tensors that the model does not read.
@@ -66,4 +71,7 @@ def load_dense(model_dir: str | Path, dtype: torch.dtype, device: torch.device) 
         HwpqError: as `load_causal_lm`.
     """
     keep_freed_memory()
-    return load_causal_lm(model_dir, dtype, remedy="Run the fetch pipeline again.", allow_unused=True).to(device)
+    model = load_causal_lm(model_dir, dtype, remedy="Run the fetch pipeline again.")
+    if any(hasattr(module, "is_concatenated") for module in model.modules()):  # experts in transformers' common form
+        model.set_experts_implementation("eager")
+    return model.to(device)

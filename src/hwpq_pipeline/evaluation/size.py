@@ -113,7 +113,7 @@ def _exported_blocks(
     Raises:
         HwpqError: one is missing, or has another shape than the dense model's.
     """
-    compressible = {f"{layer.name}.weight": layer.name for layer in layers}
+    compressible = {layer.stored.tensor: layer.name for layer in layers if layer.packs}
     for name in [*compressible, *sorted(shapes.keys() - compressible.keys())]:
         layer = compressible.get(name)
         weight = export.tensor(name) if layer is None else exported_weight(export, layer, scheme)
@@ -180,7 +180,7 @@ def _expected_bytes(export: Checkpoint, dense: Checkpoint, layers: LayerMap, sch
         return total
     bits, group = scheme.weights.num_bits, scheme.weights.group_size
     for layer in layers:
-        if f"{layer.name}.weight_scale" not in export:
+        if not layer.packs or f"{layer.name}.weight_scale" not in export:
             continue
         rows, columns = layer.shape
         scales = rows * (columns // group if group else 1)

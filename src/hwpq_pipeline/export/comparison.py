@@ -28,9 +28,9 @@ import torch
 from torch import Tensor
 
 from hwpq_pipeline.checkpoints.compressed import CompressedModel
+from hwpq_pipeline.checkpoints.layers import layer_map
 from hwpq_pipeline.checkpoints.quiet import quiet_transformers
 from hwpq_pipeline.checkpoints.reader import Checkpoint
-from hwpq_pipeline.compression.codes import dequantize
 from hwpq_pipeline.decoder.loading import load_dense
 from hwpq_pipeline.errors import HwpqError, first_line
 
@@ -107,20 +107,14 @@ def compare(
 def _reference(dense: Checkpoint, compressed: CompressedModel) -> tuple[list[Tensor], list[Tensor]]:
     """The prompts, and the reference's logits."""
     model = load_dense(dense.path, torch.float32, torch.device("cpu"))
-    for layer in compressed.layers:
-        model.get_parameter(f"{layer}.weight").copy_(_weight(dense, compressed, layer))
+    for layer in layer_map(dense.path):
+        if layer.name in compressed.layers:
+            place = layer.place.of(model.get_parameter(layer.place.tensor).data)
+            place.copy_(compressed.dequantized(layer.name, layer.shape, dense.tensor_dtype(layer.stored.tensor)))
     prompts = _prompts(model)
     logits = _run(model_logits(model), prompts)
     model.to("meta")  # its weights' memory is free before the export's own model is loaded
     return prompts, logits
-
-
-def _weight(dense: Checkpoint, compressed: CompressedModel, layer: str) -> Tensor:
-    """A layer's weight as the compressed-tensors export holds it, (out, in)."""
-    name = f"{layer}.weight"
-    if layer in compressed.quantized:
-        return dequantize(compressed.read_quantized(layer, dense.shape(name)))
-    return compressed.read_weight(layer, dense.shape(name)).to(dense.tensor(name).dtype)
 
 
 def model_logits(model: Any) -> Logits:

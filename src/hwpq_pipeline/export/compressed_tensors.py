@@ -25,7 +25,7 @@ One shard's tensors are in memory at a time, since safetensors writes a file who
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ import torch
 from torch import Tensor, nn
 
 from hwpq_pipeline.checkpoints.compressed import CompressedModel, open_compressed
-from hwpq_pipeline.checkpoints.layers import meta_model
+from hwpq_pipeline.checkpoints.layers import Layer, LayerMap, layer_map, meta_model
 from hwpq_pipeline.checkpoints.reader import Checkpoint
 from hwpq_pipeline.checkpoints.side_files import copy_side_files
 from hwpq_pipeline.checkpoints.writer import SHARD_BYTES, write_json, write_weights
@@ -78,26 +78,58 @@ def export_checkpoint(
     dense, compressed = open_compressed(model_dir, compressed_dir)
     dense.check_dense()
     FORMAT.check(compressed.structure, compressed.grid, str(compressed_dir))
-    scale_dtype = compressed.scale_dtype(dense.torch_dtype)
+    stored = StoredLayers(layer_map(model_dir), compressed)
     config = dict(dense.config)
-    if compressed.quantized:
+    if stored.packed:
         config["quantization_config"] = quantization_config(
-            compressed.grid or "", compressed.group_size, _left_alone(model_dir, compressed.quantized)
+            compressed.grid or "", compressed.group_size, _left_alone(model_dir, stored), unpacked=stored.unpacked
         )
     with FORMAT.directory(dense, compressed, target_dir, card) as partial:
         write_json(partial / "config.json", config)
-        write_weights(partial, _tensors(dense, compressed, scale_dtype), shard_bytes=shard_bytes)
+        write_weights(partial, _tensors(dense, compressed, stored), shard_bytes=shard_bytes)
         copy_side_files(Path(model_dir), partial)
     return Path(target_dir)
 
 
-def quantization_config(grid: str, group_size: int | None, ignore: list[str]) -> dict[str, Any]:
+class StoredLayers:
+    """How an export's files hold the compressed layers.
+
+    A layer that was rounded is stored in codes where its weight is a tensor of its own. Where it is a part of another
+    (an expert in a stack, a transposed weight), no engine looks for codes: there its values `scale · code` are stored.
+
+    Args:
+        layers: of the dense model.
+        compressed: the compressed model.
+
+    Attributes:
+        packed: the layers that are stored in codes, by the name of their tensor.
+        valued: the others that were compressed, by the name of the tensor that they lie in.
+        unpacked: whether an engine must unpack the codes when it loads them, because the model does not call all of
+            these layers as modules of their own.
+    """
+
+    def __init__(self, layers: LayerMap, compressed: CompressedModel) -> None:
+        self.packed: dict[str, Layer] = {}
+        self.valued: dict[str, list[Layer]] = {}
+        for layer in layers:
+            if layer.name in compressed.quantized and layer.packs:
+                self.packed[layer.stored.tensor] = layer
+            elif layer.name in compressed.layers:
+                self.valued.setdefault(layer.stored.tensor, []).append(layer)
+        self.unpacked = not all(layer.called for layer in self.packed.values())
+
+
+def quantization_config(
+    grid: str, group_size: int | None, ignore: list[str], *, unpacked: bool = False
+) -> dict[str, Any]:
     """`config.json`'s `quantization_config`, built and checked by the library's own classes.
 
     Args:
         grid: a name in `FORMAT.grids`.
         group_size: columns that share a scale; None for one scale per output channel.
         ignore: names of the linear layers that stay as they are.
+        unpacked: whether transformers must unpack the weights when it loads them. It rounds no activations then, so
+            that the scheme names none, and every engine computes the same.
     """
     import compressed_tensors
     from compressed_tensors.quantization import QuantizationConfig, QuantizationStatus, preset_name_to_scheme
@@ -108,6 +140,8 @@ def quantization_config(grid: str, group_size: int | None, ignore: list[str]) ->
     if GRIDS[grid].group_sizes:
         grouped = {"strategy": "group", "group_size": group_size}
         scheme["weights"].update(grouped if group_size else {"strategy": "channel", "group_size": None})
+    if unpacked:
+        scheme.pop("input_activations", None)
     config = QuantizationConfig(
         config_groups={"group_0": scheme},
         format=stored_as,
@@ -115,30 +149,31 @@ def quantization_config(grid: str, group_size: int | None, ignore: list[str]) ->
         ignore=ignore,
     )
     written: dict[str, Any] = config.model_dump(mode="json")
-    return {"version": compressed_tensors.__version__, **written}
+    return {"version": compressed_tensors.__version__, **written} | ({"dequantize": True} if unpacked else {})
 
 
-def _left_alone(model_dir: str | Path, quantized: Mapping[str, Any]) -> list[str]:
+def _left_alone(model_dir: str | Path, stored: StoredLayers) -> list[str]:
     """Linear layers that stay as they are (`lm_head`): the scheme targets all others by their type."""
+    packed = {layer.place.tensor for layer in stored.packed.values()}
     linears = [name for name, module in meta_model(model_dir).named_modules() if isinstance(module, nn.Linear)]
-    return [name for name in linears if name not in quantized]
+    return [name for name in linears if f"{name}.weight" not in packed]
 
 
-def _tensors(dense: Checkpoint, compressed: CompressedModel, scale_dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+def _tensors(dense: Checkpoint, compressed: CompressedModel, stored: StoredLayers) -> Iterator[tuple[str, Tensor]]:
     """The export's tensors by name, each made when it is asked for."""
+    scale_dtype = compressed.scale_dtype(dense.torch_dtype)
     for name in dense.names:
-        layer = name.removesuffix(".weight")
-        if layer == name or layer not in compressed.layers:
-            yield name, dense.finite(name)
+        if name in stored.packed:
+            layer = stored.packed[name]
+            yield from _codes(layer.name, compressed.read_quantized(layer.name, layer.shape), scale_dtype)
             continue
-        shape = dense.shape(name)
-        if layer in compressed.quantized:
-            yield from _stored(layer, compressed.read_quantized(layer, shape), scale_dtype)
-        else:
-            yield name, compressed.read_weight(layer, shape).to(dense.tensor(name).dtype)
+        tensor = dense.finite(name)
+        for layer in stored.valued.get(name, ()):
+            layer.stored.of(tensor).copy_(compressed.dequantized(layer.name, layer.shape, tensor.dtype))
+        yield name, tensor
 
 
-def _stored(layer: str, quantized: Quantized, scale_dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+def _codes(layer: str, quantized: Quantized, scale_dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
     from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 
     if _SCHEMES[quantized.grid][1] == "pack-quantized":

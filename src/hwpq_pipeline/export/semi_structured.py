@@ -13,10 +13,12 @@ from pathlib import Path
 from torch import Tensor
 
 from hwpq_pipeline.checkpoints.compressed import CompressedModel, open_compressed
+from hwpq_pipeline.checkpoints.layers import layer_map
 from hwpq_pipeline.checkpoints.packed import pack_codes, pack_weight, write_packed
 from hwpq_pipeline.checkpoints.reader import Checkpoint
 from hwpq_pipeline.checkpoints.side_files import copy_side_files
 from hwpq_pipeline.checkpoints.writer import write_json
+from hwpq_pipeline.errors import HwpqError
 from hwpq_pipeline.runtime import load_packed
 
 from .card import CardInfo, Storage
@@ -44,6 +46,13 @@ def export_semi_structured(
     """
     dense, compressed = open_compressed(model_dir, compressed_dir)
     FORMAT.check(compressed.structure, compressed.grid, str(compressed_dir))
+    for layer in layer_map(model_dir):
+        if layer.name in compressed.layers and not (layer.packs and layer.called):
+            raise HwpqError(
+                "semi-structured packs layers that the model calls as modules of their own, and this is none",
+                where=layer.name,
+                remedy="Use another export format for this model.",
+            )
     with FORMAT.directory(dense, compressed, target_dir, card) as partial:
         write_json(partial / "config.json", dense.config)
         shapes = {layer: dense.shape(f"{layer}.weight") for layer in compressed.layers}

@@ -52,7 +52,7 @@ class InputSums(Protocol):
 
 @dataclass(frozen=True)
 class StoredSums:
-    """A group's sums in the statistics, read when they are asked for."""
+    """A group's sums in the statistics, read when they are asked for; the matrix once for all steps."""
 
     statistics: Statistics
     group: str
@@ -63,8 +63,10 @@ class StoredSums:
         Raises:
             HwpqError: it is no sum of x xᵀ.
         """
-        if self.statistics.mode == "diagonal":
-            return None
+        return None if self.statistics.mode == "diagonal" else self._matrix
+
+    @cached_property
+    def _matrix(self) -> Tensor:
         found = self.statistics.gram(self.group)
         self._check_squares(found.diagonal())
         if not torch.equal(found, found.T):  # written exactly symmetric; NaN equals nothing
@@ -250,14 +252,14 @@ class Groups:
 
     def _read(self, name: str, layers: tuple[Layer, ...]) -> Group:
         for layer in layers:
-            if (stored := tuple(self.checkpoint.shape(f"{layer.name}.weight"))) != layer.shape:
+            if (stored := layer.stored.shape(self.checkpoint.shape(layer.stored.tensor))) != layer.shape:
                 raise HwpqError(
                     f"weight has shape {stored}, the config says {layer.shape}",
                     where=layer.name,
                     remedy="Fetch the model again: weights and config do not belong together.",
                 )
         with torch.inference_mode():  # of this thread
-            weight = torch.cat([self.checkpoint.weight(layer.name) for layer in layers])
+            weight = torch.cat([self.checkpoint.weight(layer.stored) for layer in layers])
             if self.device.type == "cuda":
                 weight = weight.pin_memory()
         sums = None if self.statistics is None else StoredSums(self.statistics, name)
