@@ -203,16 +203,46 @@ def test_truncated_and_absent_exports_are_refused(tmp_path: Path) -> None:
         evaluate_export(tmp_path / "nowhere", answer)
 
 
-def test_capped_logits_are_refused(tmp_path: Path) -> None:
+def capped() -> Any:
     from transformers import Gemma2Config
 
-    config = Gemma2Config(vocab_size=VOCABULARY, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
-                          num_attention_heads=4, num_key_value_heads=2, head_dim=8, bos_token_id=1,
-                          eos_token_id=2, final_logit_softcapping=0.1)  # fmt: skip
-    tiny_checkpoint(tmp_path / "model", config)
-    with pytest.raises(HwpqError, match="not lm_head times its hidden states"):
-        make_reference(tmp_path / "model", TOKENS, tmp_path / "reference")
-    assert not (tmp_path / "reference").exists()
+    return Gemma2Config(vocab_size=VOCABULARY, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+                        num_attention_heads=4, num_key_value_heads=2, head_dim=8, bos_token_id=1,
+                        eos_token_id=2, initializer_range=0.2, final_logit_softcapping=2.0)  # fmt: skip
+
+
+def scaled() -> Any:
+    from transformers import GraniteConfig
+
+    return GraniteConfig(vocab_size=VOCABULARY, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+                         num_attention_heads=4, num_key_value_heads=2, bos_token_id=1, eos_token_id=2,
+                         initializer_range=0.2, logits_scaling=3.0)  # fmt: skip
+
+
+@pytest.mark.parametrize(("config", "linear"), [(capped, False), (scaled, True)])
+def test_capped_and_scaled_logits_are_judged_as_the_model_gives_them(tmp_path: Path, config: Any, linear: bool) -> None:
+    from transformers import AutoModelForCausalLM
+
+    tiny_checkpoint(tmp_path / "model", config())
+    tiny_checkpoint(tmp_path / "other", config())
+    file = tmp_path / "other" / "model.safetensors"
+    tensors = load_file(file)
+    tensors["model.layers.0.mlp.down_proj.weight"] *= 0.5
+    save_file(tensors, file, metadata={"format": "pt"})
+    made = make_reference(tmp_path / "model", TOKENS, tmp_path / "reference")
+    assert made.linear == load_reference(tmp_path / "reference").linear == linear
+    found = evaluate_export(tmp_path / "other", made)
+    logs = []
+    for name in ("model", "other"):
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / name)
+        with torch.inference_mode():
+            logs.append(model(input_ids=made.tokens).logits[:, :-1].double().log_softmax(-1))
+    p, q = logs
+    labels = made.tokens[:, 1:, None]
+    assert made.perplexity == pytest.approx(float(torch.exp(-p.gather(-1, labels).mean())), rel=1e-5)
+    assert found.perplexity == pytest.approx(float(torch.exp(-q.gather(-1, labels).mean())), rel=1e-5)
+    assert found.kl_divergence == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean()), rel=1e-3)
+    assert found.top1_agreement == pytest.approx(float((p.argmax(-1) == q.argmax(-1)).double().mean()))
 
 
 @pytest.mark.parametrize(

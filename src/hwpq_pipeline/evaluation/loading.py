@@ -10,14 +10,12 @@ here, and `open_model` checks that the rounding is in force.
 Use float32. It holds codes times scales exactly (to one rounding), and a CPU without bfloat16 arithmetic runs bfloat16
 products about seven times slower.
 
-The head (`lm_head`) is separated from the body, so that the final hidden states can be multiplied by it in chunks, and
-only where logits are wanted. That is right only for models whose logits are `hidden · Wᵀ + b`. This is checked on a few
-tokens, and models that scale or cap their logits are refused.
+The head is separated from the body (`head`), so that the final hidden states can be multiplied by it in chunks, and
+only where logits are wanted.
 """
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,11 +23,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hwpq_pipeline.checkpoints.layers import body_of
 from hwpq_pipeline.checkpoints.quiet import quiet_transformers
 from hwpq_pipeline.decoder.dtypes import resolve_dtype
 from hwpq_pipeline.decoder.loading import load_causal_lm
 from hwpq_pipeline.decoder.tokens import check_vocabulary
 from hwpq_pipeline.errors import HwpqError
+
+from .head import Head, find_head
 
 _PROBE_TOKENS = 8
 
@@ -40,13 +41,11 @@ class LoadedModel:
 
     Attributes:
         model: the causal LM, in evaluation mode, weights unpacked.
-        head: `lm_head`'s weight, shape (vocabulary, hidden), float32.
-        bias: its bias, shape (vocabulary,), or None.
+        head: from its final hidden states to logits.
     """
 
     model: nn.Module
-    head: Tensor
-    bias: Tensor | None
+    head: Head
 
     def hidden(self, token_ids: Tensor) -> Tensor:
         """Final hidden states (what the head multiplies), shape (batch, length, hidden), float32.
@@ -54,20 +53,12 @@ class LoadedModel:
         Args:
             token_ids: shape (batch, length), int64.
         """
-        body: Any = self.model.base_model
-        hidden: Tensor = body(input_ids=token_ids, use_cache=False).last_hidden_state
-        return hidden.float()
+        return _hidden(self.model, token_ids)
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Logits of hidden states, shape (…, vocabulary), float32."""
-        return torch.nn.functional.linear(hidden, self.head, self.bias)
 
-    def head_digest(self) -> str:
-        """Hex SHA-256 of the head's values: two models with the same one have the same head."""
-        digest = hashlib.sha256(self.head.contiguous().numpy().data)
-        if self.bias is not None:
-            digest.update(self.bias.contiguous().numpy().data)
-        return digest.hexdigest()
+def _hidden(model: Any, token_ids: Tensor) -> Tensor:
+    hidden: Tensor = body_of(model)(input_ids=token_ids, use_cache=False).last_hidden_state
+    return hidden.float()
 
 
 def evaluation_dtype(dtype: str) -> torch.dtype:
@@ -89,42 +80,24 @@ def open_model(directory: str | Path, dtype: str, tokens: Tensor) -> LoadedModel
 
     Raises:
         HwpqError: it does not load, weights are missing, unused or of another shape, ids are outside its
-            vocabulary, its logits are not finite or not a linear function of its hidden states, or it should
-            round activations and does not.
+            vocabulary, its logits are not finite or not a function of its hidden states, or it should round
+            activations and does not.
     """
     model = load_causal_lm(directory, evaluation_dtype(dtype), remedy="Run the export pipeline for this variant again.")
-    head = model.get_output_embeddings()
-    if head is None or model.base_model is model:
-        raise HwpqError("no language model head", where=str(directory), remedy="Use a causal LM.")
-    check_vocabulary(tokens, head.weight.shape[0], where=str(directory))
+    check_vocabulary(tokens, model.get_input_embeddings().weight.shape[0], where=str(directory))
     ids = tokens[:1, :_PROBE_TOKENS]
     with torch.inference_mode():
         with quiet_transformers():
             logits = model(input_ids=ids, use_cache=False).logits.float()
-        bias = getattr(head, "bias", None)
-        loaded = LoadedModel(model, head.weight.detach().float(), None if bias is None else bias.detach().float())
-        _check_head(loaded, ids, logits, Path(directory))
+        if not bool(torch.isfinite(logits).all()):
+            raise HwpqError(
+                "its logits are NaN or infinite",
+                where=str(directory),
+                remedy="The weights are damaged or overflow; compress the model again.",
+            )
+        loaded = LoadedModel(model, find_head(model, _hidden(model, ids), logits, str(directory)))
         _check_activations(loaded, ids, Path(directory))
     return loaded
-
-
-def _check_head(loaded: LoadedModel, ids: Tensor, logits: Tensor, directory: Path) -> None:
-    if not bool(torch.isfinite(logits).all()):
-        raise HwpqError(
-            "its logits are NaN or infinite",
-            where=str(directory),
-            remedy="The weights are damaged or overflow; compress the model again.",
-        )
-    ours = loaded.logits(loaded.hidden(ids))
-    # bfloat16 models round their logits to 8 bits of mantissa; ours stay in float32.
-    tolerance = 1e-4 if next(loaded.model.parameters()).dtype == torch.float32 else 2e-2
-    allowed = tolerance * float(logits.abs().max() + 1)
-    if ours.shape != logits.shape or float((ours - logits).abs().max()) > allowed:
-        raise HwpqError(
-            "its logits are not lm_head times its hidden states (a scaled or capped head?)",
-            where=str(directory),
-            remedy="Evaluate models with a plain linear lm_head.",
-        )
 
 
 def _check_activations(loaded: LoadedModel, ids: Tensor, directory: Path) -> None:

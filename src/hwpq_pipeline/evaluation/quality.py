@@ -98,7 +98,7 @@ def evaluate_export(
     tokens = reference.tokens if token_ids is None else check_tokens(token_ids)
     _check_same(reference, tokens, dtype)
     loaded = open_model(export_dir, dtype, tokens)
-    if loaded.head_digest() != reference.head_digest:
+    if loaded.head.digest() != reference.head_digest or loaded.head.linear != reference.linear:
         raise HwpqError(
             "its lm_head is not the dense model's",
             where=str(export_dir),
@@ -145,11 +145,14 @@ def _compare(
     loaded: LoadedModel, hidden: Tensor, labels: Tensor, expected: Tensor, constant: Tensor, top1: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Negative log-likelihood, divergence and agreement at some positions, shape (positions,) each."""
-    logits = loaded.logits(hidden)
+    logits = loaded.head.logits(hidden)
     log_sum = logits.logsumexp(-1).double()
     nll = log_sum - logits.gather(-1, labels[:, None])[:, 0].double()
-    divergence = constant.double() - (expected.double() * hidden.double()).sum(-1) + log_sum
-    return nll, divergence, logits.argmax(-1) == top1
+    if loaded.head.linear:
+        answer = (expected.double() * hidden.double()).sum(-1)
+    else:
+        answer = (loaded.head.logits(expected).softmax(-1) * logits).sum(-1).double()
+    return nll, constant.double() - answer + log_sum, logits.argmax(-1) == top1
 
 
 def _summary(reference: Reference, nll: Tensor, divergence: Tensor, agree: Tensor, begun: float, where: str) -> Quality:

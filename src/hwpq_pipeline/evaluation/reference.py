@@ -11,7 +11,9 @@ the head, so
 `e` (the expected output embedding) and the number `c` are all that the divergence needs from the dense model. They take
 as many bytes as its hidden states. They save half of the work, because the hidden states need not be multiplied by the
 head again for every variant, and the head is the largest matrix of a small model. Beside them stand the dense model's
-likeliest token and the negative log-likelihood of the true one.
+likeliest token and the negative log-likelihood of the true one. A scale of the logits joins `W` and `b`. A head that
+caps its logits is not linear (`head`): there the dense model's hidden states are kept in the place of `e`, and its
+logits are computed again for every variant.
 
 Products and softmax are float32. Products are as exact as the logits themselves (about 1e-6 of their size), so a
 divergence is exact to about 1e-5 nats a token.
@@ -57,6 +59,7 @@ class Reference:
         nll: (samples, length − 1) float32, −log p of the true next token, nats.
         head_digest: SHA-256 of the head that `expected` was made with.
         dtype: that the dense model ran in.
+        linear: whether its head is linear; `expected` holds its hidden states if not.
     """
 
     tokens: Tensor
@@ -66,6 +69,7 @@ class Reference:
     nll: Tensor
     head_digest: str
     dtype: str
+    linear: bool = True
 
     @property
     def perplexity(self) -> float:
@@ -99,7 +103,7 @@ def make_reference(
     tokens = check_tokens(token_ids)
     loaded = open_model(model_dir, dtype, tokens)
     samples, length = tokens.shape
-    expected = torch.empty(samples, length - 1, loaded.head.shape[1])
+    expected = torch.empty(samples, length - 1, loaded.head.weight.shape[1])
     constant, nll = torch.empty(samples, length - 1), torch.empty(samples, length - 1)
     top1 = torch.empty(samples, length - 1, dtype=torch.int64)
     with torch.inference_mode():
@@ -111,10 +115,16 @@ def make_reference(
     if not bool(torch.isfinite(constant).all() & torch.isfinite(nll).all()):
         raise HwpqError("logits are NaN or infinite", where=str(model_dir), remedy="Use an undamaged model.")
     tensors = {"tokens": tokens, "expected": expected, "constant": constant, "top1": top1, "nll": nll}
-    reference = Reference(**tensors, head_digest=loaded.head_digest(), dtype=dtype_name(evaluation_dtype(dtype)))
+    reference = Reference(
+        **tensors,
+        head_digest=loaded.head.digest(),
+        dtype=dtype_name(evaluation_dtype(dtype)),
+        linear=loaded.head.linear,
+    )
     with atomic_directory(target) as partial:
         write_tensors(partial / FILE, tensors)
-        write_json(partial / FACTS, {"dtype": reference.dtype, "head_digest": reference.head_digest})
+        facts = {"dtype": reference.dtype, "head_digest": reference.head_digest}
+        write_json(partial / FACTS, facts | ({} if reference.linear else {"linear": False}))
     return reference
 
 
@@ -126,7 +136,8 @@ def load_reference(directory: str | Path) -> Reference:
     """
     tensors, facts = read_tensors(Path(directory) / FILE), read_json(Path(directory) / FACTS)
     try:
-        return Reference(**tensors, head_digest=facts["head_digest"], dtype=facts["dtype"])
+        linear = facts.get("linear", True)
+        return Reference(**tensors, head_digest=facts["head_digest"], dtype=facts["dtype"], linear=linear)
     except (KeyError, TypeError) as error:
         raise HwpqError(f"not a reference ({error})", where=str(directory), remedy=_REMEDY) from error
 
@@ -181,12 +192,14 @@ def chunks(hidden: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
 
 
 def _answer(loaded: LoadedModel, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    logits = loaded.logits(hidden)
+    head = loaded.head
+    logits = head.logits(hidden)
     # Not log_softmax: on the CPU its float32 sum over a large vocabulary is off by 1e-5, logsumexp's is not.
     log_p = logits - logits.logsumexp(-1, keepdim=True)
     p = log_p.exp()
     constant = (p * log_p).sum(-1).double()
-    if loaded.bias is not None:
-        constant = constant - p.double() @ loaded.bias.double()
+    if head.linear and head.bias is not None:
+        constant = constant - p.double() @ (head.bias.double() * head.scale)
     nll = -log_p.gather(-1, labels[:, None])[:, 0]
-    return p @ loaded.head, constant.float(), log_p.argmax(-1), nll
+    expected = (p * head.scale) @ head.weight if head.linear else hidden
+    return expected, constant.float(), log_p.argmax(-1), nll
