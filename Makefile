@@ -30,7 +30,7 @@ DATABASE := sqlite:///$(CURDIR)/mlflow.db
 UI_PORT  ?= 5000
 BASE     ?= main
 
-.PHONY: help install run repro ci sweep ui lint format dvc-dependencies test coverage test-fast test-browser screenshots test-postgres test-sweep \
+.PHONY: help install run repro ci sweep ui lint format dvc-dependencies test coverage test-fast test-browser screenshots test-postgres test-sweep test-architectures \
 	engines test-engines viz pipeline-picture bench-selection bench-selection-quality bench-peers bench-inference bench-gpu lock clean
 
 help:  ## what there is
@@ -111,8 +111,11 @@ test-postgres: $(VENV)/.postgres  ## logging to a server on PostgreSQL (needs Po
 test-sweep: $(STAMP)  ## `make sweep` on a tiny model
 	pytest -m sweep $(ARGS)
 
+test-architectures: $(STAMP)  ## every architecture from fetch to export, some sixty tiny models (minutes)
+	pytest -m "" tests/test_architectures.py $(ARGS)
+
 test-fast: $(STAMP)  ## the tests that take seconds
-	pytest -m "not (slow or e2e or browser or engines or postgres or sweep)" $(ARGS)
+	pytest -m "not (slow or e2e or browser or engines or postgres or sweep or architectures)" $(ARGS)
 
 # Users' engines, each in an environment of its own: vLLM needs another transformers, and llama.cpp is compiled (g++,
 # cmake; some minutes, once). Their locks name every package. vLLM's leaves out torchvision, torchaudio and torchcodec:
