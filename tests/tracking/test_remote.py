@@ -144,6 +144,30 @@ def test_many_that_log_at_once_are_one_run(server, record):
     assert log_once(record, experiment="at-once", tracking_uri=server) == (run.info.run_id, False)
 
 
+def test_a_run_that_its_owner_deletes_meanwhile_is_not_the_one(server, record, monkeypatch):
+    """A slow process's run is completed by another one, while the slow one sees that it was second and deletes it."""
+    from hwpq_pipeline.tracking import runs as module
+
+    monkeypatch.setattr(module, "PATIENCE", 0.0)
+    client = MlflowClient(server)
+    experiment = client.create_experiment("deleted-meanwhile")
+    slow = client.create_run(experiment, tags={module.KEY: record.key})
+    real = module._log
+    deleted: list[str] = []
+
+    def log(client, run, record):
+        if not deleted:
+            deleted.append(run.info.run_id)
+            client.delete_run(run.info.run_id)
+        real(client, run, record)
+
+    monkeypatch.setattr(module, "_log", log)
+    run_id, new = log_once(record, experiment="deleted-meanwhile", tracking_uri=server)
+    assert deleted == [slow.info.run_id]
+    (run,) = runs(server, "deleted-meanwhile")
+    assert (run.info.run_id, run.info.status, new) == (run_id, "FINISHED", True)
+
+
 def test_two_tracks_at_once_give_one_run_a_variant(server, small_project):
     environment = {"MLFLOW_TRACKING_URI": server}
     done: list[subprocess.CompletedProcess[str]] = []

@@ -54,16 +54,32 @@ def log_once(record: Record, *, experiment: str, tracking_uri: str) -> tuple[str
     """
     with connected(tracking_uri) as client:
         experiment_id = experiment_of(client, experiment, tracking_uri)
-        run, mine = _claim(client, experiment_id, record)
+        run, mine = _written(client, experiment_id, record, tracking_uri)
         run_id = str(run.info.run_id)
         if run.info.status == "FINISHED":
             return run_id, False
-        _write(client, run, record, tracking_uri)
         first = _alive(client, experiment_id, record.key)[0]
         if mine and first.info.run_id != run_id:  # another process was first, and its run holds the same
             client.delete_run(run_id)
             return str(first.info.run_id), False
         return run_id, True
+
+
+def _written(client: MlflowClient, experiment_id: str, record: Record, tracking_uri: str) -> tuple[Run, bool]:
+    """The run that this process has written into, or found finished; and whether this process opened it."""
+    from mlflow.exceptions import MlflowException
+
+    while True:
+        run, mine = _claim(client, experiment_id, record)
+        if run.info.status == "FINISHED":
+            return run, mine
+        try:
+            _write(client, run, record, tracking_uri)
+            return run, mine
+        except MlflowException:
+            # The process that opened this run found another one first, and deleted its own: claim again.
+            if mine or client.get_run(run.info.run_id).info.lifecycle_stage != "deleted":
+                raise
 
 
 def experiment_of(client: MlflowClient, name: str, tracking_uri: str) -> str:
