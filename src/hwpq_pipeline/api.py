@@ -23,6 +23,7 @@ import torch
 
 from hwpq_pipeline.calibration.statistics import collect_statistics
 from hwpq_pipeline.checkpoints.packed import is_packed
+from hwpq_pipeline.corpus.chat import as_text
 from hwpq_pipeline.corpus.documents import CorpusSource, fetch_corpus, read_corpus
 from hwpq_pipeline.corpus.samples import draw_samples, token_matrix
 from hwpq_pipeline.errors import HwpqError
@@ -71,9 +72,9 @@ def compress(  # noqa: PLR0913 (each is a choice of the user)
             `quantization`, `sequential`).
         out: directory of the export. An earlier export there is replaced, and only by a complete new one; any other
             directory with files in it is refused.
-        calibration: text to calibrate on (a `.txt`, `.jsonl` or `.parquet` file, or a directory of them), or token
-            ids of shape (samples, length). Needed by recipes that select, recover, round by coordinate descent or run
-            in sequence.
+        calibration: text to calibrate on (a file of text, JSON or Parquet, or a directory of them), or token ids of
+            shape (samples, length). Needed by recipes that select, recover, round by coordinate descent or run in
+            sequence.
         samples, length, seed: what is drawn from the text: windows of `length` tokens from every second document.
         device: `auto`, `cpu` or `cuda`.
         dtype: of the calibration's forward pass: `auto` (bfloat16 where the hardware multiplies it), `float32`,
@@ -136,7 +137,7 @@ def _free(target: Path) -> Path:
 def _resolved(variant: Mapping[str, Any]) -> Recipe:
     from pydantic import ValidationError
 
-    from hwpq_pipeline.parameters import Variant
+    from hwpq_pipeline.variant import Variant
 
     try:
         checked = Variant.model_validate({"description": "", **variant})
@@ -168,6 +169,6 @@ def _tokens(
     if not isinstance(calibration, str | Path):
         return calibration
     corpus = fetch_corpus(CorpusSource(kind="local", path=str(calibration)), scratch / "corpus", scratch)
-    return token_matrix(
-        draw_samples(read_corpus(corpus), model_dir, split="calibration", samples=samples, length=length, seed=seed)
-    )
+    documents = as_text(read_corpus(corpus), model_dir)
+    drawn = draw_samples(documents, model_dir, split="calibration", samples=samples, length=length, seed=seed)
+    return token_matrix(drawn)

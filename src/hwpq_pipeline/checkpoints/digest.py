@@ -7,9 +7,12 @@ them. It depends on names and contents only, not on times, owners or the order o
 from __future__ import annotations
 
 import hashlib
+import logging
 from pathlib import Path
 
 from hwpq_pipeline.errors import HwpqError
+
+logger = logging.getLogger(__name__)
 
 
 def sha256_file(path: str | Path) -> str:
@@ -43,3 +46,21 @@ def sha256_path(path: str | Path) -> str:
     if path.is_file():
         return sha256_file(path)
     raise HwpqError("there is nothing to digest", where=str(path), remedy="Run the step that makes it.")
+
+
+def checked_digest(path: Path, expected: str | None) -> str:
+    """The SHA-256 of a user's file or directory, compared with the expected one; without one, the log tells it.
+
+    Raises:
+        HwpqError: the digests differ; both are named.
+    """
+    found = sha256_path(path)
+    if expected is None:
+        logger.info("%s has sha256 %s. Name it in the configuration to have it checked.", path, found)
+    elif found != expected.lower():
+        raise HwpqError(
+            f"wrong sha256: expected {expected.lower()}, found {found}",
+            where=str(path),
+            remedy="Correct the sha256 in the source's parameters, or the file if it was damaged.",
+        )
+    return found

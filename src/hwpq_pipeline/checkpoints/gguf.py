@@ -18,12 +18,13 @@ from typing import Any
 
 import torch
 
+from hwpq_pipeline.checkpoints.gguf_header import check_header
 from hwpq_pipeline.checkpoints.layers import tied_parameters
 from hwpq_pipeline.checkpoints.pre_tokenizers import rule_of
 from hwpq_pipeline.checkpoints.quiet import quiet_transformers
 from hwpq_pipeline.checkpoints.reader import read_json
 from hwpq_pipeline.checkpoints.writer import write_json, write_text, write_weights
-from hwpq_pipeline.errors import HwpqError, first_line
+from hwpq_pipeline.errors import HwpqError, reading
 
 
 def convert_gguf(file: Path, target: Path, dtype: torch.dtype) -> str:
@@ -40,6 +41,7 @@ def convert_gguf(file: Path, target: Path, dtype: torch.dtype) -> str:
     Raises:
         HwpqError: the file is corrupt, of an architecture that transformers cannot read, or holds NaN.
     """
+    check_header(file)
     with _parsed_once():
         fields = _fields(file)
         with quiet_transformers():
@@ -78,32 +80,23 @@ def _fields(file: Path) -> dict[str, Any]:
     """The header fields that are used here."""
     from gguf import GGUFReader
 
-    try:
+    with reading(file, what="corrupt GGUF file", remedy="Fetch it again, or correct the path."):
         reader = GGUFReader(file)
         wanted = ("general.license", "tokenizer.ggml.pre")
         return {name: reader.fields[name].contents() for name in wanted if name in reader.fields}
-    except (ValueError, IndexError, KeyError, OSError, OverflowError) as error:
-        raise HwpqError(
-            f"corrupt GGUF file ({error})", where=str(file), remedy="Fetch it again, or correct the path."
-        ) from error
 
 
 def _load(file: Path, dtype: torch.dtype) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     where: dict[str, Any] = {"gguf_file": file.name, "local_files_only": True}
-    try:
+    remedy = "Use a checkpoint directory of the model, or a GGUF of a supported architecture."
+    with reading(file, what="transformers cannot read this GGUF file", remedy=remedy):
         # Ask for a dense copy: otherwise an installed kernel package would keep the blocks packed.
         model = AutoModelForCausalLM.from_pretrained(
             file.parent, dtype=dtype, quantization_config=GgufConfig(dequantize=True), **where
         )
         return model, AutoTokenizer.from_pretrained(file.parent, **where)
-    except (ValueError, KeyError, OSError, RuntimeError, NotImplementedError) as error:
-        raise HwpqError(
-            f"transformers cannot read this GGUF file ({first_line(error)[:300]})",
-            where=str(file),
-            remedy="Use a checkpoint directory of the model, or a GGUF of a supported architecture.",
-        ) from error
 
 
 def _write_model(model: Any, target: Path, dtype: torch.dtype, file: Path) -> None:

@@ -22,11 +22,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from hwpq_pipeline.checkpoints.config import check_config
 from hwpq_pipeline.checkpoints.conversion import parameters_of_files, stored_matrices
 from hwpq_pipeline.checkpoints.matrices import Matrix
-from hwpq_pipeline.checkpoints.reader import Checkpoint, read_json
+from hwpq_pipeline.checkpoints.reader import Checkpoint
 from hwpq_pipeline.checkpoints.structure import is_linear, is_rebuilt_when_quantized, linear_weights, reads_its_weight
-from hwpq_pipeline.errors import HwpqError, first_line
+from hwpq_pipeline.errors import HwpqError, reading
 
 
 @dataclass(frozen=True)
@@ -136,18 +137,12 @@ def meta_model(path: str | Path) -> Any:
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    read_json(Path(path) / "config.json")
-    try:
+    check_config(path)
+    remedy = "Use an architecture that the installed transformers knows without remote code."
+    with reading(f"{path}/config.json", what="not a causal LM that transformers can build", remedy=remedy):
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    except (ValueError, KeyError, TypeError, OSError, AttributeError) as error:
-        raise HwpqError(
-            f"not a causal LM that transformers can build ({first_line(error)})",
-            where=f"{path}/config.json",
-            remedy="Use an architecture that the installed transformers knows without remote code.",
-        ) from error
-    return model
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
 
 
 def layer_map(path: str | Path) -> LayerMap:

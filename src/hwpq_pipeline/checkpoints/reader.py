@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
 from hwpq_pipeline.checkpoints.matrices import Matrix
-from hwpq_pipeline.errors import HwpqError
+from hwpq_pipeline.checkpoints.places import check_inside
+from hwpq_pipeline.errors import HwpqError, reading, said
 
 _FLOATS = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 _FETCH_AGAIN = "Fetch or make it again: remove the directory and run the step that writes it."
@@ -26,10 +27,8 @@ _FETCH_AGAIN = "Fetch or make it again: remove the directory and run the step th
 def _open(path: Path) -> Any:
     if not path.is_file():
         raise HwpqError("no such file", where=str(path), remedy=_FETCH_AGAIN)
-    try:
+    with reading(path, what="corrupt safetensors file", remedy=_FETCH_AGAIN):
         return safe_open(path, framework="pt")
-    except (SafetensorError, OSError) as error:
-        raise HwpqError(f"corrupt safetensors file ({error})", where=str(path), remedy=_FETCH_AGAIN) from error
 
 
 def read_json(path: str | Path) -> dict[str, Any]:
@@ -43,8 +42,8 @@ def read_json(path: str | Path) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise HwpqError("no such file", where=str(path), remedy=_FETCH_AGAIN) from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise HwpqError(f"not valid JSON ({error})", where=str(path), remedy=_FETCH_AGAIN) from error
+    except (ValueError, RecursionError) as error:
+        raise HwpqError(f"not valid JSON ({said(error)})", where=str(path), remedy=_FETCH_AGAIN) from error
     if not isinstance(value, dict):
         raise HwpqError("not a JSON object", where=str(path), remedy=_FETCH_AGAIN)
     return value
@@ -77,6 +76,20 @@ def read_names(path: str | Path) -> list[str]:
         return list(stream.keys())
 
 
+def _shards_by_tensor(index: Path) -> dict[str, str]:
+    """The file of each tensor, from a checkpoint's index.
+
+    Raises:
+        HwpqError: the index is damaged, or names a file outside of its folder.
+    """
+    found = read_json(index).get("weight_map")
+    if not isinstance(found, dict) or not all(isinstance(file, str) for file in found.values()):
+        raise HwpqError("its weight_map names no file for each tensor", where=str(index), remedy=_FETCH_AGAIN)
+    for file in found.values():
+        check_inside(file, str(index))
+    return found
+
+
 class Checkpoint:
     """A checkpoint directory: `config.json` beside `model.safetensors` or its shards.
 
@@ -102,7 +115,7 @@ class Checkpoint:
         index = self.path / "model.safetensors.index.json"
         single = self.path / "model.safetensors"
         if index.is_file():
-            wanted: dict[str, str] | None = read_json(index).get("weight_map", {})
+            wanted: dict[str, str] | None = _shards_by_tensor(index)
             shards = sorted({self.path / file for file in (wanted or {}).values()})
         else:
             wanted, shards = None, [single]
@@ -232,13 +245,9 @@ class Checkpoint:
     def _read(self, name: str, rows: slice) -> torch.Tensor:
         """Rows of a tensor (along its first dimension)."""
         handle = self._handles[self._files[name]]
-        try:
+        with reading(f"{self._files[name]}: {name}", remedy=_FETCH_AGAIN):
             found: torch.Tensor = handle.get_tensor(name) if rows == slice(None) else handle.get_slice(name)[rows]
-        except (SafetensorError, OSError, RuntimeError) as error:
-            raise HwpqError(
-                f"cannot be read ({error})", where=f"{self._files[name]}: {name}", remedy=_FETCH_AGAIN
-            ) from error
-        return found
+            return found
 
     def _checked(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):

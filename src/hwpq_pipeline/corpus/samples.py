@@ -18,7 +18,8 @@ from typing import Any, Literal
 import numpy as np
 import pandas as pd
 
-from hwpq_pipeline.errors import HwpqError, first_line
+from hwpq_pipeline.checkpoints.tokenizer import check_length, load_tokenizer
+from hwpq_pipeline.errors import HwpqError
 
 Split = Literal["calibration", "evaluation"]
 _PARITY = {"calibration": 0, "evaluation": 1}
@@ -47,8 +48,10 @@ def draw_samples(
         Columns `sample` (0 … samples − 1), `document` (row number) and `tokens` (a list of `length` ids).
 
     Raises:
-        HwpqError: no tokenizer there, a length without room for text, or fewer windows than wanted.
+        HwpqError: no usable tokenizer there, a length without room for text or over the model's positions, or fewer
+            windows than wanted.
     """
+    check_length(tokenizer_dir, length, f"{split}.length")
     tokenizer = load_tokenizer(tokenizer_dir)
     prefix = start_tokens(tokenizer)
     if length <= len(prefix):
@@ -78,26 +81,6 @@ def draw_samples(
 def token_matrix(samples: pd.DataFrame) -> np.ndarray[Any, np.dtype[np.int64]]:
     """The samples' ids, shape (samples, length), int64."""
     return np.stack([np.asarray(tokens, dtype=np.int64) for tokens in samples["tokens"]])
-
-
-def load_tokenizer(directory: str | Path) -> Any:
-    """The tokenizer of a checkpoint directory.
-
-    Raises:
-        HwpqError: there is none, or it needs remote code.
-    """
-    from transformers import AutoTokenizer
-
-    if not Path(directory).is_dir():
-        raise HwpqError("no such directory", where=str(directory), remedy="Run the fetch step first.")
-    try:
-        return AutoTokenizer.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
-    except (ValueError, OSError, KeyError, TypeError) as error:
-        raise HwpqError(
-            f"no usable tokenizer ({first_line(error)})",
-            where=str(directory),
-            remedy="Use a checkpoint that has its tokenizer.json beside the weights.",
-        ) from error
 
 
 def start_tokens(tokenizer: Any) -> list[int]:

@@ -11,7 +11,7 @@ import torch
 from hwpq_pipeline.checkpoints.quiet import quiet_transformers
 from hwpq_pipeline.checkpoints.reader import Checkpoint
 from hwpq_pipeline.decoder.memory import keep_freed_memory
-from hwpq_pipeline.errors import HwpqError, first_line
+from hwpq_pipeline.errors import HwpqError, reading
 
 #: Tensors of a quantized layer. One that is not read means weights that are not there; others may be further heads.
 _CODES = re.compile(r"\.weight_(packed|scale|shape|zero_point|global_scale)$")
@@ -31,24 +31,18 @@ def load_causal_lm(directory: str | Path, dtype: torch.dtype, *, remedy: str) ->
         HwpqError: the checkpoint is not whole, transformers cannot load it, weights are missing or of another shape,
             or codes are not read.
     """
-    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
     Checkpoint(directory)  # says in fewer words than transformers what is missing or truncated
-    try:
-        with quiet_transformers():
-            result: Any = AutoModelForCausalLM.from_pretrained(
-                directory,
-                dtype=dtype,
-                local_files_only=True,
-                trust_remote_code=False,
-                use_safetensors=True,
-                output_loading_info=True,
-            )
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, SafetensorError) as error:
-        raise HwpqError(
-            f"transformers cannot load it ({first_line(error)})", where=str(directory), remedy=remedy
-        ) from error
+    with reading(directory, what="transformers cannot load it", remedy=remedy), quiet_transformers():
+        result: Any = AutoModelForCausalLM.from_pretrained(
+            directory,
+            dtype=dtype,
+            local_files_only=True,
+            trust_remote_code=False,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
     model, found = result
     found = {**found, "unexpected_keys": filter(_CODES.search, map(str, found.get("unexpected_keys") or ()))}
     for kind in ("missing_keys", "mismatched_keys", "error_msgs", "unexpected_keys"):

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from hwpq_pipeline.checkpoints.tokenizer import load_tokenizer
 from hwpq_pipeline.errors import HwpqError
 
 from .loading import open_model
@@ -35,18 +36,18 @@ def continue_prompts(
     Raises:
         HwpqError: the export does not load, or a prompt has no token.
     """
-    from transformers import AutoTokenizer
-
     if not prompts:
         return []
-    tokenizer = AutoTokenizer.from_pretrained(export_dir, local_files_only=True)
-    tokenizer.padding_side = "left"  # what is written follows the prompt
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    given = tokenizer(list(prompts), return_tensors="pt", padding=True)
-    ids, mask = given["input_ids"], given["attention_mask"]
-    for prompt, tokens in zip(prompts, mask.sum(1).tolist(), strict=True):
-        if tokens == 0:
-            raise HwpqError(f"{prompt!r} has no token", where="report.prompts", remedy="Give it some text")
+    tokenizer = load_tokenizer(export_dir)
+    given = tokenizer(list(prompts))["input_ids"]
+    for prompt, tokens in zip(prompts, given, strict=True):
+        if not tokens:
+            raise HwpqError(f"{prompt!r} has no token", where="report.prompts", remedy="Give it some text.")
+    # Padding is masked, so any token will do; a tokenizer may have none for it.
+    padding = next((token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id) if token is not None), 0)
+    longest = max(map(len, given))  # what is written follows the prompt, hence the padding before it
+    ids = torch.tensor([[padding] * (longest - len(tokens)) + list(tokens) for tokens in given])
+    mask = torch.tensor([[0] * (longest - len(tokens)) + [1] * len(tokens) for tokens in given])
     loaded = open_model(export_dir, dtype, ids)
     with torch.inference_mode():
         written = loaded.model.generate(  # type: ignore[operator]
@@ -54,7 +55,7 @@ def continue_prompts(
             attention_mask=mask,
             do_sample=False,
             max_new_tokens=new_tokens,
-            pad_token_id=tokenizer.pad_token_id,
+            pad_token_id=padding,
         )
     texts = tokenizer.batch_decode(written[:, ids.shape[1] :], skip_special_tokens=True)
     return [{"prompt": prompt, "continuation": text} for prompt, text in zip(prompts, texts, strict=True)]

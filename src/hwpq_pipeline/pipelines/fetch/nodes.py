@@ -11,6 +11,7 @@ from hwpq_pipeline.checkpoints.digest import sha256_directory
 from hwpq_pipeline.checkpoints.reader import read_json
 from hwpq_pipeline.checkpoints.sources import ModelSource
 from hwpq_pipeline.checkpoints.sources import fetch_model as fetch_model_into
+from hwpq_pipeline.corpus.chat import as_text
 from hwpq_pipeline.corpus.documents import CorpusSource, read_corpus
 from hwpq_pipeline.corpus.documents import fetch_corpus as fetch_corpus_into
 from hwpq_pipeline.parameters import Corpus, Model
@@ -29,9 +30,9 @@ def fetch_corpus(corpus: Corpus, downloads: Path, scratch: Path) -> Path:
         return fetch_corpus_into(CorpusSource(**corpus.model_dump()), scratch / "corpus", downloads, progress)
 
 
-def read_documents(corpus: Path) -> pd.DataFrame:
-    """The documents as a checked table."""
-    return read_corpus(corpus)
+def read_documents(corpus: Path, model: Path) -> pd.DataFrame:
+    """The documents as a checked table, chats in the words of the model's template."""
+    return as_text(read_corpus(corpus), model)
 
 
 def identify(model: Path, corpus: Path) -> dict[str, dict[str, Any]]:

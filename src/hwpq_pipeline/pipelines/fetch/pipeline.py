@@ -13,7 +13,7 @@ def create_pipeline() -> Pipeline:
         [
             node(fetch_model, ["params:model", "downloads", "scratch"], "model", name="fetch_model"),
             node(fetch_corpus, ["params:corpus", "downloads", "scratch"], "corpus", name="fetch_corpus"),
-            node(read_documents, "corpus", "documents", name="read_documents"),
+            node(read_documents, ["corpus", "model"], "documents", name="read_documents"),
             node(identify, ["model", "corpus"], "sources", name="identify"),
         ]
     )
