@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from hwpq_pipeline.places import find_line
+from hwpq_pipeline.configuration import find_line
 from tests.conftest import run_in
 from tests.small import EWMA, VARIANTS, error_lines, kedro, ok
 
@@ -106,15 +106,16 @@ def test_pipelines_run_alone_and_give_the_same_bytes(small):
     assert [file.read_bytes() for file in weights] == before
 
 
-def test_lines_are_those_of_the_configuration_that_wins(tmp_path):
-    base, local = tmp_path / "base", tmp_path / "local"
+def test_lines_are_those_of_the_configuration_that_has_most_of_the_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    base, local = Path("conf/base"), Path("conf/local")
     for folder in (base, local):
-        folder.mkdir()
+        folder.mkdir(parents=True)
     (base / "parameters.yml").write_text("model:\n  name: x\n\ntrack:\n  experiment: e\n")
     (local / "parameters_more.yml").write_text("# first\ntrack:\n  a: 1\n  b:\n    c: 2\n")
-    assert find_line(("model", "name"), [local, base]) == f"{base}/parameters.yml:2"
-    assert find_line(("track", "b", "c"), [local, base]) == f"{local}/parameters_more.yml:5"
-    assert find_line(("track", "b", "missing"), [local, base]) == f"{local}/parameters_more.yml:4"
-    assert find_line(("nothing",), [local, base]) is None
-    (local / "parameters.yml").write_text("a: [")
-    assert find_line(("model",), [local, base]) is None
+    assert find_line(("model", "name"), None) == f"{base}/parameters.yml:2"
+    assert find_line(("track", "b", "c"), None) == f"{local}/parameters_more.yml:5"
+    assert find_line(("track", "b", "missing"), None) == f"{local}/parameters_more.yml:4"
+    assert find_line(("track", "experiment"), None) == f"{base}/parameters.yml:5"
+    assert find_line(("track",), None) == f"{local}/parameters_more.yml:2"
+    assert find_line(("nothing",), None) is None

@@ -8,13 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 import click
 
 from hwpq_pipeline.errors import HwpqError
-from hwpq_pipeline.places import find_line
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -141,34 +139,19 @@ def checked_variants(env: str | None) -> dict[str, dict[str, Any]]:
     """The configured variants, checked and with their defaults.
 
     Raises:
-        PlainError: an entry is wrong; it has one line for each mistake.
+        PlainError: the configuration is wrong; it has one line for each mistake.
     """
-    from pydantic import ValidationError
-
-    from hwpq_pipeline.parameters import Variant
+    from hwpq_pipeline.configuration import mistakes
     from hwpq_pipeline.project import load_parameters, variant_names
+    from hwpq_pipeline.variant import Variant
 
     with plainly():
-        entries = load_parameters(env).get("variants") or {}
-        names = variant_names(entries)
-    lines: list[str] = []
-    found = {}
-    for name in names:
-        try:
-            found[name] = Variant.model_validate(entries[name]).model_dump()
-        except ValidationError as error:
-            for problem in error.errors():
-                path = ("variants", name, *map(str, problem["loc"]))
-                lines.append(located(path, problem["msg"], env))
-    if lines:
-        raise PlainError(lines)
-    return found
-
-
-def located(path: tuple[str, ...], message: str, env: str | None) -> str:
-    """One line for a mistake in the configuration: the line in the YAML, the parameter, what is wrong."""
-    place = find_line(path, [Path("conf", env or "local"), Path("conf", "base")]) or "conf"
-    return f"{place}: {'.'.join(path)}: {message.removeprefix('Value error, ')}"
+        parameters = load_parameters(env)
+        names = variant_names(parameters.get("variants") or {})
+        found = mistakes(parameters, env)
+    if found:
+        raise PlainError(map(str, found))
+    return {name: Variant.model_validate(parameters["variants"][name]).model_dump() for name in names}
 
 
 @contextmanager

@@ -10,15 +10,18 @@ from __future__ import annotations
 
 import atexit
 import os
+import platform
+import re
 import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
 
+import psutil
 from kedro.io import AbstractDataset, DatasetError
 from kedro.io.core import parse_dataset_definition
 
-from hwpq_pipeline.errors import HwpqError
+from hwpq_pipeline.errors import HwpqError, reading
 
 
 class _PathDataset(AbstractDataset[Any, Any]):
@@ -66,8 +69,14 @@ class AtomicDataset(_PathDataset):
         return cls(**arguments)
 
     def load(self) -> Any:
-        """Load with the wrapped dataset."""
-        return self._wrapped(self._existing()).load()
+        """Load with the wrapped dataset.
+
+        Raises:
+            HwpqError: the file is missing, or damaged.
+        """
+        path = self._existing()
+        with reading(path, remedy="Run the pipeline that makes it again."):
+            return self._wrapped(path).load()
 
     def save(self, data: Any) -> None:
         """Save with the wrapped dataset to a sibling, then rename it into place."""
@@ -97,12 +106,21 @@ class DirectoryDataset(FileDataset):
 
 
 class ScratchDataset(_PathDataset):
-    """A new, empty directory at every load, on the data's file system. It is removed when the process ends."""
+    """A new, empty directory at every load, on the data's file system. It is removed when the process ends.
+
+    A process that is killed leaves its directory behind. The names tell the machine, the process and when it began, so
+    the next process on that machine removes what belongs to none that lives.
+    """
 
     def load(self) -> Path:
-        """Make the directory."""
+        """Make the directory, and remove those of dead processes."""
         self._filepath.mkdir(parents=True, exist_ok=True)
-        fresh = Path(tempfile.mkdtemp(dir=self._filepath))
+        mine = _process_mark(psutil.Process())
+        machine = mine.rpartition("-")[0].rpartition("-")[0]
+        for left in self._filepath.glob(f"{machine}-*-*.*"):
+            if left.name.partition(".")[0] not in (mine, _mark_of(left.name)):
+                shutil.rmtree(left, ignore_errors=True)
+        fresh = Path(tempfile.mkdtemp(dir=self._filepath, prefix=f"{mine}."))
         atexit.register(shutil.rmtree, fresh, ignore_errors=True)
         return fresh
 
@@ -122,6 +140,20 @@ class CacheDataset(_PathDataset):
     def save(self, data: Any) -> None:  # noqa: ARG002
         """Refused: the rooms that use a cache fill it."""
         raise DatasetError("nothing can be saved to the cache")
+
+
+def _process_mark(process: psutil.Process) -> str:
+    """`<machine>-<process id>-<when it began>`: an id is used again, but not with the same beginning."""
+    machine = re.sub(r"[^A-Za-z0-9]+", "_", platform.node()) or "machine"
+    return f"{machine}-{process.pid}-{int(process.create_time() * 100)}"
+
+
+def _mark_of(name: str) -> str | None:
+    """The mark of the living process that a directory's name tells the id of; None if there is none."""
+    try:
+        return _process_mark(psutil.Process(int(name.partition(".")[0].split("-")[-2])))
+    except (psutil.Error, ValueError, IndexError):
+        return None
 
 
 def _move_into_place(built: Path, target: Path) -> None:

@@ -9,21 +9,16 @@ nothing of these classes.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from hwpq_pipeline.checkpoints.kinds import CORPUS_KINDS, MODEL_KINDS, source_problem
-from hwpq_pipeline.compression.grids import GRIDS, OFFERED
-from hwpq_pipeline.method.recipe import PRESETS
 
-Fraction = Annotated[float, Field(gt=0, lt=1)]
-#: Deviations over the mean: no float32 ratio of a row of weights comes near it, so more drops every weight.
-MOST_MULTIPLIER = 1e4
-#: In units of the Gram matrix's mean energy: with more of it the inputs no longer count.
-MOST_DAMPING = 1e3
+#: What numpy's and torch's generators take.
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
 SHA256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 #: `auto` is bfloat16 where the hardware multiplies it, else float32 (`decoder.dtypes`).
 Dtype = Literal["auto", "float32", "bfloat16"]
@@ -32,24 +27,25 @@ Dtype = Literal["auto", "float32", "bfloat16"]
 class Parameters(BaseModel):
     """Base of every parameter model: immutable, unknown keys refused."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
-def _check_word(word: str, known: Iterable[str]) -> str:
+def check_word(word: str, known: Iterable[str]) -> str:
+    """The word, if it is one of those known."""
     if word not in (words := tuple(known)):
         raise ValueError(f"{word!r} is none of {', '.join(map(repr, words))}")
     return word
 
 
-def _one_of(known: Iterable[str]) -> AfterValidator:
+def one_of(known: Iterable[str]) -> AfterValidator:
     """A word out of a table that has its home elsewhere."""
-    return AfterValidator(partial(_check_word, known=tuple(known)))
+    return AfterValidator(partial(check_word, known=tuple(known)))
 
 
 def _check_format(word: str) -> str:
     from hwpq_pipeline.export.formats import further_formats  # imports torch, so only where a format is asked for
 
-    return _check_word(word, further_formats())
+    return check_word(word, further_formats())
 
 
 class Model(Parameters):
@@ -59,7 +55,7 @@ class Model(Parameters):
     `hub` a repository id of a Hugging Face hub.
     """
 
-    kind: Annotated[str, _one_of(MODEL_KINDS)]
+    kind: Annotated[str, one_of(MODEL_KINDS)]
     requirement: str | None = None
     member: str | None = None
     path: str | None = None
@@ -80,7 +76,7 @@ class Model(Parameters):
 class Corpus(Parameters):
     """Where the text comes from (pipeline `fetch`)."""
 
-    kind: Annotated[str, _one_of(CORPUS_KINDS)]
+    kind: Annotated[str, one_of(CORPUS_KINDS)]
     requirement: str | None = None
     member: str | None = None
     path: str | None = None
@@ -89,6 +85,7 @@ class Corpus(Parameters):
     sha256: SHA256 | None = None
     license: str | None = None
     name: str
+    column: Annotated[str, Field(min_length=1)] = "text"
     min_characters: Annotated[int, Field(ge=1)] = 2000
 
     @model_validator(mode="after")
@@ -103,7 +100,7 @@ class Calibration(Parameters):
 
     samples: Annotated[int, Field(ge=1)]
     length: Annotated[int, Field(ge=8)]
-    seed: int
+    seed: Seed
     batch: Annotated[int, Field(ge=1)] = 8
     mode: Literal["gram", "diagonal"] = "gram"
     dtype: Dtype = "auto"
@@ -125,113 +122,9 @@ class Evaluation(Parameters):
 
     samples: Annotated[int, Field(ge=1)]
     length: Annotated[int, Field(ge=8)]
-    seed: int
+    seed: Seed
     batch: Annotated[int, Field(ge=1)] = 1
     dtype: Literal["float32", "bfloat16"] = "float32"
-
-
-class Selection(Parameters):
-    """Which weights stay. What is left out takes the default of `method.recipe`.
-
-    `2of4` keeps two of every four consecutive inputs. `unstructured` walks the rows with the moving average: with
-    `sparsity` the multiplier λ is solved for; with `multiplier` it is given (the paper's mode) and the sparsity
-    follows.
-    """
-
-    structure: Literal["2of4", "unstructured"]
-    metric: Literal["hwpq", "hwpq_weighted", "wanda", "ria", "magnitude"] | None = None
-    sparsity: Fraction | None = None
-    multiplier: Annotated[float, Field(ge=0, le=MOST_MULTIPLIER)] | None = None
-    domain: Literal["sqrt", "log", "raw"] | None = None
-    alpha: Fraction | None = None
-    beta: Fraction | None = None
-    scope: Literal["row", "layer"] | None = None
-
-    @model_validator(mode="after")
-    def _no_contradiction(self) -> Self:
-        given = [name for name in ("sparsity", "multiplier") if getattr(self, name) is not None]
-        if self.structure == "2of4" and given:
-            raise ValueError(f"structure 2of4 fixes the sparsity at one half; remove {' and '.join(given)}")
-        if self.structure == "unstructured" and len(given) != 1:
-            raise ValueError(
-                "structure unstructured needs exactly one of sparsity and multiplier; "
-                f"given: {' and '.join(given) or 'neither'}"
-            )
-        if self.structure == "2of4" and (moved := self.model_fields_set & {"domain", "alpha", "beta", "scope"}):
-            raise ValueError(f"{', '.join(sorted(moved))} belong to structure unstructured; remove them")
-        return self
-
-
-class Recovery(Parameters):
-    """How the weights that stay make up for those that go (weight update, mask search).
-
-    `preset` names a method with its numbers (`method.recipe.PRESETS`; docs/choosing-a-variant.md compares them).
-    `fixed_mask`, the default, keeps the selected mask and takes `steps` of conjugate gradients. `damping` is added to
-    the diagonal of the Gram matrix, in units of its mean; it holds for the rounding and the sequence too.
-    """
-
-    preset: Literal["fixed_mask", "fast", "balanced", "admm", "quality"] | None = None
-    steps: Annotated[int, Field(ge=1, le=1000)] | None = None
-    damping: Annotated[float, Field(ge=0, le=MOST_DAMPING)] | None = None
-
-    @model_validator(mode="after")
-    def _no_contradiction(self) -> Self:
-        if self.steps is not None and self.preset is not None and PRESETS[self.preset].steps is None:
-            raise ValueError("steps belongs to preset fixed_mask; remove it")
-        return self
-
-
-class Quantization(Parameters):
-    """The grid (number format) that the remaining weights are rounded to; `compression.grids` has them.
-
-    A grid with group sizes has a scale for each `group_size` columns of a row, and takes one of these sizes. The others
-    have a scale for each output channel.
-    """
-
-    grid: Annotated[str, _one_of(OFFERED)]
-    group_size: int | None = None
-    method: Literal["nearest", "coordinate_descent"] = "nearest"
-    sweeps: Annotated[int, Field(ge=1, le=100)] | None = None
-
-    @model_validator(mode="after")
-    def _no_contradiction(self) -> Self:
-        grid = GRIDS[self.grid]
-        if not grid.group_sizes and self.group_size is not None:
-            raise ValueError(f"grid {self.grid} has one scale an output channel; remove group_size")
-        if grid.group_sizes and self.group_size not in grid.group_sizes:
-            raise ValueError(f"grid {self.grid} needs group_size ({' or '.join(map(str, grid.group_sizes))})")
-        if self.method == "coordinate_descent" and not grid.descends:
-            descending = ", ".join(name for name in OFFERED if GRIDS[name].descends)
-            raise ValueError(f"method coordinate_descent is for {descending}; grid {self.grid} rounds to nearest")
-        if self.method == "nearest" and self.sweeps is not None:
-            raise ValueError("sweeps belongs to method coordinate_descent; remove it")
-        return self
-
-
-class Variant(Parameters):
-    """One compressed variant: an entry of `conf/base/parameters_variants.yml`. `method.recipe.Recipe` writes it out.
-
-    With `sequential` the layers are compressed in order, each on what the compressed layers before it give and
-    towards what the dense model has there, the residual stream included. That is better, and costs two more forward
-    passes a variant. Some presets set it.
-    """
-
-    description: str
-    selection: Selection | None = None
-    recovery: Recovery | None = None
-    quantization: Quantization | None = None
-    sequential: bool | None = None
-
-    @model_validator(mode="after")
-    def _no_contradiction(self) -> Self:
-        preset = self.recovery.preset if self.recovery else None
-        if self.recovery is not None and self.selection is None:
-            raise ValueError("recovery mends what selection prunes; add selection or remove recovery")
-        if self.sequential and self.recovery is None and self.quantization is None:
-            raise ValueError("sequential corrects what recovery or quantization makes; add one or remove sequential")
-        if self.sequential is False and preset is not None and PRESETS[preset].sequential:
-            raise ValueError(f"preset {preset} compresses layers in sequence; remove sequential or choose preset fast")
-        return self
 
 
 class Export(Parameters):
@@ -265,3 +158,16 @@ class Prompts(Parameters):
 
     prompts: tuple[Annotated[str, Field(min_length=1)], ...]
     new_tokens: Annotated[int, Field(ge=1)] = 16
+
+
+#: Sections of `conf/*/parameters.yml`. Variants and quality gates are tables, in files of their own.
+SECTIONS: Mapping[str, type[Parameters]] = {
+    "model": Model,
+    "corpus": Corpus,
+    "calibration": Calibration,
+    "compute": Compute,
+    "evaluation": Evaluation,
+    "export": Export,
+    "track": Track,
+    "report": Prompts,
+}

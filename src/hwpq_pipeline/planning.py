@@ -128,8 +128,8 @@ def plan_rows(
     ]
     for name, recipe in recipes.items():
         export = export_bytes(shapes, recipe)
-        masks = shapes.weights // 8 if recipe.selection else 0
-        neutral = shapes.weights * (1 if recipe.quantization else 2)
+        masks = shapes.weights // 8 if recipe.selects else 0
+        neutral = shapes.weights * (1 if any(part.quantization for part in recipe.parts) else 2)
         seconds = (making_operations(shapes, recipe, calibration_tokens) + evaluate) / speed
         rows.append(Row(name, export, export + masks + neutral, seconds))
     return rows
@@ -137,25 +137,39 @@ def plan_rows(
 
 def export_bytes(shapes: Shapes, recipe: Recipe) -> int:
     """Bytes of a variant's safetensors files, without their headers."""
-    if recipe.quantization is None:
-        return shapes.weights * UNROUNDED_BITS // 8 + 2 * shapes.others
-    group = recipe.quantization.group_size
-    scales = sum(layer.shape[0] * (layer.shape[1] // group if group else 1) for layer in shapes.layers)
-    return shapes.weights * GRIDS[recipe.quantization.grid].bits // 8 + 2 * (scales + shapes.others)
+    total = 2 * shapes.others
+    for layer in shapes.layers:
+        own, weights = recipe.for_layer(layer.name).quantization, layer.shape[0] * layer.shape[1]
+        if own is None:
+            total += weights * UNROUNDED_BITS // 8
+        else:
+            scales = layer.shape[0] * (layer.shape[1] // own.group_size if own.group_size else 1)
+            total += weights * GRIDS[own.grid].bits // 8 + 2 * scales
+    return total
 
 
 def making_operations(shapes: Shapes, recipe: Recipe, tokens: int) -> float:
     """Operations to select, to compress and to measure the errors of a variant with `tokens` calibration tokens."""
+    total = 0.0
+    if recipe.sequence:
+        total += 2.0 * tokens * (2 * shapes.weights + 2 * shapes.inputs)
+    for layer in shapes.layers:
+        total += _passes(recipe.for_layer(layer.name)) * 2.0 * layer.shape[0] * layer.shape[1] ** 2
+    return total
+
+
+def _passes(recipe: Recipe) -> int:
+    """Passes over a layer's quadratic."""
+    if not recipe.changes_weights:
+        return 0
     passes = (1 if recipe.selection else 0) + (1 if recipe.quantization else 0)
     if recipe.recovery:
         passes += recipe.recovery.steps or PRESETS[recipe.recovery.preset].cost
     if recipe.quantization and recipe.quantization.sweeps:
         passes += ROUNDING_COST * recipe.quantization.sweeps
-    forward = 0.0
     if recipe.sequence:
         passes += recipe.sequence.steps
-        forward = 2.0 * tokens * (2 * shapes.weights + 2 * shapes.inputs)
-    return forward + passes * sum(2.0 * layer.shape[0] * layer.shape[1] ** 2 for layer in shapes.layers)
+    return passes
 
 
 def operations_a_second(size: int = 1024) -> float:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,9 @@ from kedro.config import OmegaConfigLoader
 from kedro.framework.context import KedroContext
 from kedro.framework.hooks import hook_impl
 from kedro.io import CatalogProtocol, DatasetError
+from kedro.pipeline import Pipeline
 
+from hwpq_pipeline.configuration import check_files, mistakes
 from hwpq_pipeline.errors import HwpqError
 
 _NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9_-]*$")
@@ -25,24 +28,98 @@ _WHERE = "parameters_variants.yml"
 CONFIG_PATTERNS = {"parameters": ["parameters*", "parameters*/**", "**/parameters*", "quality_gates*"]}
 
 
+#: Sections of the parameters that an environment replaces whole; the others it changes key by key.
+_WHOLE = ("variants", "quality_gates")
+
+
+class ProjectLoader(OmegaConfigLoader):
+    """Kedro's loader, where an environment may name a part of a section: `calibration: {samples: 64}`.
+
+    A table of variants or gates replaces the base's, since no key says that an entry is not wanted. So does a source
+    that names its `kind`: another kind takes other keys.
+    """
+
+    def _merge_configs(self, config: dict[str, Any], env_config: dict[str, Any], key: str, env_path: str) -> Any:
+        if key != "parameters":
+            return super()._merge_configs(config, env_config, key, env_path)
+        merged = dict(config)
+        for name, section in env_config.items():
+            old = config.get(name)
+            keep = isinstance(section, dict) and isinstance(old, dict) and name not in _WHOLE and "kind" not in section
+            merged[name] = {**old, **section} if keep else section  # type: ignore[dict-item]  # a dict, as tested
+        return merged
+
+
 class ProjectHooks:
-    """Keeps the configuration of the context that is about to run."""
+    """Checks the configuration of the context that is about to run, and keeps it."""
 
     parameters: dict[str, Any] | None = None
+    _unfitted = False
+    _variants: Sequence[str] = ()
 
     @hook_impl
     def after_context_created(self, context: KedroContext) -> None:
-        """Kedro calls it when the context exists, before it asks for the pipelines."""
-        ProjectHooks.parameters = context.config_loader["parameters"]
+        """Kedro calls it when the context exists, before it asks for the pipelines.
+
+        Raises:
+            HwpqError: a file that is no YAML.
+            ExceptionGroup: of mistakes in the parameters.
+        """
         os.chdir(context.project_path)  # relative paths in parameters mean the project
+        check_files(context.env)
+        parameters = context.config_loader["parameters"]
+        if found := mistakes(parameters, context.env):
+            raise ExceptionGroup("the configuration", found)
+        ProjectHooks.parameters = parameters
+        self._unfitted = True
+
+    @hook_impl
+    def before_pipeline_run(self, pipeline: Pipeline) -> None:
+        """Kedro calls it when it knows what runs: the variants that it is for."""
+        named = (str(node.namespace).partition("variants.") for node in pipeline.nodes if node.namespace)
+        self._variants = list(dict.fromkeys(name.partition(".")[0] for _, dot, name in named if dot))
+
+    @hook_impl
+    def before_node_run(self, inputs: dict[str, Any]) -> None:
+        """Kedro calls it before each node: before the first one that works on the model, all variants are held to it.
+
+        Raises:
+            ExceptionGroup: of layers that a variant does not fit.
+        """
+        if not self._unfitted or "model" not in inputs or not Path(str(inputs["model"])).is_dir():
+            return
+        self._unfitted = False
+        entries = (self.parameters or {}).get("variants") or {}
+        if found := unfitting(Path(inputs["model"]), {name: entries[name] for name in self._variants or entries}):
+            raise ExceptionGroup("the variants", found)
+
+
+def unfitting(model: Path, entries: Mapping[str, Any]) -> list[HwpqError]:
+    """Layers of a model that variants do not fit; none if the model cannot be read, which its reader says better."""
+    from hwpq_pipeline.checkpoints.layers import layer_map
+    from hwpq_pipeline.method.fitting import misfits
+    from hwpq_pipeline.method.recipe import Recipe
+
+    try:
+        layers = layer_map(model)
+    except HwpqError:
+        return []
+    return [
+        error
+        for name, entry in entries.items()
+        for error in misfits(Recipe.from_variant(entry), layers, f"variants.{name}")
+    ]
 
 
 def load_parameters(env: str | None = None) -> dict[str, Any]:
-    """The parameters of the project in the working directory, as Kedro reads them."""
-    loader = OmegaConfigLoader(
-        "conf", env=env or os.getenv("KEDRO_ENV"), base_env="base", default_run_env="local",
-        config_patterns=CONFIG_PATTERNS,
-    )  # fmt: skip
+    """The parameters of the project in the working directory, as Kedro reads them.
+
+    Raises:
+        HwpqError: a file that is no YAML.
+    """
+    env = env or os.getenv("KEDRO_ENV")
+    check_files(env)
+    loader = ProjectLoader("conf", env=env, base_env="base", default_run_env="local", config_patterns=CONFIG_PATTERNS)
     parameters: dict[str, Any] = loader["parameters"]
     return parameters
 

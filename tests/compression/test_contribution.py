@@ -18,7 +18,7 @@ from hwpq_pipeline.compression.contribution import (
     root_factors,
 )
 from hwpq_pipeline.errors import HwpqError
-from hwpq_pipeline.parameters import Selection
+from hwpq_pipeline.variant import Selection
 
 
 def published(metric: str, weight: Tensor, energy: Tensor) -> Tensor:

@@ -9,9 +9,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from hwpq_pipeline.checkpoints.layers import layer_map
 from hwpq_pipeline.checkpoints.reader import Checkpoint
 from hwpq_pipeline.errors import HwpqError
-from hwpq_pipeline.evaluation.size import exported_weight, measure_size, quantization_scheme
+from hwpq_pipeline.evaluation.size import exported_weight, measure_size, quantization_schemes
 from hwpq_pipeline.export.compressed_tensors import export_checkpoint
 from tests.beyond_linear import gpt_oss
 from tests.export.making import layer_shapes, make_compressed
@@ -122,11 +123,10 @@ def test_exported_weight_is_scale_times_code_where_scales_are_short(tmp_path: Pa
     stored = load_file(directory / "model.safetensors")
 
     export = Checkpoint(directory)
-    for layer, weight in weights.items():
-        assert stored[f"{layer}.weight_scale"].dtype == torch.bfloat16
-        np.testing.assert_array_equal(
-            exported_weight(export, layer, quantization_scheme(export)).double().numpy(), weight
-        )
+    for layer in layer_map(tmp_path / "model"):
+        assert stored[f"{layer.name}.weight_scale"].dtype == torch.bfloat16
+        found = exported_weight(export, layer, quantization_schemes(export))
+        np.testing.assert_array_equal(found.double().numpy(), weights[layer.name])
 
 
 def test_a_dense_export_is_as_large_as_its_model(tmp_path: Path) -> None:

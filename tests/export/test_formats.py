@@ -73,7 +73,7 @@ def test_activations_are_rounded_as_the_grid_says() -> None:
     """The grid's word for activations is on every card; the scheme is what engines run."""
     for grid in compressed_tensors.FORMAT.grids:
         group_size = next(iter(GRIDS[grid].group_sizes), None)
-        config = compressed_tensors.quantization_config(grid, group_size, [])
+        config = compressed_tensors.quantization_config({(grid, group_size): ["Linear"]}, [])
         scheme = config["config_groups"]["group_0"]
         rounded = scheme["input_activations"]
         assert scheme["weights"]["num_bits"] == GRIDS[grid].bits

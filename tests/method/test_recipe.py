@@ -8,11 +8,11 @@ from typing import Any, get_args
 
 import pytest
 
-from hwpq_pipeline import parameters
+from hwpq_pipeline import variant
 from hwpq_pipeline.errors import HwpqError
 from hwpq_pipeline.method import recipe as module
 from hwpq_pipeline.method.recipe import PRESETS, Recipe
-from hwpq_pipeline.parameters import Variant
+from hwpq_pipeline.variant import Variant
 
 TWO_OF_FOUR = {"structure": "2of4"}
 DESCENT = {"grid": "int4", "group_size": 64, "method": "coordinate_descent"}
@@ -116,6 +116,6 @@ def test_what_is_no_recipe_is_refused_in_one_line(damage: dict[str, Any]) -> Non
 
 
 def test_presets_are_those_that_the_configuration_takes() -> None:
-    annotation = parameters.Recovery.model_fields["preset"].annotation
+    annotation = variant.Recovery.model_fields["preset"].annotation
     words = {word for part in get_args(annotation) for word in get_args(part)}
     assert words == set(PRESETS)

@@ -16,7 +16,7 @@ from hwpq_pipeline.decoder.loading import load_dense
 from hwpq_pipeline.errors import HwpqError
 from hwpq_pipeline.method import sequential
 from hwpq_pipeline.method.groups import Groups
-from hwpq_pipeline.method.recipe import Sequence
+from hwpq_pipeline.method.sections import Sequence
 from tests.tiny import tiny_checkpoint, tiny_config, tiny_tokens
 
 TOKENS = tiny_tokens(32, 32)

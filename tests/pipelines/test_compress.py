@@ -10,9 +10,10 @@ from safetensors.torch import save_file
 from hwpq_pipeline.calibration.statistics import collect_statistics
 from hwpq_pipeline.checkpoints.reader import read_json, read_tensors
 from hwpq_pipeline.errors import HwpqError
-from hwpq_pipeline.parameters import Compute, Variant
+from hwpq_pipeline.parameters import Compute
 from hwpq_pipeline.pipelines.compress.nodes import compress_weights
 from hwpq_pipeline.pipelines.select.nodes import select_weights
+from hwpq_pipeline.variant import Variant
 from tests.tiny import tiny_checkpoint, tiny_tokens
 
 CPU = Compute(device="cpu")

@@ -11,12 +11,13 @@ import pandas as pd
 import pytest
 
 from hwpq_pipeline.method.recipe import Recipe
-from hwpq_pipeline.parameters import Calibration, Evaluation, Variant
+from hwpq_pipeline.parameters import Calibration, Evaluation
 from hwpq_pipeline.pipelines import report, track
 from hwpq_pipeline.pipelines.fetch.nodes import identify
 from hwpq_pipeline.pipelines.report.nodes import compare, draw, page
 from hwpq_pipeline.pipelines.track.nodes import record
 from hwpq_pipeline.tracking.records import Record, flat
+from hwpq_pipeline.variant import Variant
 from tests.reported import METRICS, layer_figures
 
 ENTRY = {

@@ -121,6 +121,14 @@ class Statistics:
             raise HwpqError(f"no statistics of layer {layer}", where=str(self.path), remedy=_AGAIN)
         return self._of_layer[layer]
 
+    def tokens_of(self, layer: str) -> int:
+        """Tokens that reached a group (or the group of a layer)."""
+        return self._groups[self.group_of(layer)].tokens
+
+    def features_of(self, layer: str) -> int:
+        """Inputs of a group (or of the group of a layer)."""
+        return self._groups[self.group_of(layer)].features
+
     def gram(self, group: str) -> torch.Tensor:
         """`Σ x xᵀ`, shape (in, in), float32, of a group (or of the group of a layer).
 

@@ -4,20 +4,21 @@
 (`compression.bits`).
 
 **Compressed model.** It is in no engine's format. `recipe.json` says how to read the tensors: `grid` (null where
-nothing is rounded), `group_size`, `structure` and `layers`. It also says how they were made: `variant`, and the
-`recipe` in plain numbers. Beside it is a safetensors file for each input group. For each layer it holds
-`<layer>.codes` (out, in) and `<layer>.scale` (out, groups), or `<layer>.weight` (out, in) where the layer was pruned
-only. The reader checks names, shapes, ranges and finiteness.
+nothing is rounded), `group_size`, `structure` and `layers`, and in `others` the grid and group size of layers that have
+other ones. It also says how they were made: `variant`, and the `recipe` in plain numbers. Beside it is a safetensors
+file for each input group. For each layer it holds `<layer>.codes` (out, in) and `<layer>.scale` (out, groups), or
+`<layer>.weight` (out, in) where the layer was pruned only. The reader checks names, shapes, ranges and finiteness.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
 from hwpq_pipeline.checkpoints.layers import layer_map
@@ -25,7 +26,7 @@ from hwpq_pipeline.checkpoints.reader import Checkpoint, read_json, read_names, 
 from hwpq_pipeline.checkpoints.writer import write_json, write_tensors
 from hwpq_pipeline.compression.codes import Quantized, code_dtype, dequantize, on_grid
 from hwpq_pipeline.compression.grids import GRIDS, OFFERED
-from hwpq_pipeline.errors import HwpqError
+from hwpq_pipeline.errors import HwpqError, reading
 
 _AGAIN = "Run the compress pipeline for this variant again."
 
@@ -37,8 +38,9 @@ class CompressedModel:
         path: its directory.
 
     Attributes:
-        grid: a name in `compression.grids.OFFERED`, or None where nothing is rounded.
-        group_size: columns that share a scale; None for one scale a row.
+        grid: a name in `compression.grids.OFFERED`, or None where nothing is rounded; of most layers.
+        group_size: columns that share a scale; None for one scale a row; of most layers.
+        others: grid and group size of layers that have other ones, by name.
         structure: `dense`, `2of4` or `unstructured`.
         variant: the variant's name.
         recipe: what was done, in plain numbers.
@@ -59,9 +61,11 @@ class CompressedModel:
             self.variant: str = recipe["variant"]
             self.recipe: dict[str, Any] = recipe["recipe"]
             self.layers: dict[str, None] = dict.fromkeys(recipe["layers"])
-        except (KeyError, TypeError) as error:
+            self.others = {layer: (str(grid), group) for layer, (grid, group) in recipe.get("others", {}).items()}
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise HwpqError(f"it lacks {error}", where=f"{self.path}/recipe.json", remedy=_AGAIN) from error
-        self._check_grid()
+        for grid, group in {(self.grid, self.group_size), *self.others.values()}:
+            self._check_grid(grid, group)
         self._handles: dict[str, Any] = {}
         for file in sorted(self.path.glob("*.safetensors")):
             self._open(file)
@@ -72,25 +76,34 @@ class CompressedModel:
         """Write how it was made into an export: `recipe.json` with the variant's name and the recipe."""
         write_json(directory / "recipe.json", {"variant": self.variant, "recipe": self.recipe})
 
-    def _check_grid(self) -> None:
-        if self.grid is not None and self.grid not in OFFERED:
+    def format_of(self, layer: str) -> tuple[str, int | None]:
+        """Grid and group size of a quantized layer."""
+        return self.others.get(layer, (str(self.grid), self.group_size))
+
+    @property
+    def formats(self) -> list[tuple[str, int | None]]:
+        """All pairs of grid and group size, the one of most layers first."""
+        counted = Counter(map(self.format_of, self.quantized))
+        return [pair for pair, _ in counted.most_common()]
+
+    def _check_grid(self, grid: str | None, group_size: int | None) -> None:
+        where = f"{self.path}/recipe.json"
+        if grid is not None and grid not in OFFERED:
             raise HwpqError(
-                f"no export for grid {self.grid!r}",
-                where=f"{self.path}/recipe.json",
-                remedy=f"Quantize to one of {', '.join(OFFERED)}.",
+                f"no export for grid {grid!r}", where=where, remedy=f"Quantize to one of {', '.join(OFFERED)}."
             )
-        if self.group_size is not None and (self.grid is None or not GRIDS[self.grid].group_sizes):
+        if group_size is not None and not isinstance(group_size, int):
+            raise HwpqError(f"its group size is {group_size!r}", where=where, remedy=_AGAIN)
+        if group_size is not None and (grid is None or not GRIDS[grid].group_sizes):
             raise HwpqError(
-                f"grid {self.grid} with groups of {self.group_size} has no engine",
-                where=f"{self.path}/recipe.json",
+                f"grid {grid} with groups of {group_size} has no engine",
+                where=where,
                 remedy="Leave the group size out.",
             )
 
     def _open(self, file: Path) -> None:
-        try:
+        with reading(file, what="corrupt safetensors file", remedy=_AGAIN):
             handle = safe_open(file, framework="pt")
-        except (SafetensorError, OSError) as error:
-            raise HwpqError(f"corrupt safetensors file ({error})", where=str(file), remedy=_AGAIN) from error
         self._handles.update(dict.fromkeys(handle.keys(), handle))
 
     def _check_names(self) -> None:
@@ -116,11 +129,9 @@ class CompressedModel:
             )
 
     def _tensor(self, name: str) -> Tensor:
-        try:
+        with reading(f"{self.path}: {name}", remedy=_AGAIN):
             tensor: Tensor = self._handles[name].get_tensor(name)
-        except (SafetensorError, OSError, RuntimeError) as error:
-            raise HwpqError(f"cannot be read ({error})", where=f"{self.path}: {name}", remedy=_AGAIN) from error
-        return tensor
+            return tensor
 
     def read_quantized(self, layer: str, shape: tuple[int, ...]) -> Quantized:
         """A layer's codes and scales, checked against the dense weight's `shape` (out, in) and the grid.
@@ -130,8 +141,9 @@ class CompressedModel:
         """
         codes, scale = self._tensor(f"{layer}.codes"), self._tensor(f"{layer}.scale")
         where = f"{self.path}: {layer}"
-        grid = GRIDS[str(self.grid)]
-        groups = shape[1] // self.group_size if self.group_size else 1
+        name, group_size = self.format_of(layer)
+        grid = GRIDS[name]
+        groups = shape[1] // group_size if group_size else 1
         if codes.dtype != code_dtype(grid) or tuple(codes.shape) != tuple(shape):
             raise HwpqError(
                 f"codes are {codes.dtype} {tuple(codes.shape)}, expected {code_dtype(grid)} {tuple(shape)}",
@@ -148,7 +160,7 @@ class CompressedModel:
             raise HwpqError("a scale is not a positive number", where=where, remedy=_AGAIN)
         if not on_grid(codes, grid):
             raise HwpqError(f"a code is not on grid {grid.name}", where=where, remedy=_AGAIN)
-        return Quantized(codes, scale, grid.name, self.group_size)
+        return Quantized(codes, scale, grid.name, group_size)
 
     def read_weight(self, layer: str, shape: tuple[int, ...]) -> Tensor:
         """The weight of a layer that was pruned only, checked against the dense one's `shape` (out, in).
@@ -202,6 +214,21 @@ def open_compressed(model_dir: str | Path, compressed_dir: str | Path) -> tuple[
     return dense, compressed
 
 
+class CompressedLayers(Protocol):
+    """What `CompressedWriter` gets of an input group: names, tensors, and what the codes are."""
+
+    @property
+    def name(self) -> str: ...  # noqa: D102 (as in `method.steps.CompressedGroup`)
+    @property
+    def layers(self) -> tuple[str, ...]: ...  # noqa: D102
+    @property
+    def tensors(self) -> Mapping[str, Tensor]: ...  # noqa: D102
+    @property
+    def grid(self) -> str | None: ...  # noqa: D102
+    @property
+    def group_size(self) -> int | None: ...  # noqa: D102
+
+
 class CompressedWriter:
     """Writes a variant's compressed model a group at a time.
 
@@ -212,35 +239,37 @@ class CompressedWriter:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self._layers: list[str] = []
+        self._formats: dict[str, tuple[str, int | None]] = {}
 
-    def add(self, group: str, layers: Iterable[str], tensors: Mapping[str, Tensor]) -> None:
-        """Write an input group's layers.
+    def add(self, group: CompressedLayers) -> None:
+        """Write an input group's layers into a file of its name.
 
         Args:
-            group: its name, which names the file.
-            layers: names of its layers.
-            tensors: `<layer>.codes` and `<layer>.scale`, or `<layer>.weight`, of each.
+            group: its layers' names and tensors, `<layer>.codes` and `<layer>.scale`, or `<layer>.weight`, of each.
         """
-        write_tensors(self.directory / f"{group}.safetensors", tensors)
-        self._layers += layers
+        write_tensors(self.directory / f"{group.name}.safetensors", group.tensors)
+        self._layers += group.layers
+        if group.grid is not None:
+            self._formats |= dict.fromkeys(group.layers, (group.grid, group.group_size))
 
     def close(self, variant: str, recipe: Mapping[str, Any]) -> None:
         """Write `recipe.json`.
 
         Args:
             variant: the variant's name.
-            recipe: in plain numbers, sections `selection` and `quantization` among them.
+            recipe: in plain numbers, section `selection` among them.
         """
-        selection, quantization = recipe["selection"] or {}, recipe["quantization"] or {}
+        grid, group_size = Counter(self._formats.values()).most_common(1)[0][0] if self._formats else (None, None)
         header = {
             "variant": variant,
-            "grid": quantization.get("grid"),
-            "group_size": quantization.get("group_size"),
-            "structure": selection.get("structure", "dense"),
+            "grid": grid,
+            "group_size": group_size,
+            "structure": (recipe["selection"] or {}).get("structure", "dense"),
             "recipe": recipe,
             "layers": self._layers,
         }
-        write_json(self.directory / "recipe.json", header)
+        others = {layer: pair for layer, pair in self._formats.items() if pair != (grid, group_size)}
+        write_json(self.directory / "recipe.json", header | ({"others": others} if others else {}))
 
 
 class Masks(Mapping[str, Tensor]):

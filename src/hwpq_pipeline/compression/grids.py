@@ -119,7 +119,8 @@ def check_group(columns: int, grid: Grid, group_size: int | None, where: str) ->
         where: the layer's name, for errors.
 
     Raises:
-        HwpqError: the group size does not divide `columns` (the remedy names some that do), or codes are floats.
+        HwpqError: the group size does not divide `columns` (the remedy names those of the grid that do), or codes are
+            floats.
     """
     if group_size is None:
         return columns
@@ -130,11 +131,13 @@ def check_group(columns: int, grid: Grid, group_size: int | None, where: str) ->
             remedy="Leave the group size out.",
         )
     if group_size < 1 or columns % group_size:
-        fitting = [size for size in (16, 32, 64, 96, 128, 192, 256) if columns % size == 0]
-        fitting = fitting or [size for size in range(1, columns + 1) if columns % size == 0][-4:]
+        fitting = [size for size in grid.group_sizes if columns % size == 0]
+        choice = (
+            f"Set the group size to {' or '.join(map(str, fitting))}, or " if fitting else "Choose another grid, or "
+        )
         raise HwpqError(
             f"{columns} columns do not divide into groups of {group_size}",
             where=where,
-            remedy=f"Set the group size to one of {', '.join(map(str, fitting))}.",
+            remedy=f"{choice}leave this layer as it is (`ignore` in the variant).",
         )
     return group_size

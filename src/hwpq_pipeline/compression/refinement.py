@@ -179,7 +179,7 @@ def _check_search(search: MaskSearch, weight: Tensor, heights: list[int], where:
         raise HwpqError(
             f"{weight.shape[1]} columns do not divide into groups of four",
             where=where,
-            remedy="Leave the layer dense or choose the unstructured sparsity.",
+            remedy="Leave this layer as it is (`ignore` in the variant), or choose an unstructured variant.",
         )
     if sum(heights) != weight.shape[0]:
         raise HwpqError(

@@ -49,7 +49,7 @@ def select_two_of_four(weight: Tensor, metric: str, energy: Tensor, *, where: st
     Raises:
         HwpqError: columns that do not divide by 4; non-finite weights; an unknown metric; statistics that do not fit.
     """
-    _check_columns(weight.shape[-1], where)
+    check_columns(weight.shape[-1], where)
     factors = root_factors(metric, weight.detach(), energy)
     keep, finite = two_of_four.select_two_of_four(weight, factors.column, factors.row, factors.cross)
     if not bool(finite.all()):
@@ -73,7 +73,7 @@ def check_two_of_four(weight: Tensor, where: str) -> None:
     Raises:
         HwpqError: columns that do not divide by 4, or groups that break the pattern; the first of them is named.
     """
-    _check_columns(weight.shape[-1], where)
+    check_columns(weight.shape[-1], where)
     # Four bools are one 32-bit number; multiplied by this one, its highest byte is their sum.
     nonzero = weight if weight.dtype == torch.bool else weight != 0
     kept = (nonzero.contiguous().view(torch.int32) * 0x01010101) >> 24
@@ -88,10 +88,15 @@ def check_two_of_four(weight: Tensor, where: str) -> None:
         )
 
 
-def _check_columns(columns: int, where: str) -> None:
+def check_columns(columns: int, where: str) -> None:
+    """Refuse a layer whose inputs are no aligned groups of four.
+
+    Raises:
+        HwpqError: the columns do not divide by 4.
+    """
     if columns % GROUP:
         raise HwpqError(
             f"{columns} columns do not divide into groups of {GROUP}",
             where=where,
-            remedy="Leave this layer dense, or choose an unstructured variant for it",
+            remedy="Leave this layer as it is (`ignore` in the variant), or choose an unstructured variant.",
         )

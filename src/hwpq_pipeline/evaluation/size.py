@@ -25,9 +25,9 @@ import torch
 from torch import Tensor
 
 from hwpq_pipeline.checkpoints.block_weights import block_weights, told_left_dense
-from hwpq_pipeline.checkpoints.layers import LayerMap, layer_map
+from hwpq_pipeline.checkpoints.layers import Layer, LayerMap, layer_map
 from hwpq_pipeline.checkpoints.reader import Checkpoint
-from hwpq_pipeline.errors import HwpqError, first_line
+from hwpq_pipeline.errors import HwpqError, reading
 
 _SHAPE_BYTES = 16  # two int64
 
@@ -75,11 +75,11 @@ def measure_size(export_dir: str | Path, model_dir: str | Path) -> Size:
         HwpqError: one of them is missing or corrupt, or they belong to two models.
     """
     export, dense, layers = Checkpoint(export_dir), Checkpoint(model_dir), layer_map(model_dir)
-    scheme = quantization_scheme(export)
+    schemes = quantization_schemes(export)
     shapes = block_weights(dense, layers)
     zeros = compressed = 0
     left = {}
-    for name, weight in _exported_blocks(export, layers, shapes, scheme):
+    for name, weight in _exported_blocks(export, layers, shapes, schemes):
         zeros += weight.numel() - int(weight.count_nonzero())
         if f"{name}_scale" in export or not _equal(weight, dense.tensor(name)):
             compressed += weight.numel()
@@ -94,13 +94,13 @@ def measure_size(export_dir: str | Path, model_dir: str | Path) -> Size:
         sparsity=zeros / weights,
         model_sparsity=zeros / sum(prod(dense.shape(name)) for name in dense.names),
         weights=weights,
-        expected_bytes=_expected_bytes(export, dense, layers, scheme),
+        expected_bytes=_expected_bytes(export, dense, layers, schemes),
         left_dense=told_left_dense(left, shapes, layers) if compressed else [],
     )
 
 
 def _exported_blocks(
-    export: Checkpoint, layers: LayerMap, shapes: Mapping[str, tuple[int, ...]], scheme: Any
+    export: Checkpoint, layers: LayerMap, shapes: Mapping[str, tuple[int, ...]], schemes: Mapping[str, Any]
 ) -> Iterator[tuple[str, Tensor]]:
     """Every block weight of the export as loaded, by the dense tensor's name.
 
@@ -108,19 +108,19 @@ def _exported_blocks(
         export: the export.
         layers: the compressible layers.
         shapes: of the dense model's block weights.
-        scheme: the export's quantization scheme.
+        schemes: the export's quantization schemes, by the modules that they are for.
 
     Raises:
         HwpqError: one is missing, or has another shape than the dense model's.
     """
-    compressible = {layer.stored.tensor: layer.name for layer in layers if layer.packs}
+    compressible = {layer.stored.tensor: layer for layer in layers if layer.packs}
     for name in [*compressible, *sorted(shapes.keys() - compressible.keys())]:
         layer = compressible.get(name)
-        weight = export.tensor(name) if layer is None else exported_weight(export, layer, scheme)
+        weight = export.tensor(name) if layer is None else exported_weight(export, layer, schemes)
         if tuple(weight.shape) != shapes.get(name):
             raise HwpqError(
                 f"weight has shape {tuple(weight.shape)}, the dense model's {shapes.get(name)}",
-                where=f"{export.path}: {layer or name}",
+                where=f"{export.path}: {name.removesuffix('.weight')}",
                 remedy="Export this model's variant again.",
             )
         yield name, weight
@@ -131,57 +131,59 @@ def _equal(one: Tensor, other: Tensor) -> bool:
     return bool((one == other).all())
 
 
-def exported_weight(export: Checkpoint, layer: str, scheme: Any = None) -> Tensor:
+def exported_weight(export: Checkpoint, layer: Layer, schemes: Mapping[str, Any]) -> Tensor:
     """A layer's weight as an engine sees it, shape (out, in); compressed-tensors itself unpacks it.
 
     Args:
         export: the export.
-        layer: the layer's name.
-        scheme: its quantization scheme; None for an export that is not quantized.
+        layer: the layer.
+        schemes: of the export (`quantization_schemes`).
     """
-    if scheme is None or f"{layer}.weight_scale" not in export:
-        return export.tensor(f"{layer}.weight")
+    name = layer.name
+    scheme = scheme_of(layer, schemes)
+    if scheme is None or f"{name}.weight_scale" not in export:
+        return export.tensor(f"{name}.weight")
     from compressed_tensors.compressors import BaseCompressor
 
     compressor = BaseCompressor.get_value_from_registry(scheme.format)
-    names = compressor.compression_param_names(scheme)
-    stored = {name: export.tensor(f"{layer}.{name}") for name in names}
+    stored = {part: export.tensor(f"{name}.{part}") for part in compressor.compression_param_names(scheme)}
     stored["weight_scale"] = stored["weight_scale"].float()
     weight: Tensor = compressor.decompress(stored, scheme)["weight"]
     return weight
 
 
-def quantization_scheme(export: Checkpoint) -> Any:
-    """The quantization scheme of an export, which holds for all its layers; None if nothing is quantized.
+def quantization_schemes(export: Checkpoint) -> dict[str, Any]:
+    """The quantization schemes of an export by the modules that they are for, or by `Linear`; none if it has none.
 
     Raises:
-        HwpqError: the config holds no such scheme.
+        HwpqError: the config holds no such schemes.
     """
     written = export.config.get("quantization_config")
     if written is None:
-        return None
+        return {}
     from compressed_tensors.quantization import QuantizationConfig
 
-    try:
+    with reading(f"{export.path}/config.json", what="no compressed-tensors scheme", remedy="Run the export again."):
         config = QuantizationConfig.model_validate(written)
-        (scheme,) = config.config_groups.values()
-    except ValueError as error:
-        raise HwpqError(
-            f"not one compressed-tensors scheme ({first_line(error)})",
-            where=f"{export.path}/config.json",
-            remedy="Run the export pipeline again.",
-        ) from error
-    return scheme.model_copy(update={"format": scheme.format or config.format})
+        return {
+            target: scheme.model_copy(update={"format": scheme.format or config.format})
+            for scheme in config.config_groups.values()
+            for target in scheme.targets
+        }
 
 
-def _expected_bytes(export: Checkpoint, dense: Checkpoint, layers: LayerMap, scheme: Any) -> int:
+def scheme_of(layer: Layer, schemes: Mapping[str, Any]) -> Any:
+    """A layer's scheme, or None."""
+    return schemes.get(layer.place.tensor.removesuffix(".weight"), schemes.get("Linear"))
+
+
+def _expected_bytes(export: Checkpoint, dense: Checkpoint, layers: LayerMap, schemes: Mapping[str, Any]) -> int:
     total = sum(dense.tensor(name).nbytes for name in dense.names)
-    if scheme is None:
-        return total
-    bits, group = scheme.weights.num_bits, scheme.weights.group_size
     for layer in layers:
         if not layer.packs or f"{layer.name}.weight_scale" not in export:
             continue
+        scheme = scheme_of(layer, schemes)
+        bits, group = scheme.weights.num_bits, scheme.weights.group_size
         rows, columns = layer.shape
         scales = rows * (columns // group if group else 1)
         scale_bytes = torch.finfo(export.tensor(f"{layer.name}.weight_scale").dtype).bits // 8

@@ -25,7 +25,7 @@ One shard's tensors are in memory at a time, since safetensors writes a file who
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +82,7 @@ def export_checkpoint(
     config = dict(dense.config)
     if stored.packed:
         config["quantization_config"] = quantization_config(
-            compressed.grid or "", compressed.group_size, _left_alone(model_dir, stored), unpacked=stored.unpacked
+            stored.schemes(), _left_alone(model_dir, stored), unpacked=stored.unpacked
         )
     with FORMAT.directory(dense, compressed, target_dir, card) as partial:
         write_json(partial / "config.json", config)
@@ -117,39 +117,59 @@ class StoredLayers:
             elif layer.name in compressed.layers:
                 self.valued.setdefault(layer.stored.tensor, []).append(layer)
         self.unpacked = not all(layer.called for layer in self.packed.values())
+        self.formats = {layer.name: compressed.format_of(layer.name) for layer in self.packed.values()}
+        if self.unpacked and compressed.formats:  # transformers unpacks all layers by one scheme
+            for tensor, layer in list(self.packed.items()):
+                if self.formats[layer.name] != compressed.formats[0]:
+                    self.valued[tensor] = [self.packed.pop(tensor)]
+
+    def schemes(self) -> dict[tuple[str, int | None], list[str]]:
+        """The modules of each pair of grid and group size; `Linear` where there is one pair alone."""
+        found: dict[tuple[str, int | None], list[str]] = {}
+        for layer in self.packed.values():
+            found.setdefault(self.formats[layer.name], []).append(layer.place.tensor.removesuffix(".weight"))
+        return found if len(found) > 1 else {pair: ["Linear"] for pair in found}
 
 
 def quantization_config(
-    grid: str, group_size: int | None, ignore: list[str], *, unpacked: bool = False
+    schemes: Mapping[tuple[str, int | None], list[str]], ignore: list[str], *, unpacked: bool = False
 ) -> dict[str, Any]:
     """`config.json`'s `quantization_config`, built and checked by the library's own classes.
 
     Args:
-        grid: a name in `FORMAT.grids`.
-        group_size: columns that share a scale; None for one scale per output channel.
+        schemes: by grid (a name in `FORMAT.grids`) and group size (None for one scale per output channel): the modules
+            that it is for, or `Linear` for all.
         ignore: names of the linear layers that stay as they are.
         unpacked: whether transformers must unpack the weights when it loads them. It rounds no activations then, so
             that the scheme names none, and every engine computes the same.
     """
     import compressed_tensors
-    from compressed_tensors.quantization import QuantizationConfig, QuantizationStatus, preset_name_to_scheme
+    from compressed_tensors.quantization import QuantizationConfig, QuantizationStatus
+
+    made = [_scheme(grid, size, targets, unpacked=unpacked) for (grid, size), targets in schemes.items()]
+    formats = {scheme["format"] for scheme in made}
+    config = QuantizationConfig(
+        config_groups={f"group_{number}": scheme for number, scheme in enumerate(made)},
+        format=formats.pop() if len(formats) == 1 else "mixed-precision",
+        quantization_status=QuantizationStatus.COMPRESSED,
+        ignore=ignore,
+    )
+    written: dict[str, Any] = config.model_dump(mode="json")
+    return {"version": compressed_tensors.__version__, **written} | ({"dequantize": True} if unpacked else {})
+
+
+def _scheme(grid: str, group_size: int | None, targets: list[str], *, unpacked: bool) -> dict[str, Any]:
+    from compressed_tensors.quantization import preset_name_to_scheme
 
     preset, stored_as = _SCHEMES[grid]
-    scheme = preset_name_to_scheme(preset, ["Linear"]).model_dump(exclude_none=True)
+    scheme: dict[str, Any] = preset_name_to_scheme(preset, targets).model_dump(exclude_none=True)
     scheme["format"] = stored_as
     if GRIDS[grid].group_sizes:
         grouped = {"strategy": "group", "group_size": group_size}
         scheme["weights"].update(grouped if group_size else {"strategy": "channel", "group_size": None})
     if unpacked:
         scheme.pop("input_activations", None)
-    config = QuantizationConfig(
-        config_groups={"group_0": scheme},
-        format=stored_as,
-        quantization_status=QuantizationStatus.COMPRESSED,
-        ignore=ignore,
-    )
-    written: dict[str, Any] = config.model_dump(mode="json")
-    return {"version": compressed_tensors.__version__, **written} | ({"dequantize": True} if unpacked else {})
+    return scheme
 
 
 def _left_alone(model_dir: str | Path, stored: StoredLayers) -> list[str]:

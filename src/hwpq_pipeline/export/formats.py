@@ -59,6 +59,26 @@ class Format:
             return f"{self.name} has no place for grid {grid}; it holds {', '.join(self.grids)}"
         return None
 
+    def refusal_of(self, compressed: CompressedModel) -> str | None:
+        """Why the format cannot hold a compressed model, whose layers may differ; None if it can."""
+        if len(compressed.formats) > 1:
+            return f"{self.name} holds one grid for all layers, and this variant has {len(compressed.formats)}"
+        overrides = compressed.recipe.get("overrides") or ()
+        pruned = {None if (part := one.get("selection")) is None else part["structure"] for one in overrides}
+        mixed = any("selection" in one and one.get("quantization", 0) is not None for one in overrides)
+        if self.structures != STRUCTURES and (mixed or not pruned <= {None, *self.structures}):
+            return f"{self.name} holds layers of structure {' or '.join(self.structures)} alone"
+        return self.refusal(compressed.structure, compressed.grid)
+
+    def check_all(self, compressed: CompressedModel) -> None:
+        """Refuse a compressed model that the format cannot hold.
+
+        Raises:
+            HwpqError: it cannot.
+        """
+        if said := self.refusal_of(compressed):
+            raise HwpqError(said, where=str(compressed.path), remedy="Use another export format for this variant.")
+
     def check(self, structure: str, grid: str | None, where: str) -> None:
         """Refuse a variant that the format cannot hold.
 

@@ -109,7 +109,7 @@ def export_gguf(
     """
     dense, compressed = open_compressed(model_dir, compressed_dir)
     made = FLOAT16 if float16 else FORMAT
-    made.check(compressed.structure, compressed.grid, str(compressed_dir))
+    made.check_all(compressed)
     shape = read_llama(dense, "GGUF", _ROPES)
     kind = "F16" if float16 or compressed.grid is None else _TYPES[compressed.grid]
     _check_groups(dense, compressed, kind)

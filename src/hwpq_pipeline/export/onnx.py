@@ -84,7 +84,7 @@ def export_onnx(
             a graph that computes something else than the compressed-tensors export.
     """
     dense, compressed = open_compressed(model_dir, compressed_dir)
-    FORMAT.check(compressed.structure, compressed.grid, str(compressed_dir))
+    FORMAT.check_all(compressed)
     shape = _read_shape(dense)
     with FORMAT.directory(dense, compressed, target_dir, card) as partial:
         with open(partial / "model.onnx.data", "wb") as data:

@@ -45,7 +45,7 @@ def export_semi_structured(
             that computes something else than the compressed-tensors export.
     """
     dense, compressed = open_compressed(model_dir, compressed_dir)
-    FORMAT.check(compressed.structure, compressed.grid, str(compressed_dir))
+    FORMAT.check_all(compressed)
     for layer in layer_map(model_dir):
         if layer.name in compressed.layers and not (layer.packs and layer.called):
             raise HwpqError(

@@ -7,7 +7,7 @@ other, `Walk` what holds for all blocks. `shortfall` is the sum that the correct
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from hwpq_pipeline.checkpoints.layers import Layer
 from hwpq_pipeline.decoder.routes import Routes
 from hwpq_pipeline.method.groups import Group
-from hwpq_pipeline.method.recipe import Sequence
+from hwpq_pipeline.method.sections import Sequence
 from hwpq_pipeline.method.stream import Stream, Writers
 
 #: Tokens of a product in bfloat16, which is rounded before it is added up.
@@ -27,9 +27,15 @@ Step = Callable[[Group], Group]
 
 @dataclass(frozen=True)
 class LiveSums:
-    """The sums of one group's inputs as they are, shape (in_features, in_features), float32 (an `InputSums`)."""
+    """The sums of one group's inputs as they are (an `InputSums`).
+
+    Attributes:
+        matrix: Σ x̃ x̃ᵀ, shape (in_features, in_features), float32.
+        seldom: whether few tokens reached the group.
+    """
 
     matrix: Tensor
+    seldom: bool = False
 
     def gram(self) -> Tensor:
         """Σ x̃ x̃ᵀ."""
@@ -60,7 +66,8 @@ class BlockState:
     Attributes:
         block: the decoder block.
         weights: the parameters of the model, by name.
-        stacks: the block's layers by input group.
+        layers: the block's.
+        stacks: those that are compressed, by input group.
         routes: which experts the dense block chooses.
         seen: what the layers get and give in the dense model.
         stream: the layers that write to the residual stream.
@@ -70,17 +77,13 @@ class BlockState:
 
     block: nn.Module
     weights: Mapping[str, Tensor]
+    layers: tuple[Layer, ...]
     stacks: dict[str, tuple[Layer, ...]]
     routes: Routes
     seen: Seen
     stream: Stream
     gap: Tensor
     done: dict[str, Group] = field(default_factory=dict)
-
-    @property
-    def layers(self) -> Iterator[Layer]:
-        """The block's layers."""
-        return (layer for layers in self.stacks.values() for layer in layers)
 
     def weight(self, layer: Layer) -> Tensor:
         """A layer's weight as it is now, (out, in), to read or to write."""

@@ -33,63 +33,13 @@ from hwpq_pipeline.checkpoints.reader import Checkpoint
 from hwpq_pipeline.compression.codes import Quantized
 from hwpq_pipeline.compression.recovery import output_error, relative_error, squared_error
 from hwpq_pipeline.errors import HwpqError
+from hwpq_pipeline.method.overrides import check_patterns
+from hwpq_pipeline.method.recipe import Recipe
+from hwpq_pipeline.method.sums import AGAIN, InputSums, StoredSums
 
 R = TypeVar("R")
 #: Columns of the layer table by layer name.
 Facts = dict[str, Mapping[str, Any]]
-_AGAIN = "The statistics are damaged: run the calibrate pipeline again."
-
-
-class InputSums(Protocol):
-    """What is known of one group's inputs."""
-
-    def gram(self) -> Tensor | None:
-        """Σ x xᵀ, shape (in_features, in_features), float32; None where it is not known."""
-
-    def energy(self) -> Tensor:
-        """Its diagonal (the inputs' second moments), shape (in_features,), float32."""
-
-
-@dataclass(frozen=True)
-class StoredSums:
-    """A group's sums in the statistics, read when they are asked for; the matrix once for all steps."""
-
-    statistics: Statistics
-    group: str
-
-    def gram(self) -> Tensor | None:
-        """Σ x xᵀ; None where only its diagonal was collected.
-
-        Raises:
-            HwpqError: it is no sum of x xᵀ.
-        """
-        return None if self.statistics.mode == "diagonal" else self._matrix
-
-    @cached_property
-    def _matrix(self) -> Tensor:
-        found = self.statistics.gram(self.group)
-        self._check_squares(found.diagonal())
-        if not torch.equal(found, found.T):  # written exactly symmetric; NaN equals nothing
-            raise HwpqError("the Gram matrix is NaN or not symmetric", where=self.group, remedy=_AGAIN)
-        return found
-
-    def energy(self) -> Tensor:
-        """Its diagonal.
-
-        Raises:
-            HwpqError: it is no sum of squares.
-        """
-        found = self.statistics.energy(self.group)
-        self._check_squares(found)
-        return found
-
-    def _check_squares(self, sums: Tensor) -> None:
-        if not bool((torch.isfinite(sums) & (sums >= 0)).all()):
-            raise HwpqError(
-                "the sums of its inputs' squares hold values that are NaN, infinite or negative",
-                where=self.group,
-                remedy=_AGAIN,
-            )
 
 
 @dataclass(frozen=True)
@@ -190,6 +140,7 @@ class Groups:
         layers: its compressible layers.
         statistics: of their inputs; None where nothing is known of them: every layer is then a group of its own.
         device: where the groups are worked on.
+        recipe: with other settings for some layers; see `treated_by`.
     """
 
     def __init__(
@@ -198,17 +149,30 @@ class Groups:
         layers: LayerMap,
         statistics: Statistics | None,
         device: torch.device | None = None,
+        recipe: Recipe | None = None,
     ) -> None:
         self.checkpoint, self.layers, self.statistics = checkpoint, layers, statistics
         self.device = device or torch.device("cpu")
+        self.recipe = recipe
+
+    def treated_by(self, recipe: Recipe) -> Groups:
+        """The same groups for a recipe: layers that it treats otherwise are apart, those that it leaves are in none.
+
+        Raises:
+            HwpqError: a pattern of the recipe means no layer.
+        """
+        check_patterns(recipe.overrides, self.layers.names)
+        return Groups(self.checkpoint, self.layers, self.statistics, self.device, recipe) if recipe.overrides else self
 
     def members(self) -> dict[str, tuple[Layer, ...]]:
-        """Layers by input group, in module order."""
-        members: dict[str, tuple[Layer, ...]] = {}
+        """Layers by input group, in module order; a group has its first layer's name."""
+        members: dict[tuple[str, Recipe | None], list[Layer]] = {}
         for layer in self.layers:
             name = layer.name if self.statistics is None else self.statistics.group_of(layer.name)
-            members[name] = (*members.get(name, ()), layer)
-        return members
+            own = None if self.recipe is None else self.recipe.for_layer(layer.name)
+            if own is None or own.changes_weights:
+                members.setdefault((name, own), []).append(layer)
+        return {layers[0].name: tuple(layers) for layers in members.values()}
 
     def silent(self) -> list[str]:
         """Layers that no calibration token reached: all their inputs are zero. The energies alone are read.
@@ -221,8 +185,18 @@ class Groups:
         members = self.members()
         groups = [name for name in members if not bool(StoredSums(self.statistics, name).energy().any())]
         if members and len(groups) == len(members):
-            raise HwpqError("all sums of all layers are zero", where=str(self.statistics.path), remedy=_AGAIN)
+            raise HwpqError("all sums of all layers are zero", where=str(self.statistics.path), remedy=AGAIN)
         return [layer.name for name in groups for layer in members[name]]
+
+    def seldom(self) -> dict[str, int]:
+        """Groups that fewer tokens reached than they have inputs, though some did, with their tokens.
+
+        So few leave directions that no token shows: what recovery and descent would do there is chance.
+        """
+        if self.statistics is None:
+            return {}
+        seldom = [name for name in self.members() if StoredSums(self.statistics, name).seldom]
+        return {name: self.statistics.tokens_of(name) for name in seldom}
 
     def __iter__(self) -> Iterator[Group]:
         """The groups in order; while one is worked on, the next is read.

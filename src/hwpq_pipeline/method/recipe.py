@@ -25,10 +25,12 @@ it into seconds.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Self
 
 from hwpq_pipeline.errors import HwpqError
+from hwpq_pipeline.method.overrides import Override
+from hwpq_pipeline.method.sections import Quantization, Recovery, Selection, Sequence
 
 
 @dataclass(frozen=True)
@@ -68,93 +70,27 @@ ROUNDING_SWEEPS, ROUNDING_COST = 4, 2
 
 
 @dataclass(frozen=True)
-class Selection:
-    """Which weights stay (`compression.structured`, `compression.ewma`).
-
-    Attributes:
-        structure: `2of4` or `unstructured`.
-        metric: contribution metric (saliency).
-        sparsity, multiplier: of `unstructured`, the wanted share of zeros or a given λ; the other is None.
-        domain: of `unstructured`, where the average moves: `sqrt`, `log` or `raw` contributions.
-        alpha, beta: of `unstructured`, gains of the moving mean and deviation.
-        scope: of `unstructured`, one λ a `row` or a `layer`.
-    """
-
-    structure: str
-    metric: str
-    sparsity: float | None = None
-    multiplier: float | None = None
-    domain: str | None = None
-    alpha: float | None = None
-    beta: float | None = None
-    scope: str | None = None
-
-
-@dataclass(frozen=True)
-class Recovery:
-    """How the weights that stay make up for those that go (`compression.recovery`, `compression.refinement`).
-
-    Attributes:
-        preset: the name that the variant gave.
-        method, steps, rounds, sweeps: what it stands for; see `Preset`.
-        damping: see above.
-    """
-
-    preset: str
-    method: str
-    damping: float
-    steps: int | None = None
-    rounds: int | None = None
-    sweeps: int | None = None
-
-
-@dataclass(frozen=True)
-class Quantization:
-    """How the weights are rounded (`compression.rounding`).
-
-    Attributes:
-        grid: number format of the codes.
-        method: `nearest` or `coordinate_descent`.
-        group_size: columns that share a scale; None for one scale a row.
-        sweeps, damping: of coordinate descent.
-    """
-
-    grid: str
-    method: str
-    group_size: int | None = None
-    sweeps: int | None = None
-    damping: float | None = None
-
-
-@dataclass(frozen=True)
-class Sequence:
-    """How the layers are compressed in order, each on what the compressed ones before it give (`method.sequential`).
-
-    Attributes:
-        steps: conjugate-gradient steps of the correction (`compression.correction`).
-        damping: of the correction.
-    """
-
-    steps: int
-    damping: float
-
-
-@dataclass(frozen=True)
 class Recipe:
-    """All that decides what becomes of a model; a section that does not apply is None."""
+    """All that decides what becomes of a model; a section that does not apply is None.
+
+    Attributes:
+        selection, recovery, quantization, sequence: for all layers.
+        overrides: other sections for some layers (`method.overrides`); the last one that matches counts.
+    """
 
     selection: Selection | None = None
     recovery: Recovery | None = None
     quantization: Quantization | None = None
     sequence: Sequence | None = None
+    overrides: tuple[Override, ...] = ()
 
     @classmethod
     def from_variant(cls, variant: Mapping[str, Any]) -> Self:
         """The recipe of a variant whose entry is valid (`parameters.Variant`), every number written out.
 
         Args:
-            variant: `selection`, `recovery`, `quantization` and `sequential`; what is missing or None takes its
-                default.
+            variant: `selection`, `recovery`, `quantization`, `sequential`, `layers` and `ignore`; what is missing or
+                None takes its default.
 
         Raises:
             HwpqError: an unknown preset.
@@ -170,41 +106,71 @@ class Recipe:
             recovery=None if wanted is None or preset is None else _recovery(wanted, preset, damping),
             quantization=_quantization(variant.get("quantization"), damping),
             sequence=Sequence(CORRECTION_STEPS, damping) if sequential else None,
+            overrides=_overrides(variant, damping),
         )
+
+    def for_layer(self, layer: str) -> Recipe:
+        """What is done to one layer: the recipe with the last override that means it, and without any."""
+        sections = next((one.sections for one in reversed(self.overrides) if one.means(layer)), {})
+        own = replace(self, overrides=(), **sections)
+        return own if own.selection is not None or own.recovery is None else replace(own, recovery=None)
+
+    @property
+    def without_search(self) -> Recipe:
+        """The recipe for layers that few tokens reached: the mask as it is selected, and rounding to nearest."""
+        rounding = self.quantization and Quantization(self.quantization.grid, "nearest", self.quantization.group_size)
+        return replace(self, recovery=None, quantization=rounding)
+
+    @property
+    def parts(self) -> list[Recipe]:
+        """What may be done to a layer: the recipe without overrides, and with each of them."""
+        plain = replace(self, overrides=())
+        return [plain, *(replace(plain, **one.sections) for one in self.overrides)]
 
     @property
     def structure(self) -> str:
-        """`2of4`, `unstructured` or `dense`."""
+        """`2of4`, `unstructured` or `dense`, of the layers that no override means."""
         return self.selection.structure if self.selection else "dense"
+
+    @property
+    def selects(self) -> bool:
+        """Whether any layer is pruned."""
+        return any(part.selection is not None for part in self.parts)
 
     @property
     def changes_weights(self) -> bool:
         """Whether anything is done at all."""
-        return self.selection is not None or self.quantization is not None
+        return any(part.selection is not None or part.quantization is not None for part in self.parts)
 
     @property
     def needs_gram(self) -> bool:
         """Whether whole Gram matrices of the dense model's inputs are used; in sequence the walk sums its own."""
         if self.sequence is not None:
             return False
-        return self.recovery is not None or (self.quantization is not None and self.quantization.sweeps is not None)
+        return any(
+            part.recovery is not None or (part.quantization is not None and part.quantization.sweeps is not None)
+            for part in self.parts
+        )
 
     @property
     def needs_text(self) -> bool:
         """Whether calibration text is used at all."""
-        return self.selection is not None or self.needs_gram or self.sequence is not None
+        return self.selects or self.needs_gram or self.sequence is not None
 
     def to_json(self) -> dict[str, Any]:
         """Plain nested mappings, numbers and words; `from_json` reads them back."""
-        return asdict(self)
+        plain = {name: None if (part := getattr(self, name)) is None else asdict(part) for name in _KINDS}
+        if not self.overrides:
+            return plain
+        return {**plain, "overrides": [_plain(override) for override in self.overrides]}
 
     def told(self) -> dict[str, Any]:
         """`to_json` without what does not apply, for people."""
         return {
             name: {key: value for key, value in section.items() if value is not None}
             for name, section in self.to_json().items()
-            if section is not None
-        }
+            if section is not None and name != "overrides"
+        } | ({"overrides": [_plain(one) for one in self.overrides]} if self.overrides else {})
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Self:
@@ -213,15 +179,48 @@ class Recipe:
         Raises:
             HwpqError: a section or a number is missing or unknown.
         """
-        kinds = {"selection": Selection, "recovery": Recovery, "quantization": Quantization, "sequence": Sequence}
         try:
-            if value.keys() != kinds.keys():
+            if value.keys() - {"overrides"} != _KINDS.keys():
                 raise KeyError(f"sections {', '.join(value)}")
-            return cls(**{name: _section(kind, value[name]) for name, kind in kinds.items()})
+            overrides = tuple(
+                Override(
+                    tuple(map(str, one["match"])),
+                    {name: _section(_KINDS[name], section) for name, section in one.items() if name != "match"},
+                )
+                for one in value.get("overrides", ())
+            )
+            sections = {name: _section(kind, value[name]) for name, kind in _KINDS.items()}
+            return cls(**sections, overrides=overrides)
         except (AttributeError, KeyError, TypeError) as error:
             raise HwpqError(
                 f"not a recipe ({error})", where="recipe", remedy="Run the recipes pipeline again."
             ) from error
+
+
+#: The sections of a recipe.
+_KINDS: dict[str, type[Any]] = {
+    "selection": Selection,
+    "recovery": Recovery,
+    "quantization": Quantization,
+    "sequence": Sequence,
+}
+
+
+def _plain(override: Override) -> dict[str, Any]:
+    sections = {name: None if part is None else asdict(part) for name, part in override.sections.items()}
+    return {"match": list(override.match), **sections}
+
+
+def _overrides(variant: Mapping[str, Any], damping: float) -> tuple[Override, ...]:
+    """The variant's `layers` in order, and `ignore` after them."""
+    made = {"selection": _selection, "quantization": lambda wanted: _quantization(wanted, damping)}
+    found = [
+        Override(tuple(entry["match"]), {name: make(entry[name]) for name, make in made.items() if name in entry})
+        for entry in variant.get("layers") or ()
+    ]
+    if ignored := tuple(variant.get("ignore") or ()):
+        found.append(Override(ignored, {"selection": None, "quantization": None}))
+    return tuple(found)
 
 
 def _section(kind: type[Any], value: Mapping[str, Any] | None) -> Any:

@@ -22,7 +22,7 @@ def warn_of_dense_weights(groups: Groups) -> None:
 
 
 def warn_of_silent_layers(groups: Groups) -> None:
-    """Check the sums, and say which layers no calibration token reached.
+    """Check the sums, and say which layers no calibration token reached, and which ones (experts) few did.
 
     Raises:
         HwpqError: damaged sums, which are named by their group, or none of any token.
@@ -35,4 +35,13 @@ def warn_of_silent_layers(groups: Groups) -> None:
             len(silent),
             ", ".join(silent[:NAMED]),
             more,
+        )
+    if few := groups.seldom():
+        shown = ", ".join(f"{name} ({tokens})" for name, tokens in list(few.items())[:NAMED])
+        logger.warning(
+            "Fewer calibration tokens than inputs reached %d groups of layers. They keep their mask and are rounded to "
+            "nearest. They are, with their tokens: %s%s",
+            len(few),
+            shown,
+            f" and {len(few) - NAMED} more" if len(few) > NAMED else "",
         )

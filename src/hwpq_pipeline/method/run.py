@@ -55,10 +55,11 @@ def compress_model(
         HwpqError: a damaged weight, damaged statistics, a missing mask, or a step that cannot be taken.
     """
     facts: Facts = {}
+    groups = groups.treated_by(recipe)
     if not recipe.changes_weights:
         return facts
     warn_of_dense_weights(groups)
-    if recipe.needs_text and recipe.selection is None:  # else the selection has said it
+    if recipe.needs_text and not recipe.selects:  # else the selection has said it
         warn_of_silent_layers(groups)
     results: Iterator[CompressedGroup]
     if recipe.sequence is None:
@@ -120,7 +121,7 @@ def write_model(
         groups,
         masks,
         recipe,
-        sink=lambda group: writer.add(group.name, group.layers, group.tensors),
+        sink=writer.add,
         tokens=tokens,
         executor=executor,
     )

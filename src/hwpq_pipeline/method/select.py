@@ -19,8 +19,9 @@ from hwpq_pipeline.compression.ewma import Threshold, ewma_select
 from hwpq_pipeline.compression.structured import SPARSITY, select_two_of_four
 from hwpq_pipeline.errors import HwpqError
 from hwpq_pipeline.method.groups import Executor, Facts, Group, Groups, serial
-from hwpq_pipeline.method.recipe import Recipe, Selection
+from hwpq_pipeline.method.recipe import Recipe
 from hwpq_pipeline.method.remarks import warn_of_silent_layers
+from hwpq_pipeline.method.sections import Selection
 from hwpq_pipeline.progress import with_progress
 
 #: Fields of a recipe's selection that the moving average takes.
@@ -47,13 +48,16 @@ def select_group(group: Group, recipe: Recipe) -> SelectedGroup:
 
     Args:
         group: with the dense weights and the sums of their inputs.
-        recipe: with a selection.
+        recipe: what to select by; layers that it does not prune get no mask.
 
     Raises:
         HwpqError: a layer that the structure does not fit or that would lose every weight, values that are not
             finite, or inputs of which nothing is known.
     """
-    if recipe.selection is None or group.sums is None:
+    recipe = recipe.for_layer(group.layers[0].name)
+    if recipe.selection is None:  # of these layers
+        return SelectedGroup(group.name, {}, {layer.name: {"reached_sparsity": 0.0} for layer in group.layers})
+    if group.sums is None:
         raise HwpqError(
             "nothing to select by",
             where=group.name,
@@ -118,7 +122,8 @@ def select_model(
         HwpqError: a damaged weight, damaged statistics, or a layer that the structure does not fit.
     """
     facts: Facts = {layer.name: {"reached_sparsity": 0.0} for layer in groups.layers}
-    if recipe.selection is None:
+    groups = groups.treated_by(recipe)
+    if not recipe.selects:
         return facts
     warn_of_silent_layers(groups)
     results = executor(partial(select_group, recipe=recipe), groups)

@@ -41,7 +41,7 @@ from hwpq_pipeline.decoder.tokens import checked_ids
 from hwpq_pipeline.errors import HwpqError
 from hwpq_pipeline.method.blocks import BATCH, BlockState, LiveSums, Seen, Step, Walk, shortfall, token_weights
 from hwpq_pipeline.method.groups import Group, Groups
-from hwpq_pipeline.method.recipe import Sequence
+from hwpq_pipeline.method.sections import Sequence
 from hwpq_pipeline.method.stream import Stream, find_stream
 
 
@@ -78,7 +78,8 @@ def walk_in_sequence(
     for number, block in enumerate(blocks):
         forward = partial(_forward, walk, block, extra[number])
         stacks = {name: layers for name, layers in groups.members().items() if layers[0].block == number}
-        state = BlockState(block, weights, stacks, Routes(block), Seen(), Stream({}, {}), dense - compressed)
+        layers = groups.layers.in_block(number)
+        state = BlockState(block, weights, layers, stacks, Routes(block), Seen(), Stream({}, {}), dense - compressed)
         following = run_dense(state, forward, dense)
         state.stream = find_stream(state.seen.writers, dense, following)
         dense, compressed = following, run_compressed(walk, state, forward, compressed)
@@ -120,9 +121,10 @@ def run_compressed(walk: Walk, state: BlockState, forward: Callable[[Tensor], Te
 
     def meet(layers: tuple[Layer, ...], x: Tensor) -> None:
         """Before the first layer of a group runs: compress the group, in float32 whatever the forward pass is in."""
-        if (name := group_of[layers[0].name]) not in state.done:
-            with walk.products(low=False):
-                state.done[name] = _compress(walk, state, name, x)
+        for name in dict.fromkeys(group_of[layer.name] for layer in layers if layer.name in group_of):
+            if name not in state.done:
+                with walk.products(low=False):
+                    state.done[name] = _compress(walk, state, name, x)
 
     def wrote(layers: tuple[Layer, ...], _: Tensor, output: Tensor) -> None:
         """After a layer has written to the stream: what is missing there now."""
@@ -174,11 +176,14 @@ def _compress(walk: Walk, state: BlockState, name: str, x: Tensor) -> Group:
     for part in rows.split(BATCH):
         sums.add(part)
     gram = sums.result().to(rows.device)
-    missing = shortfall(walk, state, layers, own, x, counts)
-    target = corrected_target(
-        original, gram, missing, steps=walk.sequence.steps, damping=walk.sequence.damping, where=name
-    )
-    group = walk.step(Group(name, layers, LiveSums(gram), walk.stored, target, target))
+    seldom = len(rows) < min(rows.shape[1], state.gap.shape[:-1].numel())
+    target = original
+    if not seldom:
+        missing = shortfall(walk, state, layers, own, x, counts)
+        target = corrected_target(
+            original, gram, missing, steps=walk.sequence.steps, damping=walk.sequence.damping, where=name
+        )
+    group = walk.step(Group(name, layers, LiveSums(gram, seldom), walk.stored, target, target))
     for layer, part in group.rows:
         state.weight(layer).copy_(group.weight[part])
     return group

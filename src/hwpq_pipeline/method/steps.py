@@ -21,7 +21,8 @@ from hwpq_pipeline.compression.rounding import Descent, quantize
 from hwpq_pipeline.compression.structured import check_two_of_four
 from hwpq_pipeline.errors import HwpqError
 from hwpq_pipeline.method.groups import Group
-from hwpq_pipeline.method.recipe import Quantization, Recipe, Recovery
+from hwpq_pipeline.method.recipe import Recipe
+from hwpq_pipeline.method.sections import Quantization, Recovery
 
 
 @dataclass(frozen=True)
@@ -34,12 +35,15 @@ class CompressedGroup:
         tensors: what the compressed model holds of them, on the CPU: `<layer>.codes` and `<layer>.scale`, or
             `<layer>.weight` where nothing was rounded.
         facts: by layer name: columns of the layer table.
+        grid, group_size: of the codes; None where nothing was rounded, or for one scale a row.
     """
 
     name: str
     layers: tuple[str, ...]
     tensors: Mapping[str, Tensor]
     facts: Mapping[str, Mapping[str, Any]]
+    grid: str | None = None
+    group_size: int | None = None
 
 
 def compress_group(group: Group, masks: Mapping[str, Tensor], recipe: Recipe) -> CompressedGroup:
@@ -57,7 +61,10 @@ def compress_group(group: Group, masks: Mapping[str, Tensor], recipe: Recipe) ->
 
 
 def take_steps(group: Group, masks: Mapping[str, Tensor], recipe: Recipe) -> Group:
-    """The group after all steps of the recipe; see `compress_group`."""
+    """The group after all steps of the recipe for its layers, which it treats alike; see `compress_group`."""
+    recipe = recipe.for_layer(group.layers[0].name)
+    if group.sums is not None and group.sums.seldom:
+        recipe = recipe.without_search
     if recipe.selection is not None:
         group = _prune(group, masks, recipe.structure)
         if recipe.recovery is None:  # a recovery tells the error before and after without a further product
@@ -81,7 +88,10 @@ def packed(group: Group) -> CompressedGroup:
             tensors[f"{layer.name}.codes"] = group.quantized.codes[rows]
             tensors[f"{layer.name}.scale"] = group.quantized.scale[rows]
     names = tuple(layer.name for layer in group.layers)
-    return CompressedGroup(group.name, names, {name: tensor.cpu() for name, tensor in tensors.items()}, group.facts)
+    on_cpu = {name: tensor.cpu() for name, tensor in tensors.items()}
+    if group.quantized is None:
+        return CompressedGroup(group.name, names, on_cpu, group.facts)
+    return CompressedGroup(group.name, names, on_cpu, group.facts, group.quantized.grid, group.quantized.group_size)
 
 
 def _prune(group: Group, masks: Mapping[str, Tensor], structure: str) -> Group:

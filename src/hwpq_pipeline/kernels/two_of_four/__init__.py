@@ -38,7 +38,7 @@ def select_two_of_four(weight: Tensor, column: Tensor, row: Tensor, cross: Tenso
         raise HwpqError(
             f"{weight.shape[1]} columns do not divide into groups of 4",
             where="select_two_of_four",
-            remedy="Leave this layer dense, or choose an unstructured variant for it",
+            remedy="Leave this layer as it is (`ignore` in the variant), or choose an unstructured variant.",
         )
     u, r, v = (part.detach().to(weight.device, torch.float32).contiguous() for part in (column, row, cross))
     if on_cuda:

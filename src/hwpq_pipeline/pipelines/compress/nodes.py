@@ -14,8 +14,9 @@ from hwpq_pipeline.layer_columns import COMPRESSED
 from hwpq_pipeline.method.groups import open_groups
 from hwpq_pipeline.method.recipe import Recipe
 from hwpq_pipeline.method.run import compress_model
-from hwpq_pipeline.parameters import Compute, Variant
+from hwpq_pipeline.parameters import Compute
 from hwpq_pipeline.pipelines.tables import layer_table
+from hwpq_pipeline.variant import Variant
 
 
 def compress_weights(
@@ -43,7 +44,7 @@ def compress_weights(
         Masks(masks),
         recipe,
         tokens=token_matrix(samples),
-        sink=lambda group: writer.add(group.name, group.layers, group.tensors),
+        sink=writer.add,
     )
     writer.close(name, recipe.to_json())
     return target, layer_table(groups.layers, facts, COMPRESSED), {"compress": time.perf_counter() - begun}

@@ -46,9 +46,9 @@ def export_formats(
     target = scratch / "formats"
     target.mkdir()
     card = _card(model, corpus, compressed, name, description, calibration)
-    known = further_formats()
+    known, made = further_formats(), CompressedModel(compressed)
     for word in export.formats:
-        if said := known[word].refusal(card.structure, card.grid):
+        if said := known[word].refusal_of(made):
             logging.getLogger(__name__).info("no %s export of %s: %s", word, name, said)
             continue
         command = f"# with export.formats: [{word}] in conf/base/parameters.yml\n{card.command}"

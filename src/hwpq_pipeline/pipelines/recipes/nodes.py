@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from hwpq_pipeline.method.recipe import Recipe
-from hwpq_pipeline.parameters import Variant
+from hwpq_pipeline.variant import Variant
 
 
 def resolve(variant: Variant) -> dict[str, Any]:

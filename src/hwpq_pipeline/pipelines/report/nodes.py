@@ -9,11 +9,12 @@ import pandas as pd
 import yaml
 
 from hwpq_pipeline.method.recipe import Recipe
-from hwpq_pipeline.parameters import Calibration, Evaluation, Variant
+from hwpq_pipeline.parameters import Calibration, Evaluation
 from hwpq_pipeline.pipelines.variants import by_variant
 from hwpq_pipeline.reporting.charts import error_by_layer, pareto, sparsity_by_layer
 from hwpq_pipeline.reporting.comparison import comparison_table
 from hwpq_pipeline.reporting.page import Reported, render
+from hwpq_pipeline.variant import Variant
 
 
 def draw(layers: pd.DataFrame, scratch: Path) -> tuple[Path, Path]:

@@ -14,8 +14,9 @@ from hwpq_pipeline.layer_columns import SELECTED
 from hwpq_pipeline.method.groups import open_groups
 from hwpq_pipeline.method.recipe import Recipe
 from hwpq_pipeline.method.select import select_model
-from hwpq_pipeline.parameters import Compute, Variant
+from hwpq_pipeline.parameters import Compute
 from hwpq_pipeline.pipelines.tables import layer_table
+from hwpq_pipeline.variant import Variant
 
 
 def select_weights(

@@ -13,7 +13,7 @@ import pandas as pd
 from hwpq_pipeline.checkpoints.digest import sha256_directory
 from hwpq_pipeline.checkpoints.reader import read_json
 from hwpq_pipeline.corpus.samples import token_matrix
-from hwpq_pipeline.parameters import Calibration, Evaluation, Track, Variant
+from hwpq_pipeline.parameters import Calibration, Evaluation, Track
 from hwpq_pipeline.pipelines.variants import by_variant
 from hwpq_pipeline.reporting.comparison import console, show_table
 from hwpq_pipeline.tracking.connection import masked, resolve_uri
@@ -21,6 +21,7 @@ from hwpq_pipeline.tracking.description import describe, layer_series
 from hwpq_pipeline.tracking.models import log_model
 from hwpq_pipeline.tracking.records import Dataset, Record
 from hwpq_pipeline.tracking.runs import log_once
+from hwpq_pipeline.variant import Variant
 
 
 def record(  # noqa: PLR0913 (a node gets one for each dataset)

@@ -1,0 +1,36 @@
+"""Whether a recipe fits a model, told from shapes alone: before anything is computed, and for every layer at once."""
+
+from __future__ import annotations
+
+from hwpq_pipeline.checkpoints.layers import LayerMap
+from hwpq_pipeline.compression.grids import GRIDS, check_group
+from hwpq_pipeline.compression.structured import check_columns
+from hwpq_pipeline.errors import HwpqError
+from hwpq_pipeline.method.overrides import check_patterns
+from hwpq_pipeline.method.recipe import Recipe
+
+
+def misfits(recipe: Recipe, layers: LayerMap, variant: str) -> list[HwpqError]:
+    """Why a recipe does not fit a model: an error for each kind of layer that its structure or groups do not divide.
+
+    Args:
+        recipe: what is to be done.
+        layers: of the model.
+        variant: its name, for the errors.
+    """
+    try:
+        check_patterns(recipe.overrides, layers.names)
+    except HwpqError as error:
+        return [HwpqError(error.what, where=f"{variant}: {error.where}", remedy=error.remedy)]
+    found: dict[str, HwpqError] = {}
+    for layer in layers:
+        own = recipe.for_layer(layer.name)
+        try:
+            if own.selection is not None and own.selection.structure == "2of4":
+                check_columns(layer.shape[1], layer.name)
+            if own.quantization is not None:
+                grid = GRIDS[own.quantization.grid]
+                check_group(layer.shape[1], grid, own.quantization.group_size, layer.name)
+        except HwpqError as error:
+            found.setdefault(error.what, HwpqError(error.what, where=f"{variant}: {layer.name}", remedy=error.remedy))
+    return list(found.values())

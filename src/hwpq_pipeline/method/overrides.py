@@ -1,0 +1,78 @@
+"""Settings for some layers: which layers a pattern means, and what a recipe is for one of them.
+
+A pattern is compressed-tensors' own: a layer's full name, `re:` and a regular expression that its name begins with, or
+`Linear` for all. Of several entries that match a layer the last one counts. `ignore` is the entry that comes after all
+others: those layers are neither pruned nor rounded.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import Any
+
+from hwpq_pipeline.errors import HwpqError
+
+EVERY = "Linear"
+
+
+@dataclass(frozen=True)
+class Override:
+    """An entry for some layers.
+
+    Attributes:
+        match: patterns.
+        sections: what it changes, by section; None where nothing is done.
+    """
+
+    match: tuple[str, ...]
+    sections: Mapping[str, Any]
+
+    def means(self, layer: str) -> bool:
+        """Whether a pattern matches the layer's name."""
+        return any(matches(pattern, layer) for pattern in self.match)
+
+
+def matches(pattern: str, layer: str) -> bool:
+    """Whether a pattern matches a layer's name."""
+    if pattern.startswith("re:"):
+        return re.match(pattern.removeprefix("re:"), layer) is not None
+    return pattern in (layer, EVERY)
+
+
+def problem_of(pattern: str) -> str | None:
+    """What is wrong with a pattern, None if nothing is."""
+    if not pattern.startswith("re:"):
+        return None if pattern.strip() else "an empty pattern"
+    try:
+        re.compile(pattern.removeprefix("re:"))
+    except (re.error, RecursionError, OverflowError) as error:
+        return f"{pattern!r} is no regular expression ({error})"
+    return None
+
+
+def check_patterns(overrides: Iterable[Override], layers: Sequence[str]) -> None:
+    """Refuse a pattern that means no layer.
+
+    Args:
+        overrides: the entries.
+        layers: names of all compressible layers.
+
+    Raises:
+        HwpqError: one matches nothing; the nearest names are told.
+    """
+    for override in overrides:
+        for pattern in override.match:
+            if not any(matches(pattern, layer) for layer in layers):
+                plain = re.sub(r"[\\^$.*+?()\[\]{}|]+", ".", pattern.removeprefix("re:")).strip(".")
+                ends = {layer.rpartition(".")[2]: layer for layer in layers}
+                nearest = get_close_matches(plain, layers, n=3) or [
+                    ends[end] for end in get_close_matches(plain.rpartition(".")[2], list(ends), n=3)
+                ]
+                raise HwpqError(
+                    f"{pattern!r} matches no layer",
+                    where="ignore and layers",
+                    remedy=f"Layers are named like {', '.join(nearest or layers[:3])}.",
+                )

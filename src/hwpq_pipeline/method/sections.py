@@ -1,0 +1,77 @@
+"""The sections of a recipe, in plain numbers. What a section does not use is None."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which weights stay (`compression.structured`, `compression.ewma`).
+
+    Attributes:
+        structure: `2of4` or `unstructured`.
+        metric: contribution metric (saliency).
+        sparsity, multiplier: of `unstructured`, the wanted share of zeros or a given λ; the other is None.
+        domain: of `unstructured`, where the average moves: `sqrt`, `log` or `raw` contributions.
+        alpha, beta: of `unstructured`, gains of the moving mean and deviation.
+        scope: of `unstructured`, one λ a `row` or a `layer`.
+    """
+
+    structure: str
+    metric: str
+    sparsity: float | None = None
+    multiplier: float | None = None
+    domain: str | None = None
+    alpha: float | None = None
+    beta: float | None = None
+    scope: str | None = None
+
+
+@dataclass(frozen=True)
+class Recovery:
+    """How the weights that stay make up for those that go (`compression.recovery`, `compression.refinement`).
+
+    Attributes:
+        preset: the name that the variant gave.
+        method, steps, rounds, sweeps: what it stands for; see `Preset`.
+        damping: see above.
+    """
+
+    preset: str
+    method: str
+    damping: float
+    steps: int | None = None
+    rounds: int | None = None
+    sweeps: int | None = None
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """How the weights are rounded (`compression.rounding`).
+
+    Attributes:
+        grid: number format of the codes.
+        method: `nearest` or `coordinate_descent`.
+        group_size: columns that share a scale; None for one scale a row.
+        sweeps, damping: of coordinate descent.
+    """
+
+    grid: str
+    method: str
+    group_size: int | None = None
+    sweeps: int | None = None
+    damping: float | None = None
+
+
+@dataclass(frozen=True)
+class Sequence:
+    """How the layers are compressed in order, each on what the compressed ones before it give (`method.sequential`).
+
+    Attributes:
+        steps: conjugate-gradient steps of the correction (`compression.correction`).
+        damping: of the correction.
+    """
+
+    steps: int
+    damping: float
