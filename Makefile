@@ -30,7 +30,7 @@ DATABASE := sqlite:///$(CURDIR)/mlflow.db
 UI_PORT  ?= 5000
 BASE     ?= main
 
-.PHONY: help install run repro ci sweep ui lint format dvc-dependencies test coverage test-fast test-browser screenshots test-postgres test-sweep test-architectures \
+.PHONY: help install run repro ci sweep ui lint format dvc-dependencies test coverage test-fast test-browser screenshots test-postgres test-sweep test-architectures test-damage \
 	engines test-engines viz pipeline-picture bench-selection bench-selection-quality bench-peers bench-inference bench-gpu lock clean
 
 help:  ## what there is
@@ -116,6 +116,9 @@ test-sweep: $(STAMP)  ## `make sweep` on a tiny model
 
 test-architectures: $(STAMP)  ## every architecture from fetch to export, some sixty tiny models (minutes)
 	pytest -m "" tests/test_architectures.py $(ARGS)
+
+test-damage: $(STAMP)  ## 10,000 damaged files of every kind (minutes); writes benchmarks/results/damage.json
+	python -m tests.damaged_files
 
 test-fast: $(STAMP)  ## the tests that take seconds
 	pytest -m "not (slow or e2e or browser or engines or postgres or sweep or architectures)" $(ARGS)
