@@ -31,6 +31,10 @@ def _open(path: Path) -> Any:
         return safe_open(path, framework="pt")
 
 
+def _no_number(word: str) -> float:
+    raise ValueError(f"{word} is no number of JSON")
+
+
 def read_json(path: str | Path) -> dict[str, Any]:
     """A JSON object from a file.
 
@@ -39,7 +43,8 @@ def read_json(path: str | Path) -> dict[str, Any]:
     """
     path = Path(path)
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_number)
+        json.dumps(value, ensure_ascii=False).encode("utf-8")  # half a character could not be written again
     except FileNotFoundError as error:
         raise HwpqError("no such file", where=str(path), remedy=_FETCH_AGAIN) from error
     except (ValueError, RecursionError) as error:
