@@ -30,7 +30,7 @@ DATABASE := sqlite:///$(CURDIR)/mlflow.db
 UI_PORT  ?= 5000
 BASE     ?= main
 
-.PHONY: help install run repro ci sweep ui lint format dvc-dependencies test coverage test-fast test-browser screenshots test-postgres test-sweep test-architectures test-damage \
+.PHONY: help install run repro ci sweep ui lint check format dvc-dependencies test coverage test-fast test-browser screenshots test-postgres test-sweep test-architectures test-damage \
 	engines test-engines viz pipeline-picture bench-selection bench-selection-quality bench-peers bench-inference bench-gpu lock clean
 
 help:  ## what there is
@@ -116,6 +116,12 @@ test-sweep: $(STAMP)  ## `make sweep` on a tiny model
 
 test-architectures: $(STAMP)  ## every architecture from fetch to export, some sixty tiny models (minutes)
 	pytest -m "" tests/test_architectures.py $(ARGS)
+
+# pip-audit is in an environment of its own: it must not change what is tested.
+AUDIT := .audit
+check: lint  ## linters and types, and the known vulnerabilities of the locked packages
+	@test -x $(AUDIT)/bin/pip-audit || { $(PYTHON) -m venv $(AUDIT) && $(AUDIT)/bin/pip install --quiet pip-audit==2.10.1; }
+	@.ci/audit $(AUDIT)/bin/pip-audit
 
 test-damage: $(STAMP)  ## 10,000 damaged files of every kind (minutes); writes benchmarks/results/damage.json
 	python -m tests.damaged_files
@@ -219,6 +225,6 @@ lock:  ## make requirements.lock anew from pyproject.toml
 	echo "requirements.lock: $$(grep -c == requirements.lock) packages"
 
 clean:  ## remove the environment, caches and everything that the pipelines made (downloads and DVC's cache stay)
-	rm -rf $(VENV) $(PEERS) $(ENGINES) $(VIZ) .coverage .coverage.* .cache .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(AUDIT) $(PEERS) $(ENGINES) $(VIZ) .coverage .coverage.* .cache .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
 	rm -rf src/*.egg-info build data/[01]* data/.scratch mlflow.db* mlartifacts mlruns
 	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +

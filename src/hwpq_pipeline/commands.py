@@ -43,8 +43,10 @@ def hwpq() -> None:
 @ENVIRONMENT
 def variants(env: str | None) -> None:
     """List the configured variants; show each mistake in the configuration with its line."""
+    from rich.markup import escape
     from rich.table import Table
 
+    from hwpq_pipeline.inert import plain
     from hwpq_pipeline.method.recipe import Recipe
     from hwpq_pipeline.reporting.comparison import console
 
@@ -61,7 +63,7 @@ def variants(env: str | None) -> None:
             f"{selection.structure} by {selection.metric}{fraction}" if selection else "all",
             (recovery.preset if recovery else "none") + (", sequential" if recipe.sequence else ""),
             f"{grid.grid}{group}" if grid else "none",
-            entry["description"],
+            escape(plain(entry["description"])),
         )
     console().print(table)
 

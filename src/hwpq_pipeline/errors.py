@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from hwpq_pipeline.inert import plain
+
 _OF_THE_MACHINE = (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EMFILE, errno.EIO)
 
 
@@ -24,7 +26,7 @@ class HwpqError(Exception):
         self.what, self.where, self.remedy = what, where, remedy
 
     def __str__(self) -> str:
-        return " ".join(f"{self.where}: {self.what}. {self.remedy}".split())
+        return " ".join(plain(f"{self.where}: {self.what}. {self.remedy}").split())
 
 
 @contextmanager
@@ -56,8 +58,7 @@ def reading(where: Any, *, remedy: str, what: str = "cannot be read") -> Iterato
 
 def said(error: BaseException) -> str:
     """What a library says of its error, in at most 200 printable characters."""
-    line = "".join(letter if letter.isprintable() else " " for letter in first_line(error))
-    return line[:200].strip().rstrip(".") or type(error).__name__
+    return plain(first_line(error))[:200].strip().rstrip(".") or type(error).__name__
 
 
 def first_line(error: BaseException) -> str:

@@ -19,6 +19,7 @@ from typing import Any
 from hwpq_pipeline.checkpoints.writer import write_text
 from hwpq_pipeline.compression.grids import GRIDS
 from hwpq_pipeline.errors import HwpqError
+from hwpq_pipeline.inert import markdown
 
 _LICENSE = re.compile(r"^[a-z0-9][a-z0-9.\-]*$")
 _ZEROS = " Zeros are stored like other weights; engines run the model as a dense one."
@@ -188,11 +189,11 @@ def _plain(value: Any) -> Any:
 
 def _body(info: CardInfo, storage: Storage) -> str:
     parts = [
-        f"# {info.base_model}, compressed: {info.variant}",
-        info.description.strip(),
+        f"# {markdown(info.base_model)}, compressed: {markdown(info.variant)}",
+        markdown(info.description),
         "## What was done",
         _method(info),
-        f"Licence of the base model: {info.license or 'not known; ask its publisher'}.",
+        f"Licence of the base model: {markdown(info.license or 'not known; ask its publisher')}.",
     ]
     if info.structure != "dense":
         parts.append(
@@ -211,7 +212,7 @@ def _body(info: CardInfo, storage: Storage) -> str:
 def _method(info: CardInfo) -> str:
     changed = bool(info.grid) or info.structure != "dense"
     return (
-        f"From `{info.base_model}`, in the linear layers of its decoder blocks "
+        f"From {markdown(info.base_model)}, in the linear layers of its decoder blocks "
         f"({'nothing else is changed' if changed else 'here unchanged'}):\n\n"
         f"- {_STRUCTURES.get(info.structure, info.structure)}\n"
         f"- {_grid(info.grid) if info.grid else 'weights keep their number format'}"
@@ -229,5 +230,5 @@ def _grid(name: str) -> str:
 
 
 def _table(values: Mapping[str, Any]) -> str:
-    rows = "\n".join(f"| {key} | {value} |" for key, value in values.items())
+    rows = "\n".join(f"| {markdown(key)} | {markdown(value)} |" for key, value in values.items())
     return f"| | |\n|---|---|\n{rows}"

@@ -8,6 +8,7 @@ from typing import Any
 import pandas as pd
 
 from hwpq_pipeline.figures import FIGURES, LAYER_FIGURES, cells, values
+from hwpq_pipeline.inert import markdown
 
 
 def describe(words: str, metrics: Mapping[str, Any], *, export: str, digest: str, command: str) -> str:
@@ -24,7 +25,7 @@ def describe(words: str, metrics: Mapping[str, Any], *, export: str, digest: str
         HwpqError: a figure is missing.
     """
     return f"""\
-{words}
+{markdown(words)}
 
 {_row(figure.label for figure in FIGURES)}
 {_row("---" for _ in FIGURES)}
