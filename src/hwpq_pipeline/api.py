@@ -22,6 +22,7 @@ import numpy as np
 import torch
 
 from hwpq_pipeline.calibration.statistics import collect_statistics
+from hwpq_pipeline.checkpoints.layers import layer_map
 from hwpq_pipeline.checkpoints.packed import is_packed
 from hwpq_pipeline.corpus.chat import as_text
 from hwpq_pipeline.corpus.documents import CorpusSource, fetch_corpus, read_corpus
@@ -29,6 +30,7 @@ from hwpq_pipeline.corpus.samples import draw_samples, token_matrix
 from hwpq_pipeline.errors import HwpqError
 from hwpq_pipeline.export.compressed_tensors import export_checkpoint
 from hwpq_pipeline.kernels.devices import choose_device
+from hwpq_pipeline.method.fitting import misfits
 from hwpq_pipeline.method.recipe import Recipe
 from hwpq_pipeline.method.run import write_model
 
@@ -86,6 +88,8 @@ def compress(  # noqa: PLR0913 (each is a choice of the user)
     """
     begun = time.perf_counter()
     made = recipe if isinstance(recipe, Recipe) else _resolved(recipe)
+    if found := misfits(made, layer_map(model_dir), "compress"):
+        raise found[0]
     place = choose_device(device, where="compress")
     target = _free(Path(out))
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -92,7 +92,7 @@ def plan(env: str | None) -> None:
     """Estimate what a run would cost: bytes on disk, memory, and seconds on this machine."""
     from hwpq_pipeline import planning
     from hwpq_pipeline.method.recipe import Recipe
-    from hwpq_pipeline.project import load_parameters, open_catalog
+    from hwpq_pipeline.project import load_parameters, open_catalog, unfitting
     from hwpq_pipeline.reporting.comparison import console
 
     entries = checked_variants(env)
@@ -102,7 +102,10 @@ def plan(env: str | None) -> None:
             raise HwpqError(
                 "no model to plan for", where="data/01_raw/model", remedy="Run `kedro run --pipelines fetch`"
             )
-        shapes = planning.read_shapes(catalog.load("model"))
+        model = catalog.load("model")
+        if found := unfitting(model, entries):
+            raise PlainError(map(str, found))
+        shapes = planning.read_shapes(model)
     calibration, evaluation = (
         parameters[part]["samples"] * parameters[part]["length"] for part in ("calibration", "evaluation")
     )

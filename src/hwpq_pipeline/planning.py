@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from hwpq_pipeline.checkpoints.layers import Layer, LayerMap, map_model, meta_model
+from hwpq_pipeline.checkpoints.layers import Layer, LayerMap, layer_map, meta_model
 from hwpq_pipeline.compression.grids import GRIDS
 from hwpq_pipeline.method.recipe import PRESETS, ROUNDING_COST, Recipe
 
@@ -93,7 +93,7 @@ def read_shapes(model: str | Path) -> Shapes:
         HwpqError: the file is missing, or the model is not a causal LM.
     """
     built = meta_model(model)
-    found: LayerMap = map_model(built, where=str(model))
+    found: LayerMap = layer_map(model)
     parameters: dict[str, Any] = {name: tensor.numel() for name, tensor in built.named_parameters()}
     head = built.get_output_embeddings()
     return Shapes(

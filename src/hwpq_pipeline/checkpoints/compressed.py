@@ -252,19 +252,20 @@ class CompressedWriter:
         if group.grid is not None:
             self._formats |= dict.fromkeys(group.layers, (group.grid, group.group_size))
 
-    def close(self, variant: str, recipe: Mapping[str, Any]) -> None:
+    def close(self, variant: str, structure: str, recipe: Mapping[str, Any]) -> None:
         """Write `recipe.json`.
 
         Args:
             variant: the variant's name.
-            recipe: in plain numbers, section `selection` among them.
+            structure: of its pruned layers; `dense` if there are none.
+            recipe: in plain numbers.
         """
         grid, group_size = Counter(self._formats.values()).most_common(1)[0][0] if self._formats else (None, None)
         header = {
             "variant": variant,
             "grid": grid,
             "group_size": group_size,
-            "structure": (recipe["selection"] or {}).get("structure", "dense"),
+            "structure": structure,
             "recipe": recipe,
             "layers": self._layers,
         }

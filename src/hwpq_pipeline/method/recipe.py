@@ -129,8 +129,9 @@ class Recipe:
 
     @property
     def structure(self) -> str:
-        """`2of4`, `unstructured` or `dense`, of the layers that no override means."""
-        return self.selection.structure if self.selection else "dense"
+        """`2of4`, `unstructured` or `dense`; `unstructured` where layers are pruned in different ways."""
+        found = {part.selection.structure for part in self.parts if part.selection is not None}
+        return "dense" if not found else found.pop() if len(found) == 1 else "unstructured"
 
     @property
     def selects(self) -> bool:

@@ -125,5 +125,5 @@ def write_model(
         tokens=tokens,
         executor=executor,
     )
-    writer.close(name, recipe.to_json())
+    writer.close(name, recipe.structure, recipe.to_json())
     return {layer: {**selected[layer], **compressed.get(layer, {})} for layer in selected}

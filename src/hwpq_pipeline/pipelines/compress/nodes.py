@@ -46,5 +46,5 @@ def compress_weights(
         tokens=token_matrix(samples),
         sink=writer.add,
     )
-    writer.close(name, recipe.to_json())
+    writer.close(name, recipe.structure, recipe.to_json())
     return target, layer_table(groups.layers, facts, COMPRESSED), {"compress": time.perf_counter() - begun}
