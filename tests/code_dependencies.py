@@ -14,21 +14,25 @@ import grimp
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "hwpq_pipeline"
-#: A change here changes no result, so it makes no stage stale. Two of them need a reason. `parameters`: what it fills
-#: in stands in conf/base in full (tests/test_parameters.py), or in the recipes. `method.recipe`: its numbers reach the
-#: stages as `data/04_recipes`; the stage that writes these depends on both.
+#: A change here changes no result, so it makes no stage stale. Some of them need a reason. `parameters` and `variant`:
+#: what they fill in stands in conf/base in full (tests/test_parameters.py), or in the recipes. `method.recipe` and its
+#: sections: their numbers reach the stages as `data/04_recipes`; the stage that writes these depends on them.
 NO_DEPENDENCY = {
-    "hwpq_pipeline", "hwpq_pipeline.errors", "hwpq_pipeline.parameters", "hwpq_pipeline.pipelines",
-    "hwpq_pipeline.pipelines.variants", "hwpq_pipeline.progress", "hwpq_pipeline.method.recipe",
+    "hwpq_pipeline", "hwpq_pipeline.errors", "hwpq_pipeline.parameters", "hwpq_pipeline.variant",
+    "hwpq_pipeline.pipelines", "hwpq_pipeline.pipelines.variants", "hwpq_pipeline.progress",
+    "hwpq_pipeline.method.recipe", "hwpq_pipeline.method.sections",
 }  # fmt: skip
-RECIPES_DEPEND_ON = {"hwpq_pipeline.parameters", "hwpq_pipeline.method.recipe"}
+CHECKED = ("hwpq_pipeline.parameters", "hwpq_pipeline.variant")
+RECIPES_DEPEND_ON = {*CHECKED, "hwpq_pipeline.method.recipe", "hwpq_pipeline.method.sections"}
 
 
 def modules_of(pipeline: str) -> set[str]:
     """Paths of the modules that a pipeline's nodes import, as `src/…/x.py`."""
     graph = grimp.build_graph(PACKAGE, cache_dir=None)
+    graph.remove_import(importer="hwpq_pipeline.errors", imported="hwpq_pipeline.inert")  # an error's letters
     if pipeline != "recipes":  # what the parameters import, they import to check words
-        graph.remove_module("hwpq_pipeline.parameters")
+        for module in CHECKED:
+            graph.remove_module(module)
     else:  # which export formats there are is in no recipe
         graph.remove_import(importer="hwpq_pipeline.parameters", imported="hwpq_pipeline.export.formats")
     nodes = f"{PACKAGE}.pipelines.{pipeline}.nodes"

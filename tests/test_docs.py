@@ -87,3 +87,20 @@ def test_the_table_of_rooms_says_what_they_import(root: Path) -> None:
         for place in places:
             found |= imports_of(package / place if (package / place).is_dir() else package / f"{place}.py")
         assert found == named, places
+
+
+def test_the_listed_errors_are_the_codes_words(root: Path) -> None:
+    """What stands before, between and after the `…` of each line is in the code; the machine's own words are not."""
+    code = " ".join(file.read_text(encoding="utf-8") for file in sorted((root / "src").rglob("*.py")))
+    rows = [
+        line
+        for line in (root / "docs" / "errors.md").read_text(encoding="utf-8").splitlines()
+        if line.startswith("| `")
+    ]
+    assert len(rows) > 35
+    for row in rows:
+        said = row.removeprefix("| `").partition("` |")[0]
+        if said in ("no space left on device", "permission denied"):
+            continue
+        for part in filter(None, (piece.strip(" (") for piece in said.split("…"))):
+            assert part.strip() in code, row

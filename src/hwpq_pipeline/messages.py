@@ -15,6 +15,15 @@ from hwpq_pipeline.errors import HwpqError, first_line
 
 #: Modules of Kedro that read the command's arguments.
 _RUNS = re.compile(r"kedro\.(framework\.(cli|session|project)|pipeline|runner|config|io)")
+#: What a user can do about the machine's errors.
+_REMEDIES = {
+    errno.ENOSPC: "Free some space, and run it again: what is whole is kept.",
+    errno.EACCES: "Give yourself the right to write there.",
+    errno.EROFS: "The disk is read-only: mount it for writing, or run the project elsewhere.",
+    errno.ENOTDIR: "A file stands where a folder is wanted: remove it.",
+    errno.EISDIR: "A folder stands where a file is wanted: remove it.",
+    errno.EEXIST: "A file stands where a folder is wanted: remove it.",
+}
 _RUNNERS = ("SequentialRunner", "ThreadRunner", "ParallelRunner")
 
 
@@ -55,7 +64,7 @@ def _of_others(chain: list[BaseException], env: str | None) -> list[str]:
                 folders_of(env)
             except HwpqError as missing:
                 return [str(missing)]
-        if isinstance(link, OSError) and link.errno is not None:
+        if isinstance(link, OSError) and link.errno in _REMEDIES:
             return [_of_the_system(link)]
         if "No space left on device" in str(link):  # safetensors keeps no number
             return [_of_the_system(OSError(errno.ENOSPC, "No space left on device"))]
@@ -73,16 +82,8 @@ def _known_variants() -> list[str]:
 def _of_the_system(error: OSError) -> str:
     """A disk that is full, a folder that is read-only, a file where a folder is wanted."""
     where = str(error.filename or "data")
-    remedy = {
-        errno.ENOSPC: "Free some space, and run it again: what is whole is kept.",
-        errno.EACCES: "Give yourself the right to write there.",
-        errno.EROFS: "The disk is read-only: mount it for writing, or run the project elsewhere.",
-        errno.ENOTDIR: "A file stands where a folder is wanted: remove it.",
-        errno.EISDIR: "A folder stands where a file is wanted: remove it.",
-        errno.EEXIST: "A file stands where a folder is wanted: remove it.",
-    }
     said = (error.strerror or first_line(error)).rstrip(".")
-    return str(HwpqError(said.lower(), where=where, remedy=remedy.get(error.errno or 0, "Mend it, and run it again.")))
+    return str(HwpqError(said.lower(), where=where, remedy=_REMEDIES[error.errno or 0]))
 
 
 def _of_kedro(error: BaseException) -> str | None:
