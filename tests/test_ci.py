@@ -140,7 +140,7 @@ def test_workflow_runs_what_there_is(root):
     commands = "\n".join(step["run"] for step in steps if "run" in step)
     makefile = (root / "Makefile").read_text()
     targets = set(re.findall(r"make ([a-z-]+)", commands))
-    assert targets == {"install", "ci", "test-sweep", "test-postgres", "test-browser"}
+    assert targets == {"install", "ci", "lint", "test-sweep", "test-postgres", "test-browser"}
     for target in targets:
         assert f"\n{target}: " in makefile
     for script in ("run", "publish"):

@@ -144,7 +144,7 @@ def test_same_codes_whatever_rows_stand_beside() -> None:
         ({"grid": "int4", "descent": DESCENT}, "layer.7.*needs the Gram matrix.*gram mode"),
         ({"grid": "fp8_e4m3", "descent": DESCENT}, "layer.7.*Choose nearest"),
         ({"grid": "int5"}, "layer.7.*'int5'"),
-        ({"grid": "int4", "group_size": 5}, "layer.7.*16 columns.*groups of 5.*16"),
+        ({"grid": "int4", "group_size": 5}, "layer.7.*16 columns.*groups of 5.*Choose another grid"),
     ],
 )
 def test_refusals_name_layer_and_remedy(options: dict, message: str) -> None:

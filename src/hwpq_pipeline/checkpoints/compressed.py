@@ -89,17 +89,13 @@ class CompressedModel:
     def _check_grid(self, grid: str | None, group_size: int | None) -> None:
         where = f"{self.path}/recipe.json"
         if grid is not None and grid not in OFFERED:
-            raise HwpqError(
-                f"no export for grid {grid!r}", where=where, remedy=f"Quantize to one of {', '.join(OFFERED)}."
-            )
+            remedy = f"Quantize to one of {', '.join(OFFERED)}."
+            raise HwpqError(f"no export for grid {grid!r}", where=where, remedy=remedy)
         if group_size is not None and not isinstance(group_size, int):
             raise HwpqError(f"its group size is {group_size!r}", where=where, remedy=_AGAIN)
         if group_size is not None and (grid is None or not GRIDS[grid].group_sizes):
-            raise HwpqError(
-                f"grid {grid} with groups of {group_size} has no engine",
-                where=where,
-                remedy="Leave the group size out.",
-            )
+            what = f"grid {grid} with groups of {group_size} has no engine"
+            raise HwpqError(what, where=where, remedy="Leave the group size out.")
 
     def _open(self, file: Path) -> None:
         with reading(file, what="corrupt safetensors file", remedy=_AGAIN):
@@ -116,17 +112,11 @@ class CompressedModel:
                 f"{len(missing)} tensors are missing, first {missing[0]}", where=str(self.path), remedy=_AGAIN
             )
         if extra := sorted(set(self._handles) - wanted):
-            raise HwpqError(
-                f"{len(extra)} tensors are not in the recipe, first {extra[0]}",
-                where=str(self.path),
-                remedy=_AGAIN,
-            )
+            what = f"{len(extra)} tensors are not in the recipe, first {extra[0]}"
+            raise HwpqError(what, where=str(self.path), remedy=_AGAIN)
         if (self.grid is None) == bool(self.quantized):
-            raise HwpqError(
-                f"grid {self.grid} with {len(self.quantized)} quantized layers",
-                where=f"{self.path}/recipe.json",
-                remedy=_AGAIN,
-            )
+            what = f"grid {self.grid} with {len(self.quantized)} quantized layers"
+            raise HwpqError(what, where=f"{self.path}/recipe.json", remedy=_AGAIN)
 
     def _tensor(self, name: str) -> Tensor:
         with reading(f"{self.path}: {name}", remedy=_AGAIN):
