@@ -83,9 +83,11 @@ def copy_project(target: Path) -> Path:
 
 
 def run_in(
-    project: Path, *command: str, env: Mapping[str, str] | None = None, timeout: float = 1800
+    project: Path, *command: str, env: Mapping[str, str] | None = None, timeout: float = 1800, warm: bool = False
 ) -> subprocess.CompletedProcess[str]:
     """Run a command in a copy of the project, on the copy's code, logging to the copy's own `mlflow.db`.
+
+    With `warm`, a `kedro` that it starts comes from a process that has the libraries already (`tests/warm.py`).
 
     Returns the finished process with its output as text. The caller asserts the exit status.
     """
@@ -93,6 +95,10 @@ def run_in(
     environment["PYTHONPATH"] = str(project / "src")
     # This environment's tools come first, however pytest was started: DVC calls `kedro` by name.
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment.get('PATH', '')}"
+    if warm:
+        from tests.warm import folder_of_kedro
+
+        environment["PATH"] = f"{folder_of_kedro()}{os.pathsep}{environment['PATH']}"
     environment.update(env or {})
     return subprocess.run(
         command, cwd=project, env=environment, capture_output=True, text=True, timeout=timeout, check=False

@@ -87,12 +87,12 @@ def ok(done: subprocess.CompletedProcess[str]) -> subprocess.CompletedProcess[st
 
 def kedro(project: Path, *arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
     """`kedro run …` in the project."""
-    return run_in(project, sys.executable, "-m", "kedro", "run", *arguments, **options)
+    return run_in(project, "kedro", "run", *arguments, warm=True, **options)
 
 
 def dvc(project: Path, *arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
     """`dvc …` in the project."""
-    return run_in(project, sys.executable, "-m", "dvc", *arguments, **options)
+    return run_in(project, sys.executable, "-m", "dvc", *arguments, warm=True, **options)
 
 
 def git(project: Path, *arguments: str) -> str:

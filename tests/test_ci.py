@@ -77,7 +77,7 @@ def test_a_misspelt_gate_is_named(small):
 def test_ci_reruns_one_variant_compares_with_main_and_fails_on_a_gate(small):
     before = metrics_of(small)
     configure(small, "parameters_variants", variants=with_sparsity(0.7))
-    done = ok(run_in(small, "make", "ci"))
+    done = ok(run_in(small, "make", "ci", warm=True))
     assert ran(done) == {f"{stage}@{EWMA}" for stage in PER_VARIANT} | {"recipes", "report", "track", "publish"}
     assert len(runs(small)) == len(VARIANTS) + 1
     summary = (small / "data" / "09_comparison" / "summary.md").read_text()
@@ -94,7 +94,7 @@ def test_ci_reruns_one_variant_compares_with_main_and_fails_on_a_gate(small):
     assert (sparsity["old"], sparsity["new"]) == (0.5, 0.7)
 
     tighten(small)
-    failed = run_in(small, "make", "ci")
+    failed = run_in(small, "make", "ci", warm=True)
     assert failed.returncode != 0
     assert ran(failed) == {"track"}
     assert len(runs(small)) == len(VARIANTS) + 1
@@ -104,7 +104,7 @@ def test_ci_reruns_one_variant_compares_with_main_and_fails_on_a_gate(small):
 
 
 def test_ci_against_no_revision_says_so(small_project):
-    done = run_in(small_project, "make", "ci", "BASE=nowhere")
+    done = run_in(small_project, "make", "ci", "BASE=nowhere", warm=True)
     assert done.returncode != 0
     (line,) = error_lines(done)
     assert "nowhere" in line
@@ -226,7 +226,7 @@ def flatten(value: object) -> list[dict]:
 @pytest.mark.sweep
 def test_a_sweep_arrives_in_mlflow(small):
     grids = "{grid:fp8_e4m3},{grid:int4,group_size:32}"
-    ok(run_in(small, "make", "sweep", f"SWEEP={EWMA}", "SPARSITY=0.4", f"GRIDS={grids}", timeout=1200))
+    ok(run_in(small, "make", "sweep", f"SWEEP={EWMA}", "SPARSITY=0.4", f"GRIDS={grids}", timeout=1200, warm=True))
     swept = {
         (run.data.params["selection.sparsity"], run.data.params["quantization.grid"])
         for run in runs(small)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,7 +11,7 @@ from tests.conftest import run_in
 
 
 def kedro(project: Path, *arguments: str):
-    return run_in(project, sys.executable, "-m", "kedro", *arguments)
+    return run_in(project, "kedro", *arguments, warm=True)
 
 
 def change(project: Path, file: str, **values) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,7 +15,7 @@ from tests.small import EWMA, VARIANTS, error_lines, kedro, ok
 
 
 def hwpq(project: Path, *arguments: str):
-    return run_in(project, sys.executable, "-m", "kedro", "hwpq", *arguments)
+    return run_in(project, "kedro", "hwpq", *arguments, warm=True)
 
 
 @pytest.mark.slow

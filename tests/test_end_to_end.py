@@ -147,7 +147,7 @@ def overlay_ci(project: Path) -> None:
 
 
 def dvc(project: Path, *arguments: str):
-    return run_in(project, sys.executable, "-m", "dvc", *arguments, timeout=2400)
+    return run_in(project, sys.executable, "-m", "dvc", *arguments, timeout=2400, warm=True)
 
 
 def git(project: Path, *arguments: str) -> None:

@@ -5,7 +5,6 @@ The files are read and checked in this process, through the door that the comman
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -220,7 +219,7 @@ def test_merge_keys_and_anchors_are_allowed(tmp_path: Path) -> None:
     ],
 )
 def test_a_wrong_argument_is_a_line(project: Path, arguments: tuple[str, ...], expected: tuple[str, ...]) -> None:
-    done = run_in(project, sys.executable, "-m", "kedro", "run", *arguments)
+    done = run_in(project, "kedro", "run", *arguments, warm=True)
     assert done.returncode != 0
     assert "Traceback" not in done.stderr + done.stdout
     (line,) = [line for line in done.stderr.splitlines() if line.startswith(("error: ", "Error: "))]
