@@ -15,6 +15,7 @@ import tempfile
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from hwpq_pipeline.errors import HwpqError
 from hwpq_pipeline.export.compressed_tensors import export_checkpoint
 from hwpq_pipeline.kernels.devices import choose_device
 from hwpq_pipeline.method.fitting import misfits
+from hwpq_pipeline.method.healed import samples_needed, write_healed
 from hwpq_pipeline.method.recipe import Recipe
 from hwpq_pipeline.method.run import write_model
 
@@ -71,7 +73,7 @@ def compress(  # noqa: PLR0913 (each is a choice of the user)
     Args:
         model_dir: the dense checkpoint: config, safetensors, tokenizer.
         recipe: a `Recipe`, or a variant as in `conf/base/parameters_variants.yml` (`selection`, `recovery`,
-            `quantization`, `sequential`).
+            `quantization`, `sequential`, `healing`).
         out: directory of the export. An earlier export there is replaced, and only by a complete new one; any other
             directory with files in it is refused.
         calibration: text to calibrate on (a file of text, JSON or Parquet, or a directory of them), or token ids of
@@ -104,6 +106,9 @@ def compress(  # noqa: PLR0913 (each is a choice of the user)
         neutral = scratch / "compressed"
         neutral.mkdir()
         facts = write_model(model_dir, statistics, made, neutral, name=target.name, tokens=tokens, device=place)
+        if made.healing is not None:
+            text = partial(_tokens, model_dir, calibration, scratch, length=length, seed=made.healing.seed)
+            neutral = _healed(model_dir, neutral, made, text(samples=samples_needed(made, length)), place)
         export_checkpoint(model_dir, neutral, target)
     return Compressed(target, made, facts, time.perf_counter() - begun)
 
@@ -135,6 +140,14 @@ def _free(target: Path) -> Path:
         raise HwpqError(
             "it is there already and is no export of ours", where=str(target), remedy="Name another place with out=."
         )
+    return target
+
+
+def _healed(model_dir: str | Path, compressed: Path, recipe: Recipe, tokens: Tokens, device: torch.device) -> Path:
+    target = compressed.with_name("healed")
+    target.mkdir()
+    states = compressed.with_name("states")
+    write_healed(model_dir, compressed, recipe, target, tokens=tokens, states=states, device=device)
     return target
 
 

@@ -9,6 +9,8 @@ With n weights in the compressible layers, m other parameters and T tokens:
     calibrate     2·T·(n + Σ in²) operations;   evaluate 2·T·(n + 2·head) for each variant
     compress      2·out·in² operations a layer, for each step of recovery and sweep of descent;
                   sequential, 2·T·(2·n + 2·Σ in²) more, and the activations of two runs of a block in memory
+    healing       2·(n + head) operations for each of its tokens, three times (forward, and back for inputs and
+                  weights), and once for the dense model; at most its minutes
 
 A matrix product timed on this machine turns operations into seconds, as if nothing else were done. The estimate tells
 minutes from hours; it is not a measurement.
@@ -131,6 +133,7 @@ def plan_rows(
         masks = shapes.weights // 8 if recipe.selects else 0
         neutral = shapes.weights * (1 if any(part.quantization for part in recipe.parts) else 2)
         seconds = (making_operations(shapes, recipe, calibration_tokens) + evaluate) / speed
+        seconds += healing_seconds(shapes, recipe, speed)
         rows.append(Row(name, export, export + masks + neutral, seconds))
     return rows
 
@@ -156,6 +159,13 @@ def making_operations(shapes: Shapes, recipe: Recipe, tokens: int) -> float:
     for layer in shapes.layers:
         total += _passes(recipe.for_layer(layer.name)) * 2.0 * layer.shape[0] * layer.shape[1] ** 2
     return total
+
+
+def healing_seconds(shapes: Shapes, recipe: Recipe, speed: float) -> float:
+    """Seconds that a variant is healed."""
+    if recipe.healing is None:
+        return 0.0
+    return min(60 * recipe.healing.minutes, 4 * 2.0 * recipe.healing.tokens * (shapes.weights + shapes.head) / speed)
 
 
 def _passes(recipe: Recipe) -> int:

@@ -13,7 +13,7 @@ from pydantic import AfterValidator, Field, model_serializer, model_validator
 from hwpq_pipeline.compression.grids import GRIDS, OFFERED
 from hwpq_pipeline.method.overrides import problem_of
 from hwpq_pipeline.method.recipe import PRESETS
-from hwpq_pipeline.parameters import Parameters, one_of
+from hwpq_pipeline.parameters import Parameters, Seed, one_of
 
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 #: Deviations over the mean: no float32 ratio of a row of weights comes near it, so more drops every weight.
@@ -137,6 +137,21 @@ class LayerSettings(Parameters):
         return plain
 
 
+class Healing(Parameters):
+    """After the layers: the whole model learns from the dense one, with its mask and its scales (`method.healing`).
+
+    `tokens` and `minutes` are the budget; what is used up first ends it. What is left out takes the default of
+    `method.recipe.HEALING`.
+    """
+
+    tokens: Annotated[int, Field(ge=1)] | None = None
+    minutes: Annotated[float, Field(gt=0)] | None = None
+    batch: Annotated[int, Field(ge=1)] | None = None
+    learning_rate: Annotated[float, Field(gt=0, lt=1)] | None = None
+    held_out: Annotated[int, Field(ge=1)] | None = None
+    seed: Seed | None = None
+
+
 class Variant(Parameters):
     """One compressed variant: an entry of `conf/base/parameters_variants.yml`. `method.recipe.Recipe` writes it out.
 
@@ -145,6 +160,7 @@ class Variant(Parameters):
     passes a variant. Some presets set it.
 
     `layers` has other settings for some layers, of which the last match counts; `ignore` leaves layers as they are.
+    `healing` teaches the compressed model as a whole; `healing: {}` takes all defaults.
     """
 
     description: str
@@ -154,6 +170,7 @@ class Variant(Parameters):
     sequential: bool | None = None
     layers: tuple[LayerSettings, ...] = ()
     ignore: tuple[Pattern, ...] = ()
+    healing: Healing | None = None
 
     @model_validator(mode="after")
     def _no_contradiction(self) -> Self:
@@ -162,6 +179,8 @@ class Variant(Parameters):
         if self.recovery is not None and not selects:
             raise ValueError("recovery mends what selection prunes; add selection or remove recovery")
         rounds = self.quantization is not None or any(part.quantization for part in self.layers)
+        if self.healing is not None and not selects and not rounds:
+            raise ValueError("healing mends what selection and quantization do; add one or remove healing")
         if self.ignore and not selects and not rounds:
             raise ValueError("nothing is done that ignore could leave out; remove ignore")
         if self.sequential and self.recovery is None and not rounds:

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from hwpq_pipeline.calibration.statistics import collect_statistics
-from hwpq_pipeline.checkpoints.compressed import CompressedModel, Masks, write_masks
+from hwpq_pipeline.checkpoints.compressed import CompressedModel
+from hwpq_pipeline.checkpoints.masks import Masks, write_masks
 from hwpq_pipeline.checkpoints.reader import read_tensors
 from hwpq_pipeline.errors import HwpqError
 from hwpq_pipeline.method.groups import Group, open_groups

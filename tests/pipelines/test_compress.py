@@ -8,7 +8,8 @@ import torch
 from safetensors.torch import save_file
 
 from hwpq_pipeline.calibration.statistics import collect_statistics
-from hwpq_pipeline.checkpoints.reader import read_json, read_tensors
+from hwpq_pipeline.checkpoints.json_file import read_json
+from hwpq_pipeline.checkpoints.reader import read_tensors
 from hwpq_pipeline.errors import HwpqError
 from hwpq_pipeline.parameters import Compute
 from hwpq_pipeline.pipelines.compress.nodes import compress_weights

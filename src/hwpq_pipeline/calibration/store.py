@@ -20,7 +20,8 @@ from typing import Any
 
 import torch
 
-from hwpq_pipeline.checkpoints.reader import read_json, read_tensors
+from hwpq_pipeline.checkpoints.json_file import read_json
+from hwpq_pipeline.checkpoints.reader import read_tensors
 from hwpq_pipeline.checkpoints.writer import write_json, write_tensors
 from hwpq_pipeline.errors import HwpqError
 

@@ -1,19 +1,17 @@
-"""A variant's files between our stages: what was selected (`05_selection`) and what was compressed (`06_models`).
+"""A variant's compressed model between our stages (`06_models`), in no engine's format.
 
-**Masks.** One safetensors file holds `<layer>.keep` for each layer: uint8, one bit a weight, set where it is kept
-(`compression.bits`).
-
-**Compressed model.** It is in no engine's format. `recipe.json` says how to read the tensors: `grid` (null where
+`recipe.json` says how to read the tensors: `grid` (null where
 nothing is rounded), `group_size`, `structure` and `layers`, and in `others` the grid and group size of layers that have
 other ones. It also says how they were made: `variant`, and the `recipe` in plain numbers. Beside it is a safetensors
 file for each input group. For each layer it holds `<layer>.codes` (out, in) and `<layer>.scale` (out, groups), or
-`<layer>.weight` (out, in) where the layer was pruned only. The reader checks names, shapes, ranges and finiteness.
+`<layer>.weight` (out, in) where the layer was pruned only. `replaced` names other tensors of the checkpoint (norms)
+that have new values here. The reader checks names, shapes, ranges and finiteness.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,8 +19,10 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from hwpq_pipeline.checkpoints.checksums import read_tensor
+from hwpq_pipeline.checkpoints.json_file import read_json
 from hwpq_pipeline.checkpoints.layers import layer_map
-from hwpq_pipeline.checkpoints.reader import Checkpoint, read_json, read_names, read_tensors
+from hwpq_pipeline.checkpoints.reader import Checkpoint
 from hwpq_pipeline.checkpoints.writer import write_json, write_tensors
 from hwpq_pipeline.compression.codes import Quantized, code_dtype, dequantize, on_grid
 from hwpq_pipeline.compression.grids import GRIDS, OFFERED
@@ -61,6 +61,7 @@ class CompressedModel:
             self.variant: str = recipe["variant"]
             self.recipe: dict[str, Any] = recipe["recipe"]
             self.layers: dict[str, None] = dict.fromkeys(recipe["layers"])
+            self._replaced: tuple[str, ...] = tuple(recipe.get("replaced", ()))
             self.others = {layer: (str(grid), group) for layer, (grid, group) in recipe.get("others", {}).items()}
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise HwpqError(f"it lacks {error}", where=f"{self.path}/recipe.json", remedy=_AGAIN) from error
@@ -103,7 +104,7 @@ class CompressedModel:
         self._handles.update(dict.fromkeys(handle.keys(), handle))
 
     def _check_names(self) -> None:
-        wanted = set()
+        wanted = set(self._replaced)
         for layer in self.layers:
             parts = ("codes", "scale") if layer in self.quantized else ("weight",)
             wanted |= {f"{layer}.{part}" for part in parts}
@@ -119,9 +120,7 @@ class CompressedModel:
             raise HwpqError(what, where=f"{self.path}/recipe.json", remedy=_AGAIN)
 
     def _tensor(self, name: str) -> Tensor:
-        with reading(f"{self.path}: {name}", remedy=_AGAIN):
-            tensor: Tensor = self._handles[name].get_tensor(name)
-            return tensor
+        return read_tensor(self._handles[name], name, where=f"{self.path}: {name}", remedy=_AGAIN)
 
     def read_quantized(self, layer: str, shape: tuple[int, ...]) -> Quantized:
         """A layer's codes and scales, checked against the dense weight's `shape` (out, in) and the grid.
@@ -179,6 +178,10 @@ class CompressedModel:
             return dequantize(self.read_quantized(layer, shape))
         return self.read_weight(layer, shape).to(dtype)
 
+    def replaced(self) -> dict[str, Tensor]:
+        """Tensors of the checkpoint that are no compressed layers and have new values, by name."""
+        return {name: self._tensor(name) for name in self._replaced}
+
     def scale_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """`dtype` if every scale is a number of that dtype, else float32. So no scale changes its value."""
         for layer in self.quantized:
@@ -189,7 +192,7 @@ class CompressedModel:
 
 
 def open_compressed(model_dir: str | Path, compressed_dir: str | Path) -> tuple[Checkpoint, CompressedModel]:
-    """A dense checkpoint and a compressed model of it.
+    """A dense checkpoint and a compressed model of it, which gives some of the dense tensors new values.
 
     Raises:
         HwpqError: one of them is damaged, or the compressed model has a layer that the dense one lacks.
@@ -201,6 +204,7 @@ def open_compressed(model_dir: str | Path, compressed_dir: str | Path) -> tuple[
             where=str(dense.path),
             remedy="Compress this model again: the compressed layers belong to another one.",
         )
+    dense.replace(compressed.replaced())
     return dense, compressed
 
 
@@ -230,6 +234,12 @@ class CompressedWriter:
         self.directory = directory
         self._layers: list[str] = []
         self._formats: dict[str, tuple[str, int | None]] = {}
+        self._replaced: list[str] = []
+
+    def replace(self, tensors: Mapping[str, Tensor]) -> None:
+        """Write new values of other tensors of the checkpoint, by name."""
+        write_tensors(self.directory / "replaced.safetensors", tensors)
+        self._replaced += tensors
 
     def add(self, group: CompressedLayers) -> None:
         """Write an input group's layers into a file of its name.
@@ -251,7 +261,7 @@ class CompressedWriter:
             recipe: in plain numbers.
         """
         grid, group_size = Counter(self._formats.values()).most_common(1)[0][0] if self._formats else (None, None)
-        header = {
+        header: dict[str, Any] = {
             "variant": variant,
             "grid": grid,
             "group_size": group_size,
@@ -260,32 +270,5 @@ class CompressedWriter:
             "layers": self._layers,
         }
         others = {layer: pair for layer, pair in self._formats.items() if pair != (grid, group_size)}
-        write_json(self.directory / "recipe.json", header | ({"others": others} if others else {}))
-
-
-class Masks(Mapping[str, Tensor]):
-    """A variant's packed keep-masks by layer name, each read when it is asked for.
-
-    Args:
-        path: the file that `write_masks` wrote.
-    """
-
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
-        self._names = [name.removesuffix(".keep") for name in read_names(self.path)]
-
-    def __getitem__(self, layer: str) -> Tensor:
-        if layer not in self._names:
-            raise KeyError(layer)
-        return read_tensors(self.path, [f"{layer}.keep"])[f"{layer}.keep"]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
-
-
-def write_masks(path: str | Path, masks: Mapping[str, Tensor]) -> Path:
-    """Write packed keep-masks, uint8 (out, ⌈in / 8⌉) by layer name, whole or not at all."""
-    return write_tensors(path, {f"{layer}.keep": keep for layer, keep in masks.items()})
+        header |= ({"others": others} if others else {}) | ({"replaced": self._replaced} if self._replaced else {})
+        write_json(self.directory / "recipe.json", header)

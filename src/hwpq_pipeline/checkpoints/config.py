@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from hwpq_pipeline.checkpoints.reader import read_json
+from hwpq_pipeline.checkpoints.json_file import read_json
 from hwpq_pipeline.errors import HwpqError
 
 MOST_PARTS, MOST_SIZE = 10_000, 2**31

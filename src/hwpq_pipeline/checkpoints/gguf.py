@@ -19,10 +19,10 @@ from typing import Any
 import torch
 
 from hwpq_pipeline.checkpoints.gguf_header import check_header
+from hwpq_pipeline.checkpoints.json_file import read_json
 from hwpq_pipeline.checkpoints.layers import tied_parameters
 from hwpq_pipeline.checkpoints.pre_tokenizers import rule_of
 from hwpq_pipeline.checkpoints.quiet import quiet_transformers
-from hwpq_pipeline.checkpoints.reader import read_json
 from hwpq_pipeline.checkpoints.writer import write_json, write_text, write_weights
 from hwpq_pipeline.errors import HwpqError, reading
 

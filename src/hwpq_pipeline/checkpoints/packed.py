@@ -22,7 +22,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from hwpq_pipeline.checkpoints.reader import read_json, read_tensors
+from hwpq_pipeline.checkpoints.json_file import read_json
+from hwpq_pipeline.checkpoints.reader import read_tensors
 from hwpq_pipeline.checkpoints.writer import write_json, write_tensors
 from hwpq_pipeline.compression.codes import Quantized
 from hwpq_pipeline.compression.grids import GRIDS

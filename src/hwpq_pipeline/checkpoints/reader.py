@@ -2,13 +2,13 @@
 
 safetensors puts a JSON header with names, dtypes, shapes and offsets before the raw bytes. Opening a file reads its
 header, and reading a tensor reads that tensor, so a model is never in memory whole. The header's last offset must be
-the file's size. This finds a truncated file when it is opened.
+the file's size. This finds a truncated file when it is opened. A tensor whose bytes are not those that were written is
+found when it is read (`checksums`).
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,42 +16,20 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
+from hwpq_pipeline.checkpoints.checksums import check_bytes, read_tensor
+from hwpq_pipeline.checkpoints.json_file import FETCH_AGAIN, read_json
 from hwpq_pipeline.checkpoints.matrices import Matrix
 from hwpq_pipeline.checkpoints.places import check_inside
-from hwpq_pipeline.errors import HwpqError, reading, said
+from hwpq_pipeline.errors import HwpqError, reading
 
 _FLOATS = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
-_FETCH_AGAIN = "Fetch or make it again: remove the directory and run the step that writes it."
 
 
 def _open(path: Path) -> Any:
     if not path.is_file():
-        raise HwpqError("no such file", where=str(path), remedy=_FETCH_AGAIN)
-    with reading(path, what="corrupt safetensors file", remedy=_FETCH_AGAIN):
+        raise HwpqError("no such file", where=str(path), remedy=FETCH_AGAIN)
+    with reading(path, what="corrupt safetensors file", remedy=FETCH_AGAIN):
         return safe_open(path, framework="pt")
-
-
-def _no_number(word: str) -> float:
-    raise ValueError(f"{word} is no number of JSON")
-
-
-def read_json(path: str | Path) -> dict[str, Any]:
-    """A JSON object from a file.
-
-    Raises:
-        HwpqError: the file is missing, or is not a JSON object.
-    """
-    path = Path(path)
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_number)
-        json.dumps(value, ensure_ascii=False).encode("utf-8")  # half a character could not be written again
-    except FileNotFoundError as error:
-        raise HwpqError("no such file", where=str(path), remedy=_FETCH_AGAIN) from error
-    except (ValueError, RecursionError) as error:
-        raise HwpqError(f"not valid JSON ({said(error)})", where=str(path), remedy=_FETCH_AGAIN) from error
-    if not isinstance(value, dict):
-        raise HwpqError("not a JSON object", where=str(path), remedy=_FETCH_AGAIN)
-    return value
 
 
 def read_tensors(path: str | Path, names: Sequence[str] | None = None) -> dict[str, torch.Tensor]:
@@ -64,11 +42,13 @@ def read_tensors(path: str | Path, names: Sequence[str] | None = None) -> dict[s
     Raises:
         HwpqError: the file is missing or corrupt, or lacks a wanted tensor.
     """
-    with _open(Path(path)) as stream:
+    path = Path(path)
+    with _open(path) as stream:
         held = set(stream.keys())
         if missing := sorted(set(names or ()) - held):
-            raise HwpqError(f"no tensor {missing[0]}", where=str(path), remedy=_FETCH_AGAIN)
-        return {name: stream.get_tensor(name) for name in (sorted(held) if names is None else names)}
+            raise HwpqError(f"no tensor {missing[0]}", where=str(path), remedy=FETCH_AGAIN)
+        wanted = sorted(held) if names is None else names
+        return {name: read_tensor(stream, name, where=f"{path}: {name}", remedy=FETCH_AGAIN) for name in wanted}
 
 
 def read_names(path: str | Path) -> list[str]:
@@ -89,7 +69,7 @@ def _shards_by_tensor(index: Path) -> dict[str, str]:
     """
     found = read_json(index).get("weight_map")
     if not isinstance(found, dict) or not all(isinstance(file, str) for file in found.values()):
-        raise HwpqError("its weight_map names no file for each tensor", where=str(index), remedy=_FETCH_AGAIN)
+        raise HwpqError("its weight_map names no file for each tensor", where=str(index), remedy=FETCH_AGAIN)
     for file in found.values():
         check_inside(file, str(index))
     return found
@@ -108,12 +88,14 @@ class Checkpoint:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         if not self.path.is_dir():
-            raise HwpqError("no such checkpoint directory", where=str(path), remedy=_FETCH_AGAIN)
+            raise HwpqError("no such checkpoint directory", where=str(path), remedy=FETCH_AGAIN)
         self.config = read_json(self.path / "config.json")
         self._files: dict[str, Path] = {}
         self._handles: dict[Path, Any] = {}
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._dtypes: dict[str, str] = {}
+        self._intact: set[str] = set()
+        self._replaced: dict[str, torch.Tensor] = {}
         self._scan()
 
     def _scan(self) -> None:
@@ -142,7 +124,7 @@ class Checkpoint:
             raise HwpqError(
                 f"{len(missing)} tensors of the index are in no shard, first {missing[0]}",
                 where=str(self.path),
-                remedy=_FETCH_AGAIN,
+                remedy=FETCH_AGAIN,
             )
 
     @property
@@ -180,6 +162,30 @@ class Checkpoint:
     def size_bytes(self) -> int:
         """Bytes of the safetensors files on disk."""
         return sum(shard.stat().st_size for shard in self._handles)
+
+    def replace(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Read these values from now on in the place of the files'.
+
+        Raises:
+            HwpqError: there is no such tensor, or it has another shape.
+        """
+        for name, tensor in tensors.items():
+            if self.shape(name) != tuple(tensor.shape):
+                raise HwpqError(
+                    f"shape {tuple(tensor.shape)} for one of {self.shape(name)}",
+                    where=f"{self.path}: {name}",
+                    remedy="Check that config and weights belong together.",
+                )
+            self._replaced[name] = tensor.to(self.tensor_dtype(name))
+
+    def check_bytes(self) -> None:
+        """Compare every tensor with its checksum, where the files have checksums.
+
+        Raises:
+            HwpqError: a tensor's bytes are not those that were written.
+        """
+        for name in self._files:
+            self._check_bytes(name)
 
     def check_dense(self) -> None:
         """Refuse a checkpoint that is quantized.
@@ -243,16 +249,27 @@ class Checkpoint:
         """
         self._known(matrix.tensor)
         step = self._shapes[matrix.tensor][0] // matrix.parts
-        rows = slice(matrix.part * step, (matrix.part + 1) * step)
+        rows = slice(matrix.part * step, (matrix.part + 1) * step) if matrix.parts > 1 else slice(None)
         part = self._checked(matrix.tensor, self._read(matrix.tensor, rows))
         return replace(matrix, part=0, parts=1).of(part).float().contiguous()
 
     def _read(self, name: str, rows: slice) -> torch.Tensor:
-        """Rows of a tensor (along its first dimension)."""
-        handle = self._handles[self._files[name]]
-        with reading(f"{self._files[name]}: {name}", remedy=_FETCH_AGAIN):
-            found: torch.Tensor = handle.get_tensor(name) if rows == slice(None) else handle.get_slice(name)[rows]
+        """Rows of a tensor (along its first dimension). The whole is compared with its checksum, once."""
+        if name in self._replaced:
+            return self._replaced[name][rows]
+        handle, where = self._handles[self._files[name]], f"{self._files[name]}: {name}"
+        if rows == slice(None):
+            return read_tensor(handle, name, where=where, remedy=FETCH_AGAIN)
+        self._check_bytes(name)
+        with reading(where, remedy=FETCH_AGAIN):
+            found: torch.Tensor = handle.get_slice(name)[rows]
             return found
+
+    def _check_bytes(self, name: str) -> None:
+        if name not in self._intact:
+            file = self._files[name]
+            check_bytes(self._handles[file], name, where=f"{file}: {name}", remedy=FETCH_AGAIN)
+            self._intact.add(name)
 
     def _checked(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):

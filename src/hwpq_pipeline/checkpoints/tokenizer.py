@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from hwpq_pipeline.checkpoints.reader import read_json
+from hwpq_pipeline.checkpoints.json_file import read_json
 from hwpq_pipeline.errors import HwpqError, reading
 
 _REMEDY = "Use a checkpoint that has its tokenizer.json beside the weights."

@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from hwpq_pipeline.checkpoints.checksums import metadata_of
+
 #: transformers refuses safetensors files whose metadata does not name the framework.
 FORMAT = {"format": "pt"}
 SHARD_BYTES = 4 * 2**30
@@ -77,7 +79,7 @@ def write_json(path: str | Path, value: Any) -> Path:
 
 
 def write_tensors(path: str | Path, tensors: Mapping[str, torch.Tensor]) -> Path:
-    """Write one safetensors file atomically.
+    """Write one safetensors file atomically, with a checksum of each tensor.
 
     Args:
         path: the file.
@@ -85,9 +87,20 @@ def write_tensors(path: str | Path, tensors: Mapping[str, torch.Tensor]) -> Path
     """
     plain = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
     with atomic_file(path) as partial:
-        save_file(plain, partial, metadata=FORMAT)
+        save_file(plain, partial, metadata=FORMAT | metadata_of(plain))
+        _sort_metadata(partial)
         os.chmod(partial, 0o666 & ~_umask())  # safetensors creates it 0600
     return Path(path)
+
+
+def _sort_metadata(file: Path) -> None:
+    """Put the entries of the metadata in order: safetensors writes them in another one each time."""
+    with file.open("r+b") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        header = json.loads(stream.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        stream.seek(8)
+        stream.write(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(length))
 
 
 def _umask() -> int:

@@ -33,7 +33,7 @@ def load_causal_lm(directory: str | Path, dtype: torch.dtype, *, remedy: str) ->
     """
     from transformers import AutoModelForCausalLM
 
-    Checkpoint(directory)  # says in fewer words than transformers what is missing or truncated
+    Checkpoint(directory).check_bytes()  # says in fewer words than transformers what is missing, truncated or flipped
     with reading(directory, what="transformers cannot load it", remedy=remedy), quiet_transformers():
         result: Any = AutoModelForCausalLM.from_pretrained(
             directory,

@@ -26,11 +26,10 @@ from torch import Tensor, nn
 from hwpq_pipeline.checkpoints.layers import body_of
 from hwpq_pipeline.checkpoints.quiet import quiet_transformers
 from hwpq_pipeline.decoder.dtypes import resolve_dtype
+from hwpq_pipeline.decoder.head import Head, find_head
 from hwpq_pipeline.decoder.loading import load_causal_lm
 from hwpq_pipeline.decoder.tokens import check_vocabulary
 from hwpq_pipeline.errors import HwpqError
-
-from .head import Head, find_head
 
 _PROBE_TOKENS = 8
 

@@ -30,7 +30,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hwpq_pipeline.checkpoints.reader import read_json, read_tensors
+from hwpq_pipeline.checkpoints.json_file import read_json
+from hwpq_pipeline.checkpoints.reader import read_tensors
 from hwpq_pipeline.checkpoints.writer import atomic_directory, write_json, write_tensors
 from hwpq_pipeline.decoder.dtypes import dtype_name
 from hwpq_pipeline.decoder.tokens import token_table

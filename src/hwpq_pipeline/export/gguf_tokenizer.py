@@ -11,8 +11,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from hwpq_pipeline.checkpoints.json_file import read_json
 from hwpq_pipeline.checkpoints.pre_tokenizers import PRE_TOKENIZERS, name_of
-from hwpq_pipeline.checkpoints.reader import read_json
 from hwpq_pipeline.errors import HwpqError
 
 from .llama import USE_ANOTHER

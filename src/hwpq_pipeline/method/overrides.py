@@ -3,6 +3,8 @@
 A pattern is compressed-tensors' own: a layer's full name, `re:` and a regular expression that its name begins with, or
 `Linear` for all. Of several entries that match a layer the last one counts. `ignore` is the entry that comes after all
 others: those layers are neither pruned nor rounded.
+
+`regex` reads the expressions as `re` does, and can be stopped: `(a+)+$` would look for its end for hours.
 """
 
 from __future__ import annotations
@@ -13,9 +15,12 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any
 
+import regex
+
 from hwpq_pipeline.errors import HwpqError
 
 EVERY = "Linear"
+_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
@@ -36,9 +41,20 @@ class Override:
 
 
 def matches(pattern: str, layer: str) -> bool:
-    """Whether a pattern matches a layer's name."""
+    """Whether a pattern matches a layer's name.
+
+    Raises:
+        HwpqError: it is an expression that finds no end.
+    """
     if pattern.startswith("re:"):
-        return re.match(pattern.removeprefix("re:"), layer) is not None
+        try:
+            return regex.match(pattern.removeprefix("re:"), layer, timeout=_SECONDS) is not None
+        except TimeoutError as error:
+            raise HwpqError(
+                f"{pattern!r} takes more than {_SECONDS:.0f} s for the name {layer}",
+                where="ignore and layers",
+                remedy="Leave repeats inside of repeats out of the expression.",
+            ) from error
     return pattern in (layer, EVERY)
 
 
@@ -47,8 +63,8 @@ def problem_of(pattern: str) -> str | None:
     if not pattern.startswith("re:"):
         return None if pattern.strip() else "an empty pattern"
     try:
-        re.compile(pattern.removeprefix("re:"))
-    except (re.error, RecursionError, OverflowError) as error:
+        regex.compile(pattern.removeprefix("re:"))
+    except (regex.error, RecursionError, OverflowError) as error:
         return f"{pattern!r} is no regular expression ({error})"
     return None
 

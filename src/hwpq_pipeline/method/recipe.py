@@ -30,7 +30,7 @@ from typing import Any, Self
 
 from hwpq_pipeline.errors import HwpqError
 from hwpq_pipeline.method.overrides import Override
-from hwpq_pipeline.method.sections import Quantization, Recovery, Selection, Sequence
+from hwpq_pipeline.method.sections import Healing, Quantization, Recovery, Selection, Sequence
 
 
 @dataclass(frozen=True)
@@ -67,6 +67,8 @@ CORRECTION_STEPS = 8
 #: Of the moving average: each step moves mean and deviation by this share of the way (docs/decisions.md, 31).
 GAIN = 1 / 128
 ROUNDING_SWEEPS, ROUNDING_COST = 4, 2
+#: What `healing: {}` stands for.
+HEALING = Healing(tokens=122_880, minutes=20, batch=4, learning_rate=2e-4, held_out=8, seed=0)
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,7 @@ class Recipe:
     Attributes:
         selection, recovery, quantization, sequence: for all layers.
         overrides: other sections for some layers (`method.overrides`); the last one that matches counts.
+        healing: of the whole model, after the layers.
     """
 
     selection: Selection | None = None
@@ -83,14 +86,15 @@ class Recipe:
     quantization: Quantization | None = None
     sequence: Sequence | None = None
     overrides: tuple[Override, ...] = ()
+    healing: Healing | None = None
 
     @classmethod
     def from_variant(cls, variant: Mapping[str, Any]) -> Self:
         """The recipe of a variant whose entry is valid (`parameters.Variant`), every number written out.
 
         Args:
-            variant: `selection`, `recovery`, `quantization`, `sequential`, `layers` and `ignore`; what is missing or
-                None takes its default.
+            variant: `selection`, `recovery`, `quantization`, `sequential`, `layers`, `ignore` and `healing`; what is
+                missing or None takes its default.
 
         Raises:
             HwpqError: an unknown preset.
@@ -107,12 +111,13 @@ class Recipe:
             quantization=_quantization(variant.get("quantization"), damping),
             sequence=Sequence(CORRECTION_STEPS, damping) if sequential else None,
             overrides=_overrides(variant, damping),
+            healing=_healing(variant.get("healing")),
         )
 
     def for_layer(self, layer: str) -> Recipe:
         """What is done to one layer: the recipe with the last override that means it, and without any."""
         sections = next((one.sections for one in reversed(self.overrides) if one.means(layer)), {})
-        own = replace(self, overrides=(), **sections)
+        own = replace(self, overrides=(), healing=None, **sections)
         return own if own.selection is not None or own.recovery is None else replace(own, recovery=None)
 
     @property
@@ -124,7 +129,7 @@ class Recipe:
     @property
     def parts(self) -> list[Recipe]:
         """What may be done to a layer: the recipe without overrides, and with each of them."""
-        plain = replace(self, overrides=())
+        plain = replace(self, overrides=(), healing=None)
         return [plain, *(replace(plain, **one.sections) for one in self.overrides)]
 
     @property
@@ -156,14 +161,15 @@ class Recipe:
     @property
     def needs_text(self) -> bool:
         """Whether calibration text is used at all."""
-        return self.selects or self.needs_gram or self.sequence is not None
+        return self.selects or self.needs_gram or self.sequence is not None or self.healing is not None
 
     def to_json(self) -> dict[str, Any]:
         """Plain nested mappings, numbers and words; `from_json` reads them back."""
-        plain = {name: None if (part := getattr(self, name)) is None else asdict(part) for name in _KINDS}
-        if not self.overrides:
-            return plain
-        return {**plain, "overrides": [_plain(override) for override in self.overrides]}
+        sections = {name: getattr(self, name) for name in _KINDS}
+        plain: dict[str, Any] = {name: part and asdict(part) for name, part in sections.items()}
+        if self.overrides:
+            plain["overrides"] = [_plain(override) for override in self.overrides]
+        return plain if self.healing is None else {**plain, "healing": asdict(self.healing)}
 
     def told(self) -> dict[str, Any]:
         """`to_json` without what does not apply, for people."""
@@ -181,7 +187,7 @@ class Recipe:
             HwpqError: a section or a number is missing or unknown.
         """
         try:
-            if value.keys() - {"overrides"} != _KINDS.keys():
+            if value.keys() - {"overrides", "healing"} != _KINDS.keys():
                 raise KeyError(f"sections {', '.join(value)}")
             overrides = tuple(
                 Override(
@@ -191,7 +197,7 @@ class Recipe:
                 for one in value.get("overrides", ())
             )
             sections = {name: _section(kind, value[name]) for name, kind in _KINDS.items()}
-            return cls(**sections, overrides=overrides)
+            return cls(**sections, overrides=overrides, healing=_section(Healing, value.get("healing")))
         except (AttributeError, KeyError, TypeError) as error:
             raise HwpqError(
                 f"not a recipe ({error})", where="recipe", remedy="Run the recipes pipeline again."
@@ -222,6 +228,12 @@ def _overrides(variant: Mapping[str, Any], damping: float) -> tuple[Override, ..
     if ignored := tuple(variant.get("ignore") or ()):
         found.append(Override(ignored, {"selection": None, "quantization": None}))
     return tuple(found)
+
+
+def _healing(wanted: Mapping[str, Any] | None) -> Healing | None:
+    if wanted is None:
+        return None
+    return replace(HEALING, **{name: value for name, value in wanted.items() if value is not None})
 
 
 def _section(kind: type[Any], value: Mapping[str, Any] | None) -> Any:

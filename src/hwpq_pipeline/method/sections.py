@@ -75,3 +75,23 @@ class Sequence:
 
     steps: int
     damping: float
+
+
+@dataclass(frozen=True)
+class Healing:
+    """How the weights that are left are taught to answer as the dense model does (`method.healing`).
+
+    Attributes:
+        tokens, minutes: the budget; what is used up first ends it.
+        batch: samples of a step.
+        learning_rate: the highest of the cycle.
+        held_out: samples that are not learnt from, on which the best weights are found.
+        seed: of the order of the samples.
+    """
+
+    tokens: int
+    minutes: float
+    batch: int
+    learning_rate: float
+    held_out: int
+    seed: int

@@ -10,8 +10,8 @@ from kedro.pipeline import Node, Pipeline
 
 #: Datasets that all variants read, hence without a namespace.
 SHARED = {
-    "model", "corpus", "sources", "calibration", "evaluation", "statistics", "reference", "scratch",
-    "calibrate_seconds",
+    "model", "corpus", "sources", "documents", "calibration", "evaluation", "statistics", "reference", "scratch",
+    "calibrate_seconds", "healing_states",
 }  # fmt: skip
 
 

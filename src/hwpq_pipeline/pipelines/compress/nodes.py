@@ -1,20 +1,24 @@
-"""The node that makes a variant's weights."""
+"""The nodes that make a variant's weights."""
 
 from __future__ import annotations
 
 import time
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pandas as pd
 
-from hwpq_pipeline.checkpoints.compressed import CompressedWriter, Masks
-from hwpq_pipeline.corpus.samples import token_matrix
+from hwpq_pipeline.checkpoints.compressed import CompressedWriter
+from hwpq_pipeline.checkpoints.masks import Masks
+from hwpq_pipeline.corpus.samples import draw_samples, token_matrix
 from hwpq_pipeline.kernels.devices import choose_device
 from hwpq_pipeline.layer_columns import COMPRESSED
 from hwpq_pipeline.method.groups import open_groups
+from hwpq_pipeline.method.healed import samples_needed, write_healed
 from hwpq_pipeline.method.recipe import Recipe
 from hwpq_pipeline.method.run import compress_model
-from hwpq_pipeline.parameters import Compute
+from hwpq_pipeline.parameters import Calibration, Compute
 from hwpq_pipeline.pipelines.tables import layer_table
 from hwpq_pipeline.variant import Variant
 
@@ -48,3 +52,47 @@ def compress_weights(
     )
     writer.close(name, recipe.structure, recipe.to_json())
     return target, layer_table(groups.layers, facts, COMPRESSED), {"compress": time.perf_counter() - begun}
+
+
+def draw_healing(
+    documents: pd.DataFrame, model: Path, calibration: Calibration, variant: Variant
+) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """The tokens that the variant is healed on, (samples, length); no samples for a variant that is not."""
+    recipe = Recipe.from_variant(variant.model_dump())
+    if recipe.healing is None:
+        return np.empty((0, calibration.length), dtype=np.int64)
+    samples = samples_needed(recipe, calibration.length)
+    drawn = draw_samples(
+        documents,
+        model,
+        split="calibration",
+        samples=samples,
+        length=calibration.length,
+        seed=recipe.healing.seed,
+    )
+    return token_matrix(drawn)
+
+
+def heal_weights(
+    compressed: Path,
+    seconds: dict[str, float],
+    model: Path,
+    tokens: np.ndarray[Any, np.dtype[np.int64]],
+    variant: Variant,
+    compute: Compute,
+    states: Path,
+    scratch: Path,
+) -> tuple[Path, dict[str, float]]:
+    """Teach the compressed model to answer as the dense one; without `healing` it passes as it is.
+
+    Returns the directory and the seconds that both took.
+    """
+    begun = time.perf_counter()
+    recipe = Recipe.from_variant(variant.model_dump())
+    if recipe.healing is None:
+        return compressed, seconds
+    target = scratch / "healed"
+    target.mkdir()
+    device = choose_device(compute.device, tf32=compute.tf32, where="compress")
+    write_healed(model, compressed, recipe, target, tokens=tokens, states=states, device=device)
+    return target, {"compress": seconds["compress"] + time.perf_counter() - begun}

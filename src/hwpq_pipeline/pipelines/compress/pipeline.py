@@ -8,18 +8,39 @@ from kedro.pipeline import Pipeline, node
 
 from hwpq_pipeline.pipelines.variants import for_each_variant
 
-from .nodes import compress_weights
+from .nodes import compress_weights, draw_healing, heal_weights
 
 
 def create_pipeline(names: Iterable[str]) -> Pipeline:
-    """One walk over the layers."""
+    """One walk over the layers, and the healing of the whole for the variants that ask for it."""
     return for_each_variant(
         [
             node(
                 compress_weights,
                 ["model", "statistics", "calibration", "masks", "name", "params:variant", "params:compute", "scratch"],
-                ["compressed", "compressed_layers", "compress_seconds"],
+                ["layerwise", "compressed_layers", "layerwise_seconds"],
                 name="compress_weights",
+            ),
+            node(
+                draw_healing,
+                ["documents", "model", "params:calibration", "params:variant"],
+                "healing_tokens",
+                name="draw_healing",
+            ),
+            node(
+                heal_weights,
+                [
+                    "layerwise",
+                    "layerwise_seconds",
+                    "model",
+                    "healing_tokens",
+                    "params:variant",
+                    "params:compute",
+                    "healing_states",
+                    "scratch",
+                ],
+                ["compressed", "compress_seconds"],
+                name="heal_weights",
             ),
         ],
         names,

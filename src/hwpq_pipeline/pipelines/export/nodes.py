@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from hwpq_pipeline.checkpoints.compressed import CompressedModel
-from hwpq_pipeline.checkpoints.reader import read_json
+from hwpq_pipeline.checkpoints.json_file import read_json
 from hwpq_pipeline.export.card import CardInfo
 from hwpq_pipeline.export.compressed_tensors import export_checkpoint
 from hwpq_pipeline.export.formats import further_formats

@@ -8,7 +8,7 @@ from typing import Any
 import pandas as pd
 
 from hwpq_pipeline.checkpoints.digest import sha256_directory
-from hwpq_pipeline.checkpoints.reader import read_json
+from hwpq_pipeline.checkpoints.json_file import read_json
 from hwpq_pipeline.checkpoints.sources import ModelSource
 from hwpq_pipeline.checkpoints.sources import fetch_model as fetch_model_into
 from hwpq_pipeline.corpus.chat import as_text

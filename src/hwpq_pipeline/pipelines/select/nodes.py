@@ -8,7 +8,7 @@ from typing import Any
 
 import pandas as pd
 
-from hwpq_pipeline.checkpoints.compressed import write_masks
+from hwpq_pipeline.checkpoints.masks import write_masks
 from hwpq_pipeline.kernels.devices import choose_device
 from hwpq_pipeline.layer_columns import SELECTED
 from hwpq_pipeline.method.groups import open_groups

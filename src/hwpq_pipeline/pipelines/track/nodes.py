@@ -11,7 +11,7 @@ from typing import Any
 import pandas as pd
 
 from hwpq_pipeline.checkpoints.digest import sha256_directory
-from hwpq_pipeline.checkpoints.reader import read_json
+from hwpq_pipeline.checkpoints.json_file import read_json
 from hwpq_pipeline.corpus.samples import token_matrix
 from hwpq_pipeline.parameters import Calibration, Evaluation, Track
 from hwpq_pipeline.pipelines.variants import by_variant

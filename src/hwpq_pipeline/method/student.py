@@ -1,0 +1,127 @@
+"""The compressed model while it is healed: weights that learn, and what the model computes with.
+
+For each parameter of the module tree that holds compressed layers there is a **master**, float32, in which Adam takes
+its small steps. The parameter itself holds what the compressed model would: the master, or where the layer has a grid,
+`s · round(master / s)` with the scales that it came with. Parameters of another module form (a stack of experts, a
+transposed weight) hold their layers as views, so no form is special here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from hwpq_pipeline.checkpoints.compressed import CompressedModel
+from hwpq_pipeline.checkpoints.conversion import parameters_of_files
+from hwpq_pipeline.checkpoints.layers import Layer, find_blocks, layer_map
+from hwpq_pipeline.checkpoints.reader import Checkpoint
+from hwpq_pipeline.compression.codes import Quantized, round_to, scaled
+from hwpq_pipeline.compression.grids import GRIDS
+from hwpq_pipeline.decoder.loading import load_dense
+
+
+class Student:
+    """A compressed model that learns.
+
+    Args:
+        model_dir: the dense checkpoint.
+        compressed: its compressed model.
+        device: where it runs.
+
+    Attributes:
+        model: the causal LM.
+        layers: that were compressed.
+        masters: what learns, float32: of the layers' parameters, then of the blocks' norms.
+        device: where it runs.
+    """
+
+    def __init__(self, model_dir: str | Path, compressed: CompressedModel, device: torch.device) -> None:
+        self.model = load_dense(model_dir, torch.float32, device).requires_grad_(False)
+        self.device = device
+        self.layers = tuple(layer for layer in layer_map(model_dir) if layer.name in compressed.layers)
+        self._parameters = dict(self.model.named_parameters(remove_duplicate=False))
+        self._scales: dict[str, Quantized] = {}
+        for layer in self.layers:
+            weight = compressed.dequantized(layer.name, layer.shape, torch.float32)
+            if layer.name in compressed.quantized:
+                self._scales[layer.name] = compressed.read_quantized(layer.name, layer.shape)
+            self._view(layer, self._parameters).copy_(weight)
+        self.norms = norms_of(self.model, Checkpoint(model_dir).names)
+        self._names = [*dict.fromkeys(layer.place.tensor for layer in self.layers), *self.norms]
+        self.masters = [self._parameters[name].detach().clone().contiguous() for name in self._names]
+        pruned = self.layers if compressed.structure != "dense" else ()
+        self._kept = {layer.name: self._view(layer, self._by_name) != 0 for layer in pruned}
+        for name in self._names:
+            self._parameters[name].requires_grad_()
+
+    @property
+    def _by_name(self) -> dict[str, Tensor]:
+        return dict(zip(self._names, self.masters, strict=True))
+
+    @staticmethod
+    def _view(layer: Layer, tensors: dict[str, Tensor] | dict[str, nn.Parameter]) -> Tensor:
+        return layer.place.of(tensors[layer.place.tensor].detach())
+
+    @torch.no_grad()
+    def take_gradients(self) -> None:
+        """Hand the parameters' gradients to the masters; a dropped weight gets none."""
+        for name, master in zip(self._names, self.masters, strict=True):
+            parameter = self._parameters[name]
+            master.grad, parameter.grad = parameter.grad, None
+        gradients = {name: master.grad for name, master in self._by_name.items() if master.grad is not None}
+        for layer in self.layers:
+            if layer.name in self._kept and layer.place.tensor in gradients:
+                self._view(layer, gradients).mul_(self._kept[layer.name])
+
+    @torch.no_grad()
+    def show_weights(self) -> None:
+        """Put the masters, rounded where there is a grid, into the model."""
+        masters = self._by_name
+        for name in self.norms:
+            self._parameters[name].copy_(masters[name])
+        for layer in self.layers:
+            weight = self._view(layer, masters)
+            found = self._rounded(layer, weight)
+            self._view(layer, self._parameters).copy_(weight if found is None else scaled(found.codes, found.scale))
+
+    def _rounded(self, layer: Layer, weight: Tensor) -> Quantized | None:
+        held = self._scales.get(layer.name)
+        if held is None:
+            return None
+        codes = round_to(weight.contiguous(), held.scale.to(weight.device), GRIDS[held.grid])
+        return Quantized(codes, held.scale, held.grid, held.group_size)
+
+    def results(self) -> Iterator[tuple[Layer, Tensor | Quantized]]:
+        """The layers, each with its weight (out, in), float32, or its codes and scales."""
+        masters = self._by_name
+        for layer in self.layers:
+            weight = self._view(layer, masters)
+            yield layer, self._rounded(layer, weight) or weight.contiguous()
+
+    def norm_weights(self) -> dict[str, Tensor]:
+        """What the norms have become, by their tensor's name in the checkpoint's files."""
+        masters = self._by_name
+        return {stored: masters[name] for name, stored in self.norms.items()}
+
+
+def norms_of(model: nn.Module, files: Iterable[str]) -> dict[str, str]:
+    """Parameters of the decoder blocks' norms, each with its name in the checkpoint's files.
+
+    They are the ones of one dimension in modules that are called so. One that the files do not hold as it is, is left
+    out: it could not be written.
+    """
+    path, blocks = find_blocks(model)
+    sources = parameters_of_files(model, files)
+    found = {}
+    for module_name, module in blocks.named_modules():
+        if "norm" not in type(module).__name__.lower():
+            continue
+        for own, parameter in module.named_parameters(recurse=False):
+            name = f"{path}.{module_name}.{own}"
+            source = sources.get(name)
+            if parameter.dim() == 1 and source is not None and source.converter is None and len(source.patterns) == 1:
+                found[name] = next(iter(source.patterns))
+    return found
