@@ -61,7 +61,9 @@ def variants(env: str | None) -> None:
         table.add_row(
             name,
             f"{selection.structure} by {selection.metric}{fraction}" if selection else "all",
-            (recovery.preset if recovery else "none") + (", sequential" if recipe.sequence else ""),
+            (recovery.preset if recovery else "none")
+            + (", sequential" if recipe.sequence else "")
+            + (", healed" if recipe.healing else ""),
             f"{grid.grid}{group}" if grid else "none",
             escape(plain(entry["description"])),
         )

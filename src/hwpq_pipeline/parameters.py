@@ -96,7 +96,11 @@ class Corpus(Parameters):
 
 
 class Calibration(Parameters):
-    """Token samples and activation statistics of the dense model (pipeline `calibrate`)."""
+    """Token samples and activation statistics of the dense model (pipeline `calibrate`).
+
+    With `all_experts` an expert's sums are of all tokens, not of those that are routed to it. A variant in sequence
+    makes sums of its own, of the routed tokens.
+    """
 
     samples: Annotated[int, Field(ge=1)]
     length: Annotated[int, Field(ge=8)]
@@ -104,6 +108,7 @@ class Calibration(Parameters):
     batch: Annotated[int, Field(ge=1)] = 8
     mode: Literal["gram", "diagonal"] = "gram"
     dtype: Dtype = "auto"
+    all_experts: bool = False
 
 
 class Compute(Parameters):

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, Field, model_serializer, model_validator
 
-from hwpq_pipeline.compression.grids import GRIDS, OFFERED
+from hwpq_pipeline.compression.grids import GRIDS
 from hwpq_pipeline.method.overrides import problem_of
 from hwpq_pipeline.method.recipe import PRESETS
 from hwpq_pipeline.parameters import Parameters, Seed, one_of
@@ -90,7 +90,7 @@ class Quantization(Parameters):
     have a scale for each output channel.
     """
 
-    grid: Annotated[str, one_of(OFFERED)]
+    grid: Annotated[str, one_of(GRIDS)]
     group_size: int | None = None
     method: Literal["nearest", "coordinate_descent"] = "nearest"
     sweeps: Annotated[int, Field(ge=1, le=100)] | None = None
@@ -103,7 +103,7 @@ class Quantization(Parameters):
         if grid.group_sizes and self.group_size not in grid.group_sizes:
             raise ValueError(f"grid {self.grid} needs group_size ({' or '.join(map(str, grid.group_sizes))})")
         if self.method == "coordinate_descent" and not grid.descends:
-            descending = ", ".join(name for name in OFFERED if GRIDS[name].descends)
+            descending = ", ".join(name for name in GRIDS if GRIDS[name].descends)
             raise ValueError(f"method coordinate_descent is for {descending}; grid {self.grid} rounds to nearest")
         if self.method == "nearest" and self.sweeps is not None:
             raise ValueError("sweeps belongs to method coordinate_descent; remove it")

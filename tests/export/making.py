@@ -22,7 +22,7 @@ ROW = {
     "down_proj": 32,
 }
 #: Codes of the integer grids.
-RANGE = {"int8": (-127, 127), "int4": (-8, 7)}
+RANGE = {"int8": (-127, 127), "int4": (-8, 7), "int3": (-4, 3)}
 #: ONNX Runtime's attention wants heads of a multiple of 16; the layers' shapes stay those of `tiny_config()`.
 HEADS = {"num_attention_heads": 2, "num_key_value_heads": 1}
 COLUMNS = {**dict.fromkeys(ROW, 32), "down_proj": 64}

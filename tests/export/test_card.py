@@ -8,7 +8,7 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard
 
-from hwpq_pipeline.compression.grids import OFFERED
+from hwpq_pipeline.compression.grids import GRIDS
 from hwpq_pipeline.errors import HwpqError
 from hwpq_pipeline.export.card import CardInfo, check_card, render_card
 from hwpq_pipeline.export.compressed_tensors import FORMAT, STORAGE
@@ -47,7 +47,7 @@ def test_text_says_what_was_done_and_how_to_repeat_it() -> None:
 
 
 def test_every_kind_of_variant_has_a_card() -> None:
-    for grid in (*OFFERED, None):
+    for grid in (*GRIDS, None):
         for structure in ("dense", "2of4", "unstructured"):
             check_card(render_card(replace(INFO, grid=grid, structure=structure, calibration={}, command=""), STORAGE))
     assert "base_model_relation" not in render_card(replace(INFO, grid=None, structure="dense"), STORAGE)

@@ -24,6 +24,7 @@ CASES = [
     pytest.param("int8", None, id="int8"),
     pytest.param("int4", 16, id="int4"),
     pytest.param("int4", None, id="int4-channel"),
+    pytest.param("int3", 16, id="int3"),
     pytest.param(None, None, id="pruned"),
 ]
 Q_PROJ = "model.layers.0.self_attn.q_proj"

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from hwpq_pipeline.checkpoints.compressed import CompressedModel
-from hwpq_pipeline.compression.grids import GRIDS, OFFERED
+from hwpq_pipeline.compression.grids import GRIDS
 from hwpq_pipeline.errors import HwpqError
 from hwpq_pipeline.export import compressed_tensors
 from hwpq_pipeline.export.formats import STRUCTURES, further_formats
@@ -33,7 +33,7 @@ def compressed_model(target: Path, structure: str, grid: str | None) -> Compress
     return CompressedModel(target)
 
 
-@pytest.mark.parametrize("grid", [*OFFERED, None])
+@pytest.mark.parametrize("grid", [*GRIDS, None])
 @pytest.mark.parametrize("structure", STRUCTURES)
 @pytest.mark.parametrize("name", FORMATS)
 def test_a_variant_is_written_or_refused_by_name(

@@ -7,7 +7,7 @@ the tokens that were routed to it, and their number is kept.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 
@@ -37,6 +37,7 @@ class BlockSums:
         self.tokens: dict[str, int] = {}
         self.leader_of: dict[str, str] = {}
         self.seen: list[tuple[torch.Tensor, str]] = []
+        self.pausing = False
 
     def watched(self, parameters: Mapping[str, torch.Tensor]) -> Products:
         """A context in which the block's products are summed.
@@ -46,7 +47,17 @@ class BlockSums:
         """
         return Products(self.members, parameters, before=self._meet)
 
+    def unseen(self, run: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """Call a function whose products are not summed."""
+        self.pausing = True
+        try:
+            return run()
+        finally:
+            self.pausing = False
+
     def _meet(self, layers: tuple[Layer, ...], x: torch.Tensor) -> None:
+        if self.pausing:
+            return
         first = layers[0].name
         leader = next((other for seen, other in self.seen if _same_memory(seen, x)), first)
         for layer in layers:

@@ -12,6 +12,8 @@ gained.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ import numpy as np
 import torch
 
 from hwpq_pipeline.calibration.blocks import BlockSums
+from hwpq_pipeline.calibration.experts import all_experts
 from hwpq_pipeline.calibration.store import InputGroup, Statistics, StatisticsWriter
 from hwpq_pipeline.checkpoints.layers import LayerMap, find_blocks, layer_map
 from hwpq_pipeline.checkpoints.writer import atomic_directory
@@ -33,7 +36,7 @@ from hwpq_pipeline.progress import Progress, no_progress
 __all__ = ["InputGroup", "Statistics", "collect_statistics"]
 
 
-def collect_statistics(
+def collect_statistics(  # noqa: PLR0913 (each is a choice of the user)
     model_dir: str | Path,
     token_ids: torch.Tensor | np.ndarray[Any, Any],
     *,
@@ -41,6 +44,7 @@ def collect_statistics(
     mode: str = "gram",
     dtype: str = "auto",
     batch: int = 8,
+    every_expert: bool = False,
     device: torch.device | str = "cpu",
     progress: Progress = no_progress,
 ) -> Path:
@@ -53,6 +57,7 @@ def collect_statistics(
         mode: `gram`, or `diagonal` for `Σ x_j²` alone.
         dtype: of the forward pass: `float32`, `bfloat16`, or `auto` (bfloat16 where the hardware multiplies it).
         batch: samples at a time.
+        every_expert: whether all tokens are summed for every expert, not those that are routed to it (`experts`).
         device: where the forward pass and the sums run.
         progress: called with (blocks done, blocks).
 
@@ -73,13 +78,23 @@ def collect_statistics(
     ids = checked_ids(token_ids, model, str(model_dir)).to(place)
     with torch.inference_mode(), atomic_directory(target) as partial:
         writer = StatisticsWriter(partial, mode)
-        _walk(model, layer_map(model_dir), list(ids.split(batch)), writer, progress)
+        every = all_experts if every_expert else _as_routed
+        _walk(model, layer_map(model_dir), list(ids.split(batch)), writer, every, progress)
         writer.close(ids.numel(), dtype=dtype_name(precision))
     return Path(target)
 
 
+def _as_routed(*_: Any) -> AbstractContextManager[None]:
+    return nullcontext()
+
+
 def _walk(
-    model: Any, plan: LayerMap, batches: list[torch.Tensor], writer: StatisticsWriter, progress: Progress
+    model: Any,
+    plan: LayerMap,
+    batches: list[torch.Tensor],
+    writer: StatisticsWriter,
+    experts: Callable[..., AbstractContextManager[None]],
+    progress: Progress,
 ) -> None:
     """Take all batches through one block after another, and write each block's sums."""
     _, blocks = find_blocks(model)
@@ -87,7 +102,7 @@ def _walk(
     hidden, extra = record_inputs(model, blocks, batches)
     for number, block in enumerate(blocks):
         sums = BlockSums(plan, number, Gram if writer.mode == "gram" else Energy)
-        with sums.watched(parameters):
+        with experts(block, sums.unseen, f"block {number}"), sums.watched(parameters):
             for index, state in enumerate(hidden):
                 hidden[index] = first_output(extra[index][number].run(block, state))
                 sums.end_batch()

@@ -25,7 +25,7 @@ from hwpq_pipeline.checkpoints.layers import layer_map
 from hwpq_pipeline.checkpoints.reader import Checkpoint
 from hwpq_pipeline.checkpoints.writer import write_json, write_tensors
 from hwpq_pipeline.compression.codes import Quantized, code_dtype, dequantize, on_grid
-from hwpq_pipeline.compression.grids import GRIDS, OFFERED
+from hwpq_pipeline.compression.grids import GRIDS
 from hwpq_pipeline.errors import HwpqError, reading
 
 _AGAIN = "Run the compress pipeline for this variant again."
@@ -38,7 +38,7 @@ class CompressedModel:
         path: its directory.
 
     Attributes:
-        grid: a name in `compression.grids.OFFERED`, or None where nothing is rounded; of most layers.
+        grid: a name in `compression.grids.GRIDS`, or None where nothing is rounded; of most layers.
         group_size: columns that share a scale; None for one scale a row; of most layers.
         others: grid and group size of layers that have other ones, by name.
         structure: `dense`, `2of4` or `unstructured`.
@@ -89,8 +89,8 @@ class CompressedModel:
 
     def _check_grid(self, grid: str | None, group_size: int | None) -> None:
         where = f"{self.path}/recipe.json"
-        if grid is not None and grid not in OFFERED:
-            remedy = f"Quantize to one of {', '.join(OFFERED)}."
+        if grid is not None and grid not in GRIDS:
+            remedy = f"Quantize to one of {', '.join(GRIDS)}."
             raise HwpqError(f"no export for grid {grid!r}", where=where, remedy=remedy)
         if group_size is not None and not isinstance(group_size, int):
             raise HwpqError(f"its group size is {group_size!r}", where=where, remedy=_AGAIN)

@@ -43,7 +43,6 @@ class Grid:
         group_sizes: columns that may share a scale; a variant chooses one. Empty: one scale per output channel.
         through: torch's name of a coarser dtype that codes are rounded to first.
         descends: whether a variant may round by coordinate descent. At 8 bits rounding to nearest loses almost nothing.
-        offered: whether a variant may name it. The kernels are tested on more grids than engines read.
     """
 
     name: str
@@ -57,7 +56,6 @@ class Grid:
     group_sizes: tuple[int, ...] = ()
     through: str | None = None
     descends: bool = False
-    offered: bool = True
 
     @property
     def is_float(self) -> bool:
@@ -90,12 +88,9 @@ GRIDS: dict[str, Grid] = {
         Grid(
             "int3", 3, -4.0, 3.0, "int8", "searched",
             "3-bit integer weights, packed, one scale per group of columns", group_sizes=_GROUPS, descends=True,
-            offered=False,
         ),
     )
 }  # fmt: skip
-#: The grids that a variant may name.
-OFFERED = tuple(grid.name for grid in GRIDS.values() if grid.offered)
 
 
 def find_grid(name: str, where: str) -> Grid:

@@ -6,7 +6,7 @@ A quantized linear layer `w ≈ scale · code` is stored as
     fp8_e4m3, fp8_e5m2   weight float8_e4m3fn (out, in)                    fp8, per token   float-quantized
                          weight_scale (out, 1)
     int8                 weight int8 (out, in), weight_scale (out, 1)      int8, per token  int-quantized
-    int4                 weight_packed int32 (out, ⌈in/8⌉)                 not quantized    pack-quantized
+    int4, int3           weight_packed int32 (out, ⌈in·bits/32⌉ or more)   not quantized    pack-quantized
                          weight_scale (out, groups), weight_shape int64 (2)
     none                 weight (out, in) in the dense model's dtype       not quantized    plain checkpoint
 
@@ -49,6 +49,7 @@ _SCHEMES = {
     "fp8_e5m2": ("FP8_DYNAMIC", "float-quantized"),
     "int8": ("INT8", "int-quantized"),
     "int4": ("W4A16", "pack-quantized"),
+    "int3": ("W4A16", "pack-quantized"),  # with its own number of bits
 }
 
 
@@ -164,6 +165,7 @@ def _scheme(grid: str, group_size: int | None, targets: list[str], *, unpacked: 
     preset, stored_as = _SCHEMES[grid]
     scheme: dict[str, Any] = preset_name_to_scheme(preset, targets).model_dump(exclude_none=True)
     scheme["format"] = stored_as
+    scheme["weights"]["num_bits"] = GRIDS[grid].bits
     if GRIDS[grid].group_sizes:
         grouped = {"strategy": "group", "group_size": group_size}
         scheme["weights"].update(grouped if group_size else {"strategy": "channel", "group_size": None})
@@ -204,6 +206,13 @@ def _codes(layer: str, quantized: Quantized, scale_dtype: torch.dtype) -> Iterat
     yield f"{layer}.weight_scale", quantized.scale.to(scale_dtype)
 
 
+#: transformers keeps the weights unpacked once they are used.
+SAVED_AGAIN = (
+    "\n\nTo pass it on, copy the directory. `save_pretrained` after a forward pass writes the weights unpacked: the "
+    "same values in two to three times the bytes."
+)
+
+
 def _how_to_load(info: CardInfo) -> str:
     needs = "pip install transformers compressed-tensors" if info.grid else "pip install transformers"
     return (
@@ -212,7 +221,7 @@ def _how_to_load(info: CardInfo) -> str:
         'model = AutoModelForCausalLM.from_pretrained("path/to/this/directory")\n'
         'tokenizer = AutoTokenizer.from_pretrained("path/to/this/directory")\n```\n\n'
         "The layout is the one that vLLM reads too: `vllm serve path/to/this/directory`."
-    )
+    ) + (SAVED_AGAIN if info.grid else "")
 
 
 STORAGE = Storage("compressed-tensors", "transformers", _how_to_load, plain_without_grid=True)

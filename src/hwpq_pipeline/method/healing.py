@@ -58,7 +58,7 @@ PIECE = 256
 #: Of the cycle, the share in which the learning rate rises.
 RISE = 0.1
 #: How often in a cycle the held-out samples are asked, and the state is written.
-CHECKS = 8
+CHECKS = 4
 _PROBE = 8
 
 #: Is told of progress: steps done, all steps, and the loss of the last one.

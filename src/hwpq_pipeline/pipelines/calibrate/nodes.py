@@ -44,6 +44,7 @@ def collect(
             mode=calibration.mode,
             dtype=calibration.dtype,
             batch=calibration.batch,
+            every_expert=calibration.all_experts,
             device=choose_device(compute.device, tf32=compute.tf32, where="calibrate"),
             progress=progress,
         )
