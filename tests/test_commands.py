@@ -11,7 +11,7 @@ import yaml
 
 from hwpq_pipeline.configuration import find_line
 from tests.conftest import run_in
-from tests.small import EWMA, VARIANTS, error_lines, kedro, ok
+from tests.small import EWMA, VARIANTS, configure, error_lines, kedro, ok
 
 
 def hwpq(project: Path, *arguments: str):
@@ -24,6 +24,21 @@ def test_variants_are_listed(small_project):
     for name in VARIANTS:
         assert name in shown
     assert "50% dropped" in shown
+
+
+@pytest.mark.slow
+def test_a_mixed_variant_is_listed_with_all_its_grids(small):
+    mixed = {
+        "description": "d",
+        "quantization": {"grid": "int4", "group_size": 32},
+        "layers": [{"match": ["re:.*k_proj"], "quantization": {"grid": "int8"}}],
+        "healing": {},
+    }
+    configure(small, "parameters_variants", variants={"mixed": mixed})
+    configure(small, "quality_gates", quality_gates={"variants": {}})
+    shown = ok(hwpq(small, "variants")).stdout
+    for word in ("int4", "int8", "healed"):
+        assert word in shown
 
 
 @pytest.mark.slow

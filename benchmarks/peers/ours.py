@@ -75,7 +75,7 @@ def run(job: dict[str, Any], calibration: Tensor, model: nn.Module, scratch: Pat
     model_dir = Path(job["model"])
     if job["task"] == "seven":
         shipped = yaml.safe_load(VARIANTS.read_text())["variants"]
-        recipes = {name: Recipe.from_variant(values) for name, values in shipped.items()}
+        recipes = {name: Recipe.from_variant(values) for name, values in shipped.items() if "healing" not in values}
     else:
         recipes = {"variant": recipe_of(job["task"], job["method"])}
     statistics, tokens = None, calibration[: job["samples"]]

@@ -17,6 +17,7 @@ from hwpq_pipeline.errors import HwpqError
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from hwpq_pipeline.method.sections import Quantization, Selection
     from hwpq_pipeline.planning import Row
 
 ENVIRONMENT = click.option("--env", default=None, help="Kedro environment, as in `kedro run --env`.")
@@ -55,19 +56,29 @@ def variants(env: str | None) -> None:
         table.add_column(head)
     for name, entry in checked_variants(env).items():
         recipe = Recipe.from_variant(entry)
-        selection, recovery, grid = recipe.selection, recipe.recovery, recipe.quantization
-        fraction = f", {selection.sparsity:.0%} dropped" if selection and selection.sparsity else ""
-        group = f", groups of {grid.group_size}" if grid and grid.group_size else ""
         table.add_row(
             name,
-            f"{selection.structure} by {selection.metric}{fraction}" if selection else "all",
-            (recovery.preset if recovery else "none")
+            " / ".join(dict.fromkeys(_weights_kept(part.selection) for part in recipe.parts)),
+            (recipe.recovery.preset if recipe.recovery else "none")
             + (", sequential" if recipe.sequence else "")
             + (", healed" if recipe.healing else ""),
-            f"{grid.grid}{group}" if grid else "none",
+            " / ".join(dict.fromkeys(_grid(part.quantization) for part in recipe.parts)),
             escape(plain(entry["description"])),
         )
     console().print(table)
+
+
+def _weights_kept(selection: Selection | None) -> str:
+    if selection is None:
+        return "all"
+    fraction = f", {selection.sparsity:.0%} dropped" if selection.sparsity else ""
+    return f"{selection.structure} by {selection.metric}{fraction}"
+
+
+def _grid(quantization: Quantization | None) -> str:
+    if quantization is None:
+        return "none"
+    return quantization.grid + (f", groups of {quantization.group_size}" if quantization.group_size else "")
 
 
 @hwpq.command()

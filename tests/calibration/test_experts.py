@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, MixtralConfig
 
+from hwpq_pipeline.calibration import experts
 from hwpq_pipeline.calibration.experts import all_experts
 from hwpq_pipeline.calibration.statistics import Statistics, collect_statistics
 from hwpq_pipeline.checkpoints.layers import layer_map
@@ -19,6 +20,7 @@ from tests.tiny import tiny_tokens
 
 TOKENS = torch.as_tensor(tiny_tokens(3, 16))
 EXPERTS = 4
+NOTHING: Any = None
 
 
 @pytest.fixture(scope="module")
@@ -44,14 +46,16 @@ def inputs_of_experts(model: Path) -> list[tuple[torch.Tensor, Any]]:
     loaded.set_experts_implementation("eager")
     found: list[tuple[torch.Tensor, Any]] = []
     for block in loaded.model.layers:
-        experts = block.mlp.experts
-        experts.register_forward_pre_hook(lambda module, args: found.append((args[0], module)))
+        stack = block.mlp.experts
+        stack.register_forward_pre_hook(lambda module, args: found.append((args[0], module)))
     with torch.no_grad():
         loaded(input_ids=TOKENS, use_cache=False)
     return found
 
 
-def test_each_experts_sums_are_of_all_tokens(model: Path, tmp_path: Path) -> None:
+def test_each_experts_sums_are_of_all_tokens(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the tokens go through in slices that do not divide them."""
+    monkeypatch.setattr(experts, "_SLICE", 7)
     found = collected(model, tmp_path / "all", every_expert=True)
     plan = layer_map(model)
     for block, (x, module) in enumerate(inputs_of_experts(model)):
@@ -96,15 +100,15 @@ def test_experts_of_another_form_are_refused_in_a_line() -> None:
 
     block = nn.Sequential(Mixed())
     refused = pytest.raises(HwpqError, match=r"block 3: its experts .* Set calibration.all_experts to false")
-    with refused, all_experts(block, lambda run: run(), "block 3"):
+    with refused, all_experts(block, NOTHING, "block 3"):
         pass
 
 
 def test_the_forward_is_put_back(model: Path) -> None:
     loaded = AutoModelForCausalLM.from_pretrained(model)
-    experts = loaded.model.layers[0].mlp.experts
-    before = experts.forward
-    with all_experts(loaded.model.layers[0], lambda run: run(), "block 0"):
-        assert experts.forward != before
-    assert experts.forward == before
-    assert json.dumps(sorted(experts.__dict__)) == json.dumps(sorted(loaded.model.layers[1].mlp.experts.__dict__))
+    stack = loaded.model.layers[0].mlp.experts
+    before = stack.forward
+    with all_experts(loaded.model.layers[0], NOTHING, "block 0"):
+        assert stack.forward != before
+    assert stack.forward == before
+    assert json.dumps(sorted(stack.__dict__)) == json.dumps(sorted(loaded.model.layers[1].mlp.experts.__dict__))

@@ -102,7 +102,7 @@ def _walk(
     hidden, extra = record_inputs(model, blocks, batches)
     for number, block in enumerate(blocks):
         sums = BlockSums(plan, number, Gram if writer.mode == "gram" else Energy)
-        with experts(block, sums.unseen, f"block {number}"), sums.watched(parameters):
+        with experts(block, sums, f"block {number}"), sums.watched(parameters):
             for index, state in enumerate(hidden):
                 hidden[index] = first_output(extra[index][number].run(block, state))
                 sums.end_batch()

@@ -50,6 +50,7 @@ def write_healed(
         target: an existing, empty directory.
         tokens: (samples, length) calibration tokens; as many as `samples_needed` says.
         states: the folder in which it is written how far this has come; a run that was killed goes on from there.
+            Once the result is in its place, `healing_state.forget_states` empties it.
         device: where it is computed.
 
     Raises:
@@ -63,7 +64,7 @@ def write_healed(
         )
     held = CompressedModel(compressed)
     student = Student(model, held, device)
-    state = State(states, key_of(student, ids, healing))
+    state = State(states, held.variant, key_of(model, student, ids, healing))
     with progress_bar("compress: healing, steps") as bar:
 
         def report(done: int, total: int, loss: float) -> None:
@@ -77,7 +78,6 @@ def write_healed(
         writer.add(_Healed(layer, made))
     writer.replace(student.norm_weights())
     writer.close(held.variant, held.structure, recipe.to_json())
-    state.forget()
 
 
 @dataclass(frozen=True)

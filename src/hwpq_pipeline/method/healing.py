@@ -8,8 +8,8 @@ one that counts, the mean Kullback-Leibler divergence of the next-token distribu
 (distillation: Hinton et al., arXiv 1503.02531; after pruning: Muralidharan et al., arXiv 2407.14679). The weights of
 the compressed layers learn, and the norms of the decoder blocks, by Adam in one cycle of the learning rate.
 
-**The mask** holds because a dropped weight starts at zero and gets no gradient: Adam's step is zero where all its
-gradients were.
+**The mask** holds because a weight that is zero in a pruned layer gets no gradient: Adam's step is zero where all its
+gradients were. So does a kept weight that was rounded to zero.
 
 **A grid.** The model computes with `s · round(w / s)` at fixed scales, and the gradient there is taken for that of
 `w` (straight-through, Bengio et al., arXiv 1308.3432). So it is the rounded model that is healed. Activations are not
@@ -17,7 +17,7 @@ rounded here.
 
 **The budget** is in tokens and in minutes, and the cycle ends with the one that ends first. As long as the minutes are
 enough, at the pace so far, a seed gives the same weights each time. Where they are not, the cycle is made as short as
-they are: the machine's speed decides then, and the log says so.
+they are: the machine's speed decides then, and the log says so. The machine's memory decides too, where it is short.
 
 **Nothing is chosen on what it learns from.** Some samples are held out. The weights that answer best there are kept,
 and those are the weights of the beginning if nothing was better.
@@ -60,6 +60,8 @@ RISE = 0.1
 #: How often in a cycle the held-out samples are asked, and the state is written.
 CHECKS = 4
 _PROBE = 8
+#: The least root mean square that Adafactor takes a tensor for.
+_ADAFACTOR_SMALLEST = 1e-3
 
 #: Is told of progress: steps done, all steps, and the loss of the last one.
 Report = Callable[[int, int, float], None]
@@ -116,9 +118,10 @@ def heal(
     pupil = _asked(student.model, str(model_dir))
     ids = checked_ids(token_ids, teacher.model, str(model_dir)).to(device)
     learnt, held_out = ids[: -healing.held_out], ids[-healing.held_out :]
-    steps = max(1, min(len(learnt), -(-healing.tokens // ids.shape[1])) // healing.batch)
+    samples = min(len(learnt), -(-healing.tokens // ids.shape[1]))
+    steps = max(1, samples // healing.batch)
     order = torch.randperm(len(learnt), generator=torch.Generator().manual_seed(healing.seed))
-    if _activations(student, healing.batch * ids.shape[1]) > psutil.virtual_memory().available / 2:
+    if _activations(student, healing.batch * ids.shape[1]) > _free_bytes(device) / 2:
         _compute_again(student.model)
     optimizer = _optimizer(student, healing.learning_rate)
     watch = Clock(clock, 60 * healing.minutes)
@@ -129,7 +132,7 @@ def heal(
     watch.begin(step)
     while (share := step / watch.steps(step, steps)) < 1:
         for group in optimizer.param_groups:
-            group["lr"] = healing.learning_rate * cycle(share)
+            group["lr"] = healing.learning_rate * cycle(share) * group["unit"]
         batch = learnt[order[step * healing.batch : (step + 1) * healing.batch].to(device)]
         loss = _learn(teacher, pupil, student, optimizer, batch)
         step += 1
@@ -179,7 +182,7 @@ def divergence_at(teacher: Head, pupil: Head, wanted: Tensor, given: Tensor) -> 
 def _asked(model: Any, where: str) -> Teacher:
     table = model.get_input_embeddings().weight
     ids = torch.arange(_PROBE, device=table.device)[None] % len(table)
-    with torch.inference_mode():
+    with torch.no_grad():  # not inference mode: a model may keep a table that it makes here
         hidden = body_of(model)(input_ids=ids, use_cache=False).last_hidden_state.float()
         logits = model(input_ids=ids, use_cache=False).logits.float()
     return Teacher(model, find_head(model, hidden, logits, where))
@@ -200,7 +203,7 @@ def _learn(teacher: Teacher, pupil: Teacher, student: Student, optimizer: torch.
     return loss
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def _divergence(teacher: Teacher, pupil: Teacher, ids: Tensor, batch: int) -> float:
     """The mean divergence on held-out samples, nats a token."""
     total = 0.0
@@ -213,11 +216,26 @@ def _divergence(teacher: Teacher, pupil: Teacher, ids: Tensor, batch: int) -> fl
 
 
 def _optimizer(student: Student, learning_rate: float) -> torch.optim.Optimizer:
-    needed = 2 * sum(master.nbytes for master in student.masters)
-    if needed > psutil.virtual_memory().available / 2:
-        logger.info("Adam's moments would take %.1f GB: the second one is factored.", needed / 1e9)
-        return torch.optim.Adafactor(student.masters, lr=learning_rate)
-    return torch.optim.Adam(student.masters, lr=learning_rate, betas=(0.9, 0.95), fused=True)
+    """Adam, or Adafactor where its moments do not fit beside the gradients and the best weights.
+
+    Adafactor's steps are in units of each tensor's root mean square: `unit` makes them as long as Adam's.
+    """
+    needed = 4 * sum(master.nbytes for master in student.masters)
+    if needed <= _free_bytes(student.device) / 2:
+        groups = [{"params": student.masters, "unit": 1.0}]
+        return torch.optim.Adam(groups, lr=learning_rate, betas=(0.9, 0.95), fused=True)
+    logger.info("Adam's moments do not fit in memory: the second one is factored.")
+    groups = [
+        {"params": [master], "unit": 1 / max(_ADAFACTOR_SMALLEST, float(master.square().mean().sqrt()))}
+        for master in student.masters
+    ]
+    return torch.optim.Adafactor(groups, lr=learning_rate, eps=(None, _ADAFACTOR_SMALLEST))
+
+
+def _free_bytes(device: torch.device) -> float:
+    if device.type == "cuda":
+        return float(torch.cuda.mem_get_info(device)[0])
+    return float(psutil.virtual_memory().available)
 
 
 def _activations(student: Student, tokens: int) -> float:

@@ -1,8 +1,8 @@
 """How far a healing has come, on disk, so that one that was killed goes on.
 
 One safetensors file holds the masters, the optimizer's moments, the best weights so far and the numbers. It is written
-whole or not at all. The key in its name is the digest of all that the result depends on, so the state of another model,
-text or setting is never gone on from.
+whole or not at all. Its name is the variant's and the digest of all that the result depends on, so the state of another
+model, text or setting is never gone on from. It stays until the healed model is in its place.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from hwpq_pipeline.checkpoints.digest import sha256_directory
 from hwpq_pipeline.checkpoints.reader import read_tensors
 from hwpq_pipeline.checkpoints.writer import write_tensors
 from hwpq_pipeline.errors import HwpqError
@@ -95,22 +96,25 @@ class State:
 
     Args:
         folder: where it lies; made when something is written.
+        variant: the variant's name.
         key: see `key_of`.
     """
 
-    def __init__(self, folder: Path, key: str) -> None:
-        self.file = folder / f"{key}.safetensors"
+    def __init__(self, folder: Path, variant: str, key: str) -> None:
+        self.file = folder / f"{variant}.{key}.safetensors"
 
     def read(self, student: Student, optimizer: torch.optim.Optimizer, clock: Clock) -> Progress:
         """Where an earlier run stood, its weights and moments put back; the beginning if there is none.
 
-        A damaged file is as good as none.
+        A damaged file, or that of another kind of optimizer, is as good as none.
         """
         if not self.file.is_file():
             return Progress()
         try:
             held = read_tensors(self.file)
         except HwpqError:
+            return Progress()
+        if f"optimizer.{type(optimizer).__name__}" not in held:
             return Progress()
         step, seconds, before, after = held["numbers"].tolist()
         with torch.no_grad():
@@ -134,20 +138,23 @@ class State:
         parts = {f"moment.{index}.{kind}": part for index, held in moments.items() for kind, part in held.items()}
         write_tensors(
             self.file,
-            {"numbers": numbers}
+            {"numbers": numbers, f"optimizer.{type(optimizer).__name__}": torch.ones(1)}
             | {f"master.{index}": master for index, master in enumerate(student.masters)}
             | {f"best.{index}": best for index, best in enumerate(at.best)}
             | parts,
         )
 
-    def forget(self) -> None:
-        """Remove the file: the healing is done."""
-        self.file.unlink(missing_ok=True)
+
+def forget_states(folder: Path, variant: str) -> None:
+    """Remove a variant's files: its healed model is where it belongs."""
+    for file in folder.glob(f"{variant}.*.safetensors"):
+        file.unlink()
 
 
-def key_of(student: Student, token_ids: Tensor, healing: Healing) -> str:
-    """A digest of all that the healed weights depend on: the weights of the beginning, the tokens, the settings."""
+def key_of(model_dir: str | Path, student: Student, token_ids: Tensor, healing: Healing) -> str:
+    """A digest of all that the healed weights depend on: both models, the tokens, the settings."""
     digest = hashlib.sha256(json.dumps(asdict(healing), sort_keys=True).encode())
+    digest.update(sha256_directory(model_dir).encode())
     for tensor in (*student.masters, token_ids):
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()[:32]

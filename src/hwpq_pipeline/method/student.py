@@ -21,6 +21,7 @@ from hwpq_pipeline.checkpoints.reader import Checkpoint
 from hwpq_pipeline.compression.codes import Quantized, round_to, scaled
 from hwpq_pipeline.compression.grids import GRIDS
 from hwpq_pipeline.decoder.loading import load_dense
+from hwpq_pipeline.method.recipe import Recipe
 
 
 class Student:
@@ -43,16 +44,18 @@ class Student:
         self.device = device
         self.layers = tuple(layer for layer in layer_map(model_dir) if layer.name in compressed.layers)
         self._parameters = dict(self.model.named_parameters(remove_duplicate=False))
-        self._scales: dict[str, Quantized] = {}
+        self._scales: dict[str, tuple[Tensor, str, int | None]] = {}
         for layer in self.layers:
             weight = compressed.dequantized(layer.name, layer.shape, torch.float32)
             if layer.name in compressed.quantized:
-                self._scales[layer.name] = compressed.read_quantized(layer.name, layer.shape)
+                held = compressed.read_quantized(layer.name, layer.shape)
+                self._scales[layer.name] = (held.scale.to(device), held.grid, held.group_size)
             self._view(layer, self._parameters).copy_(weight)
         self.norms = norms_of(self.model, Checkpoint(model_dir).names)
         self._names = [*dict.fromkeys(layer.place.tensor for layer in self.layers), *self.norms]
         self.masters = [self._parameters[name].detach().clone().contiguous() for name in self._names]
-        pruned = self.layers if compressed.structure != "dense" else ()
+        recipe = Recipe.from_json(compressed.recipe)
+        pruned = [layer for layer in self.layers if recipe.for_layer(layer.name).selection is not None]
         self._kept = {layer.name: self._view(layer, self._by_name) != 0 for layer in pruned}
         for name in self._names:
             self._parameters[name].requires_grad_()
@@ -67,7 +70,7 @@ class Student:
 
     @torch.no_grad()
     def take_gradients(self) -> None:
-        """Hand the parameters' gradients to the masters; a dropped weight gets none."""
+        """Hand the parameters' gradients to the masters; a weight that is zero in a pruned layer gets none."""
         for name, master in zip(self._names, self.masters, strict=True):
             parameter = self._parameters[name]
             master.grad, parameter.grad = parameter.grad, None
@@ -88,11 +91,10 @@ class Student:
             self._view(layer, self._parameters).copy_(weight if found is None else scaled(found.codes, found.scale))
 
     def _rounded(self, layer: Layer, weight: Tensor) -> Quantized | None:
-        held = self._scales.get(layer.name)
-        if held is None:
+        if layer.name not in self._scales:
             return None
-        codes = round_to(weight.contiguous(), held.scale.to(weight.device), GRIDS[held.grid])
-        return Quantized(codes, held.scale, held.grid, held.group_size)
+        scale, grid, group_size = self._scales[layer.name]
+        return Quantized(round_to(weight.contiguous(), scale, GRIDS[grid]), scale, grid, group_size)
 
     def results(self) -> Iterator[tuple[Layer, Tensor | Quantized]]:
         """The layers, each with its weight (out, in), float32, or its codes and scales."""

@@ -2,7 +2,8 @@
 
 A store is a server or a local sqlite file. A server that does not answer must not delay a run for minutes, so requests
 are repeated for a few seconds only, unless the environment says otherwise. Two processes on one sqlite file would trip
-over each other's migrations and locks, so they take turns with a lock file beside it.
+over each other's migrations and locks, so they take turns with a lock file beside it. MLflow makes a new file in some
+eighty migrations, and cannot go on from one that a full disk has stopped. So the file is made beside, and moved.
 """
 
 from __future__ import annotations
@@ -53,6 +54,7 @@ def connected(tracking_uri: str) -> Iterator[MlflowClient]:
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
     try:
         with _turn(tracking_uri):
+            _make_database(tracking_uri)
             yield MlflowClient(tracking_uri=tracking_uri)
     except (MlflowException, RequestException, SQLAlchemyError) as error:
         raise HwpqError(
@@ -65,6 +67,23 @@ def _turn(tracking_uri: str) -> AbstractContextManager[object]:
 
     path = tracking_uri.removeprefix(_SQLITE)
     return FileLock(f"{path}.lock") if path != tracking_uri else nullcontext()
+
+
+def _make_database(tracking_uri: str) -> None:
+    """Make the sqlite file if it is missing, whole or not at all."""
+    from mlflow import MlflowClient
+
+    name = tracking_uri.removeprefix(_SQLITE)
+    path = Path(name)
+    if name == tracking_uri or "?" in name or ":memory:" in name or path.exists():
+        return
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    try:
+        MlflowClient(tracking_uri=f"{_SQLITE}{partial}").search_experiments(max_results=1)
+        os.replace(partial, path)
+    finally:
+        for left in path.parent.glob(f"{partial.name}*"):
+            left.unlink()
 
 
 def artifact_location(tracking_uri: str) -> str | None:

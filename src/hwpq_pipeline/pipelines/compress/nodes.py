@@ -16,6 +16,7 @@ from hwpq_pipeline.kernels.devices import choose_device
 from hwpq_pipeline.layer_columns import COMPRESSED
 from hwpq_pipeline.method.groups import open_groups
 from hwpq_pipeline.method.healed import samples_needed, write_healed
+from hwpq_pipeline.method.healing_state import forget_states
 from hwpq_pipeline.method.recipe import Recipe
 from hwpq_pipeline.method.run import compress_model
 from hwpq_pipeline.parameters import Calibration, Compute
@@ -96,3 +97,8 @@ def heal_weights(
     device = choose_device(compute.device, tf32=compute.tf32, where="compress")
     write_healed(model, compressed, recipe, target, tokens=tokens, states=states, device=device)
     return target, {"compress": seconds["compress"] + time.perf_counter() - begun}
+
+
+def forget_healing(compressed: Path, name: str, states: Path) -> None:  # noqa: ARG001 (it is in its place: that is the point)
+    """Remove what a healing would have gone on from, once the compressed model is in its place."""
+    forget_states(states, name)

@@ -8,7 +8,7 @@ from kedro.pipeline import Pipeline, node
 
 from hwpq_pipeline.pipelines.variants import for_each_variant
 
-from .nodes import compress_weights, draw_healing, heal_weights
+from .nodes import compress_weights, draw_healing, forget_healing, heal_weights
 
 
 def create_pipeline(names: Iterable[str]) -> Pipeline:
@@ -42,6 +42,7 @@ def create_pipeline(names: Iterable[str]) -> Pipeline:
                 ["compressed", "compress_seconds"],
                 name="heal_weights",
             ),
+            node(forget_healing, ["compressed", "name", "healing_states"], None, name="forget_healing"),
         ],
         names,
     )
