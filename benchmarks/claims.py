@@ -52,7 +52,8 @@ def headline() -> str:
     healed = metrics("2of4-fp8-healed")
     best, peer, facts = contest.of("2of4", "hwpq-quality"), contest.of("2of4", "sparsegpt"), machine()
     return (
-        "HWPQ pipeline makes a Hugging Face causal language model smaller in minutes, without retraining. "
+        "HWPQ pipeline makes a Hugging Face causal language model smaller in minutes. It retrains nothing unless a "
+        "variant asks for it. "
         f"With {facts['cores']} cores of {processor(facts)}, SmolLM2-135M-Instruct became "
         f"{fp8['compression_ratio']:.2f} × smaller in FP8 at {fp8['perplexity_ratio']:.3f} × its perplexity in "
         f"{making_seconds(fp8):.0f} s, and {int4['compression_ratio']:.2f} × smaller in INT4 at "

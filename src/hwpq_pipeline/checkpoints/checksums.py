@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import zlib
 from collections.abc import Iterable, Mapping
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -79,10 +80,17 @@ def check_bytes(handle: Any, name: str, *, where: str, remedy: str) -> None:
     _compare(handle, name, (rows[start : start + step] for start in range(0, shape[0], step)), where, remedy)
 
 
+@lru_cache(maxsize=8)
+def _checksums(entry: str) -> dict[str, str]:
+    """A file's entry, read once and not for each of its tensors."""
+    found: dict[str, str] = json.loads(entry)
+    return found
+
+
 def _compare(handle: Any, name: str, pieces: Iterable[torch.Tensor], where: str, remedy: str) -> None:
     with reading(where, remedy=remedy):
         entry = (handle.metadata() or {}).get(ENTRY)
-        expected = None if entry is None else json.loads(entry).get(name)
+        expected = None if entry is None else _checksums(entry).get(name)
         intact = expected is None or expected == crc32(pieces)
     if not intact:
         raise HwpqError("its bytes are not those that were written", where=where, remedy=remedy)

@@ -9,7 +9,7 @@ one that counts, the mean Kullback-Leibler divergence of the next-token distribu
 the compressed layers learn, and the norms of the decoder blocks, by Adam in one cycle of the learning rate.
 
 **The mask** holds because a weight that is zero in a pruned layer gets no gradient: Adam's step is zero where all its
-gradients were. So does a kept weight that was rounded to zero.
+gradients were. A kept weight that was rounded to zero gets none either, and stays zero.
 
 **A grid.** The model computes with `s · round(w / s)` at fixed scales, and the gradient there is taken for that of
 `w` (straight-through, Bengio et al., arXiv 1308.3432). So it is the rounded model that is healed. Activations are not
