@@ -226,3 +226,24 @@ def test_a_wrong_argument_is_a_line(project: Path, arguments: tuple[str, ...], e
     for text in expected:
         assert text in line
     assert not (project / "data").exists() or not [path for path in (project / "data").rglob("*") if path.is_file()]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("broken", "said"),
+    [
+        ("variants: {a: {quantization: {grid: [int3}}}\n", "not valid YAML"),
+        ("variants:\n\ta: {}\n", "not valid YAML"),
+        ("variants: {}\nvariants: {}\n", "stands in line 1 already"),
+        ("variants: !!python/object:os.system {}\n", "is not allowed"),
+    ],
+)
+def test_a_file_that_is_no_yaml_is_a_line_by_the_command(project: Path, broken: str, said: str) -> None:
+    """Every hook that reads parameters comes after the one that checks them."""
+    (project / "conf" / "base" / "parameters_variants.yml").write_text(broken)
+    done = run_in(project, "kedro", "run", "--pipelines", "recipes", warm=True)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr + done.stdout
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert line.startswith("error: conf/base/parameters_variants.yml:")
+    assert said in line

@@ -57,7 +57,7 @@ class ProjectHooks:
     _unfitted = False
     _variants: Sequence[str] = ()
 
-    @hook_impl
+    @hook_impl(tryfirst=True)  # pluggy would call the hooks that read parameters before this one checks them
     def after_context_created(self, context: KedroContext) -> None:
         """Kedro calls it when the context exists, before it asks for the pipelines.
 
