@@ -11,8 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hwpq_pipeline.compression.codes import search_scale
 from hwpq_pipeline.compression.grids import GRIDS
+from hwpq_pipeline.compression.scales import search_scale
 
 BLOCK = 128
 

@@ -147,7 +147,7 @@ def export_bytes(shapes: Shapes, recipe: Recipe) -> int:
             total += weights * UNROUNDED_BITS // 8
         else:
             scales = layer.shape[0] * (layer.shape[1] // own.group_size if own.group_size else 1)
-            total += weights * GRIDS[own.grid].bits // 8 + 2 * scales
+            total += weights * GRIDS[own.grid].bits // 8 + GRIDS[own.grid].scale_bytes * scales
     return total
 
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from hwpq_pipeline.compression import grids
+from hwpq_pipeline.compression.codes import on_grid
 from hwpq_pipeline.errors import HwpqError
 from hwpq_pipeline.kernels.fp8 import E4M3_MAX
 
@@ -23,7 +24,9 @@ def test_codes_fit_their_dtype_and_their_bits(grid: grids.Grid) -> None:
         assert (grid.low, grid.high) == (torch.finfo(dtype).min, torch.finfo(dtype).max) == (-E4M3_MAX, E4M3_MAX)
     else:
         assert torch.iinfo(dtype).min <= grid.low < 0 < grid.high <= torch.iinfo(dtype).max
-        assert 2 ** (grid.bits - 1) < grid.high - grid.low + 1 <= 2**grid.bits
+        every = torch.arange(int(grid.low), int(grid.high) + 1)
+        codes = sum(on_grid(code[None].to(dtype), grid) for code in every)
+        assert 2 ** (grid.bits - 1) < codes <= 2**grid.bits
 
 
 def test_the_facts_import_no_torch() -> None:

@@ -24,6 +24,7 @@ WIDE = {
     "self_attn.o_proj": (256, 256), "mlp.gate_proj": (512, 256), "mlp.up_proj": (512, 256),
     "mlp.down_proj": (256, 512),
 }  # fmt: skip
+GRIDS = [("fp8_e4m3", None), ("int8", None), ("int4", 16), ("nvfp4", 16), (None, None)]
 WEIGHTS = 256 * 256 * 2 + 128 * 256 * 2 + 512 * 256 * 3
 ROWS = 256 * 3 + 128 * 2 + 512 * 2
 
@@ -35,6 +36,8 @@ def test_bytes_are_the_arithmetic_within_three_percent(tmp_path: Path) -> None:
     wanted = {
         ("fp8_e4m3", None): others + 2 * (WEIGHTS + 4 * ROWS),
         ("int8", None): others + 2 * (WEIGHTS + 4 * ROWS),
+        ("nvfp4", 16): others + 2 * (WEIGHTS // 2 + WEIGHTS // 16 + 7 * 4),
+        ("mxfp4", 32): others + 2 * (WEIGHTS // 2 + WEIGHTS // 32),
         ("int4", 64): others + 2 * (WEIGHTS // 2 + 4 * WEIGHTS // 64 + 7 * 16),
     }
     for (grid, group_size), expected in wanted.items():
@@ -50,7 +53,7 @@ def test_bytes_are_the_arithmetic_within_three_percent(tmp_path: Path) -> None:
         assert size.compression_ratio == pytest.approx(dense_bytes / size.size_bytes)
 
 
-@pytest.mark.parametrize(("grid", "group_size"), [("fp8_e4m3", None), ("int8", None), ("int4", 16), (None, None)])
+@pytest.mark.parametrize(("grid", "group_size"), GRIDS)
 def test_sparsity_counts_zeros_of_the_loaded_weights(tmp_path: Path, grid: str | None, group_size: int | None) -> None:
     tiny_checkpoint(tmp_path / "model")
     structure = "dense" if grid else "unstructured"
@@ -63,7 +66,7 @@ def test_sparsity_counts_zeros_of_the_loaded_weights(tmp_path: Path, grid: str |
     assert size.sparsity == zeros / size.weights
 
 
-@pytest.mark.parametrize(("grid", "group_size"), [("fp8_e4m3", None), ("int8", None), ("int4", 16), (None, None)])
+@pytest.mark.parametrize(("grid", "group_size"), GRIDS)
 def test_coverage_is_whole_where_every_matrix_of_the_blocks_is_linear(
     tmp_path: Path, grid: str | None, group_size: int | None
 ) -> None:

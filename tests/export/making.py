@@ -23,6 +23,8 @@ ROW = {
 }
 #: Codes of the integer grids.
 RANGE = {"int8": (-127, 127), "int4": (-8, 7), "int3": (-4, 3)}
+#: Codes of the 4-bit floats, in halves.
+HALVES = torch.tensor([0, 1, 2, 3, 4, 6, 8, 12, -1, -2, -3, -4, -6, -8, -12], dtype=torch.int8)
 #: ONNX Runtime's attention wants heads of a multiple of 16; the layers' shapes stay those of `tiny_config()`.
 HEADS = {"num_attention_heads": 2, "num_key_value_heads": 1}
 COLUMNS = {**dict.fromkeys(ROW, 32), "down_proj": 64}
@@ -45,11 +47,21 @@ def random_codes(grid: str, shape: tuple[int, int], generator: torch.Generator) 
         if grid == "fp8_e5m2":
             values = values.to(torch.float8_e5m2).float()
         codes = values.clamp(-448, 448).to(torch.float8_e4m3fn)
+    elif grid not in RANGE:
+        codes = HALVES[torch.randint(0, len(HALVES), shape, generator=generator)]
     else:
         low, high = RANGE[grid]
         codes = torch.randint(low, high + 1, shape, generator=generator).to(torch.int8)
     keep = torch.rand(shape, generator=generator) > 1 / 3
     return torch.where(keep, codes.float(), torch.zeros(())).to(codes.dtype)
+
+
+def storable(scale: torch.Tensor, grid: str, layer: str) -> dict[str, torch.Tensor]:
+    """The layer's scales as numbers that the grid stores."""
+    if grid == "nvfp4":
+        scale = (scale * 2.0**10).to(torch.float8_e4m3fn).float() / 2.0**10
+        return {f"{layer}.scale": scale, f"{layer}.tensor_scale": torch.tensor([2.0**10])}
+    return {f"{layer}.scale": 2 ** torch.log2(scale).round() if grid == "mxfp4" else scale}
 
 
 def make_compressed(
@@ -76,12 +88,13 @@ def make_compressed(
             weights[layer] = weight.double().numpy()
             continue
         groups = columns // group_size if group_size else 1
-        top = -RANGE[grid][0] if grid in RANGE else 448
+        top = -RANGE[grid][0] if grid in RANGE else 448 if grid.startswith("fp8") else 12
         scale = (0.1 + torch.rand(rows, groups, generator=generator)) / (2 * top)
         if bfloat16_scales:
             scale = scale.bfloat16().float()
         codes = random_codes(grid, (rows, columns), generator)
-        tensors[f"{layer}.codes"], tensors[f"{layer}.scale"] = codes, scale
+        tensors |= {f"{layer}.codes": codes, **storable(scale, grid, layer)}
+        scale = tensors[f"{layer}.scale"]
         spread = np.repeat(scale.double().numpy(), columns // groups, axis=1)
         weights[layer] = codes.double().numpy() * spread
     _write(target, tensors, list(shapes), grid=grid, group_size=group_size, structure=structure)
@@ -101,10 +114,13 @@ def make_two_of_four(
         low, high = RANGE.get(grid, (0, 0))
         if 0 < high < 127:
             code = (3 * weight).round().clamp(low, high).to(torch.int8)
+        elif grid not in RANGE and not grid.startswith("fp8"):
+            code = HALVES[(3 * weight[..., None] - HALVES).abs().argmin(-1)]
         else:
             code = codes("int8" if grid == "int8" else "float8_e4m3fn", weight)
         scale = 0.001 + 0.002 * torch.rand(shape[0], shape[1] // group_size if group_size else 1, generator=generator)
-        tensors[f"{layer}.codes"], tensors[f"{layer}.scale"] = code, scale
+        tensors |= {f"{layer}.codes": code, **storable(scale, grid, layer)}
+        scale = tensors[f"{layer}.scale"]
         weights[layer] = code.float() * scale.repeat_interleave(shape[1] // scale.shape[1], dim=1)
     _write(target, tensors, list(weights), grid=grid, group_size=group_size, structure="2of4")
     return weights

@@ -63,7 +63,7 @@ def in_llama_order(weight: np.ndarray, heads: int | None) -> np.ndarray:
 
 @pytest.mark.parametrize(
     ("grid", "group_size", "kind"),
-    [("int4", 32, "Q4_0"), ("int4", None, "Q4_0"), ("int8", None, "Q8_0")],
+    [("int4", 32, "Q4_0"), ("int4", None, "Q4_0"), ("int8", None, "Q8_0"), ("mxfp4", 32, "MXFP4")],
 )
 def test_integer_codes_and_scales_are_kept(tmp_path: Path, grid: str, group_size: int | None, kind: str) -> None:
     directory = exported(tmp_path, grid, group_size, bfloat16_scales=True)

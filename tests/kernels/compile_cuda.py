@@ -127,7 +127,8 @@ def rounding(capability: int) -> dict[str, dict[str, int]]:
             {
                 "MASKED": True,
                 "REFIT": True,
-                "STORED": STORED[torch.bfloat16],
+                "COARSENING": True,
+                "DROPPED": 16,
                 "ROWS": descent.ROWS,
                 "BLOCK": size,
             },
@@ -141,6 +142,13 @@ def rounding(capability: int) -> dict[str, dict[str, int]]:
             capability,
             num_warps=4,
         )
+    found["group_scale chosen"] = build(
+        scales._choose,
+        "*fp32 *fp32 *fp32 *fp32 i32 i32 i32 i32 fp32",
+        {"GROUPS": scales.TILE // 16, "SIZE": 16},
+        capability,
+        num_warps=4,
+    )
     return found
 
 

@@ -12,9 +12,12 @@ import torch
 from torch import Tensor
 
 from hwpq_pipeline.kernels.coordinate_descent import Walk, blocks, descend, reference
+from hwpq_pipeline.kernels.stored import Stored
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
 INT4 = Walk(low=-8.0, high=7.0, sweeps=2, refit=True)
+FP4 = Walk(low=-12.0, high=12.0, sweeps=2, refit=True, coarsening=True)
+HALVES = np.array([-12.0, -8, -6, -4, -3, -2, -1, 0, 1, 2, 3, 4, 6, 8, 12])
 
 #: Of a step: so near a midpoint between two codes either may be right (`TIE` and what float32 rounds off).
 NEAR = 3e-4
@@ -54,6 +57,11 @@ def problem(rows: int, columns: int, groups: int, seed: int) -> Problem:
     return Problem(codes, scale, weight, inputs.double().numpy() / columns**0.5)
 
 
+def on_halves(codes: Tensor) -> Tensor:
+    near = np.abs(codes.numpy()[..., None] - HALVES).argmin(-1)
+    return torch.from_numpy(HALVES[near]).to(torch.int8)
+
+
 def by_exhaustion(given: Problem, mask: Tensor | None, walk: Walk) -> tuple[Array, Array, list[int]]:
     """A walk that tries every code of a column on the inputs and keeps the best.
 
@@ -63,7 +71,7 @@ def by_exhaustion(given: Problem, mask: Tensor | None, walk: Walk) -> tuple[Arra
     decided = set(range(len(given.codes)))
     codes, scale = given.codes.double().numpy().copy(), given.scale.double().numpy().copy()
     target, size = given.weight.double().numpy(), codes.shape[1] // scale.shape[1]
-    levels = np.arange(walk.low, walk.high + 1)
+    levels = HALVES if walk.coarsening else np.arange(walk.low, walk.high + 1)
     for row, _, group in product(range(codes.shape[0]), range(walk.sweeps), range(scale.shape[1])):
         ours = slice(group * size, (group + 1) * size)
         for column in range(codes.shape[1])[ours]:
@@ -90,13 +98,18 @@ def by_exhaustion(given: Problem, mask: Tensor | None, walk: Walk) -> tuple[Arra
     ("rows", "columns", "groups"), [(1, 4, 1), (3, 33, 3), (5, 64, 2), (2, 96, 1), (3, 130, 13), (2, 128, 2)]
 )
 @pytest.mark.parametrize("masked", [False, True])
-def test_every_code_is_the_best_of_all(rows: int, columns: int, groups: int, masked: bool, refit: bool) -> None:
-    given, walk, mask = problem(rows, columns, groups, seed=rows * columns), replace(INT4, refit=refit), None
+@pytest.mark.parametrize("kind", [INT4, FP4], ids=["int4", "fp4"])
+def test_every_code_is_the_best_of_all(
+    kind: Walk, rows: int, columns: int, groups: int, masked: bool, refit: bool
+) -> None:
+    given, walk, mask = problem(rows, columns, groups, seed=rows * columns), replace(kind, refit=refit), None
+    if kind.coarsening:
+        given = replace(given, codes=on_halves(given.codes))
     if masked:
         mask = torch.rand(rows, columns, generator=torch.Generator().manual_seed(1)) < 0.6
         given = replace(given, codes=given.codes * mask)
     codes, scale, decided = by_exhaustion(given, mask, walk)
-    assert 2 * len(decided) > rows
+    assert 2 * len(decided) >= rows
     found = descend(*given.begin(), mask, walk)
     slow_codes, slow_scale = reference.descend(*given.begin(), mask, walk)
     for some_codes, some_scale in ((found.codes, found.scale), (slow_codes, slow_scale)):
@@ -145,11 +158,35 @@ def test_blocks_cover_the_columns_in_whole_groups(columns: int, size: int) -> No
     assert block % size == 0 or (size > blocks.WIDEST_REFIT and size % block == 0)
 
 
+@pytest.mark.parametrize("kind", [INT4, FP4], ids=["int4", "fp4"])
+@pytest.mark.parametrize(
+    ("mantissa", "wanted"), [(3, torch.float8_e4m3fn), (0, torch.float8_e8m0fnu)], ids=["e4m3", "e8m0"]
+)
+def test_scales_of_a_few_bits_are_torchs_own(kind: Walk, mantissa: int, wanted: torch.dtype) -> None:
+    given = problem(4, 32, 2, seed=9)
+    given = replace(given, codes=on_halves(given.codes), scale=given.scale.to(wanted).float())
+    found = descend(*given.begin(), None, replace(kind, sweeps=3, stored=Stored(mantissa, 2.0**-6, 448.0)))
+    assert torch.equal(found.scale.to(wanted).float(), found.scale)
+    assert Stored(mantissa, 2.0**-6, 448.0).hold(found.scale)
+    assert bool((found.after < found.before).all())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_stored_numbers_are_the_dtypes_normal_ones(dtype: torch.dtype) -> None:
+    numbers, kind = Stored.of(dtype), torch.finfo(dtype)
+    given = torch.randn(4096, generator=torch.Generator().manual_seed(1)).abs() + 0.01
+    assert numbers.hold(given.to(dtype).float())
+    assert numbers.hold(given) == (dtype == torch.float32)
+    assert (numbers.least, numbers.most) == (kind.smallest_normal, kind.max)
+    assert numbers.hold(torch.tensor([numbers.least, numbers.most]))
+    assert not numbers.hold(torch.tensor([numbers.least / 2]))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_scales_keep_to_the_stored_type(dtype: torch.dtype) -> None:
     given = problem(4, 32, 2, seed=8)
     given = replace(given, scale=given.scale.to(dtype).float())
-    found = descend(*given.begin(), None, replace(INT4, sweeps=3, scale_dtype=dtype))
+    found = descend(*given.begin(), None, replace(INT4, sweeps=3, stored=Stored.of(dtype)))
     assert torch.equal(found.scale.to(dtype).float(), found.scale)
     assert not torch.equal(found.scale, given.scale)
     assert bool((found.after < found.before).all())

@@ -30,6 +30,7 @@ from hwpq_pipeline.kernels.fp8 import cuda as fp8
 from hwpq_pipeline.kernels.fp8 import reference as fp8_reference
 from hwpq_pipeline.kernels.group_scale import cuda as scales
 from hwpq_pipeline.kernels.group_scale import reference as scales_reference
+from hwpq_pipeline.kernels.stored import Stored
 from hwpq_pipeline.kernels.two_of_four import cuda as fours
 from hwpq_pipeline.kernels.two_of_four import reference as fours_reference
 from tests.kernels.cuda import DEVICE, DTYPES, NAN, factors, random, there
@@ -130,9 +131,10 @@ def problem(rows: int, columns: int, groups: int) -> tuple[Tensor, Tensor, Tenso
 
 @pytest.mark.parametrize("refit", [False, True])
 @pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("coarsening", [False, True])
 @pytest.mark.parametrize(("rows", "columns", "groups"), [(1, 4, 1), (9, 33, 3), (3, 96, 2)])
 def test_coordinate_descent_reaches_the_reference(
-    monkeypatch: pytest.MonkeyPatch, rows: int, columns: int, groups: int, masked: bool, refit: bool
+    monkeypatch: pytest.MonkeyPatch, rows: int, columns: int, groups: int, coarsening: bool, masked: bool, refit: bool
 ) -> None:
     monkeypatch.setattr(descent, "PANEL", 66)  # several panels, of unequal size
     codes, scale, weight, gram = problem(rows, columns, groups)
@@ -141,6 +143,9 @@ def test_coordinate_descent_reaches_the_reference(
         mask = random(rows, columns, seed=13) < 0.3
         codes = codes * mask
     walk = Walk(-8.0, 7.0, sweeps=2, refit=refit)
+    if coarsening:
+        walk = Walk(-12.0, 12.0, sweeps=2, refit=refit, coarsening=True)
+        codes = codes.sign() * (codes.abs() + (codes.abs() == 5) + (codes.abs() == 7))
     slow_codes, slow_scale = descent_reference.descend(codes, scale, weight, gram, mask, walk)
     arguments = there(codes, scale, weight, gram)
     fast = descent.descend(*arguments, None if mask is None else mask.to(DEVICE), walk)
@@ -161,7 +166,7 @@ def test_coordinate_descent_reaches_the_reference(
 def test_coordinate_descent_keeps_scales_to_the_stored_type() -> None:
     codes, scale, weight, gram = problem(3, 32, 2)
     scale = scale.bfloat16().float()
-    walk = Walk(-8.0, 7.0, sweeps=2, refit=True, scale_dtype=torch.bfloat16)
+    walk = Walk(-8.0, 7.0, sweeps=2, refit=True, stored=Stored.of(torch.bfloat16))
     _, found, before, after = descent.descend(*there(codes, scale, weight, gram), None, walk)
     assert torch.equal(found.bfloat16().float(), found)
     assert not torch.equal(found.cpu(), scale)
@@ -178,6 +183,14 @@ def test_searched_scales_have_the_reference_error(rows: int, groups: int, size: 
         scales_reference.errors(grouped.double(), s.double(), importance.double(), -8.0, 7.0) for s in (found, expected)
     )
     torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-7)
+
+
+@pytest.mark.parametrize(("rows", "groups", "size", "number"), [(1, 1, 1, 1), (3, 5, 16, 17), (2, 3, 32, 3)])
+def test_chosen_scales_have_the_reference_error(rows: int, groups: int, size: int, number: int) -> None:
+    grouped, importance = random(rows, groups, size), random(groups, size, seed=14).abs()
+    candidates = (grouped.abs().amax(2) / 12)[..., None] * torch.linspace(1.0, 0.25, number)
+    found = scales.choose(*there(grouped, candidates, importance)).cpu()
+    assert torch.equal(found.double(), scales_reference.choose(grouped, candidates, importance))
 
 
 # --- real machine code

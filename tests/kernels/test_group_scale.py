@@ -23,3 +23,13 @@ def test_errors_of_the_scales_agree(rows: int, groups: int, size: int, low: floa
     torch.testing.assert_close(fast_error, slow_error, rtol=0.02, atol=1e-9)
     full_error = reference.errors(arguments[0], full.double(), *arguments[1:])
     assert bool((fast_error <= full_error * (1 + 1e-6)).all())
+
+
+@pytest.mark.parametrize(("rows", "groups", "size", "number"), [(1, 1, 1, 1), (3, 2, 16, 17), (7, 3, 32, 3)])
+def test_the_chosen_scale_has_the_least_error(rows: int, groups: int, size: int, number: int) -> None:
+    generator = torch.Generator().manual_seed(rows)
+    grouped = torch.randn(rows, groups, size, generator=generator)
+    importance = torch.rand(groups, size, generator=generator) + 0.01
+    candidates = (grouped.abs().amax(2) / 12)[..., None] * torch.linspace(1.0, 0.25, number)
+    found = cpu.choose(grouped, candidates, importance)
+    assert torch.equal(found.double(), reference.choose(grouped, candidates, importance))

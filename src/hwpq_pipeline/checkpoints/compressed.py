@@ -3,9 +3,10 @@
 `recipe.json` says how to read the tensors: `grid` (null where
 nothing is rounded), `group_size`, `structure` and `layers`, and in `others` the grid and group size of layers that have
 other ones. It also says how they were made: `variant`, and the `recipe` in plain numbers. Beside it is a safetensors
-file for each input group. For each layer it holds `<layer>.codes` (out, in) and `<layer>.scale` (out, groups), or
-`<layer>.weight` (out, in) where the layer was pruned only. `replaced` names other tensors of the checkpoint (norms)
-that have new values here. The reader checks names, shapes, ranges and finiteness.
+file for each input group. For each layer it holds `<layer>.codes` (out, in) and `<layer>.scale` (out, groups), and
+`<layer>.tensor_scale` (1) if its grid has one, or `<layer>.weight` (out, in) where the layer was pruned only.
+`replaced` names other tensors of the checkpoint (norms) that have new values here. The reader checks names, shapes,
+ranges and finiteness.
 """
 
 from __future__ import annotations
@@ -26,9 +27,18 @@ from hwpq_pipeline.checkpoints.reader import Checkpoint
 from hwpq_pipeline.checkpoints.writer import write_json, write_tensors
 from hwpq_pipeline.compression.codes import Quantized, code_dtype, dequantize, on_grid
 from hwpq_pipeline.compression.grids import GRIDS
+from hwpq_pipeline.compression.scales import stored_numbers
 from hwpq_pipeline.errors import HwpqError, reading
 
 _AGAIN = "Run the compress pipeline for this variant again."
+
+
+def tensors_of(layer: str, quantized: Quantized) -> dict[str, Tensor]:
+    """What the compressed model holds of a layer on a grid."""
+    found = {f"{layer}.{part}": getattr(quantized, part) for part in ("codes", "scale")}
+    if GRIDS[quantized.grid].stored_as == "e4m3":
+        found[f"{layer}.tensor_scale"] = torch.tensor([quantized.tensor_scale])
+    return found
 
 
 class CompressedModel:
@@ -106,8 +116,7 @@ class CompressedModel:
     def _check_names(self) -> None:
         wanted = set(self._replaced)
         for layer in self.layers:
-            parts = ("codes", "scale") if layer in self.quantized else ("weight",)
-            wanted |= {f"{layer}.{part}" for part in parts}
+            wanted |= {f"{layer}.{part}" for part in self._parts(layer)}
         if missing := sorted(wanted - set(self._handles)):
             raise HwpqError(
                 f"{len(missing)} tensors are missing, first {missing[0]}", where=str(self.path), remedy=_AGAIN
@@ -118,6 +127,12 @@ class CompressedModel:
         if (self.grid is None) == bool(self.quantized):
             what = f"grid {self.grid} with {len(self.quantized)} quantized layers"
             raise HwpqError(what, where=f"{self.path}/recipe.json", remedy=_AGAIN)
+
+    def _parts(self, layer: str) -> tuple[str, ...]:
+        if layer not in self.quantized:
+            return ("weight",)
+        grid = GRIDS.get(self.format_of(layer)[0])  # none where the header and the files contradict each other
+        return ("codes", "scale", "tensor_scale") if grid and grid.stored_as == "e4m3" else ("codes", "scale")
 
     def _tensor(self, name: str) -> Tensor:
         return read_tensor(self._handles[name], name, where=f"{self.path}: {name}", remedy=_AGAIN)
@@ -147,9 +162,14 @@ class CompressedModel:
             )
         if not bool((torch.isfinite(scale) & (scale > 0)).all()):
             raise HwpqError("a scale is not a positive number", where=where, remedy=_AGAIN)
+        factor = 1.0
+        if grid.stored_as != "model":
+            factor = float(self._tensor(f"{layer}.tensor_scale")) if grid.stored_as == "e4m3" else factor
+            if not stored_numbers(grid, scale.dtype, factor).hold(scale):
+                raise HwpqError(f"a scale is no number that {grid.name} stores", where=where, remedy=_AGAIN)
         if not on_grid(codes, grid):
             raise HwpqError(f"a code is not on grid {grid.name}", where=where, remedy=_AGAIN)
-        return Quantized(codes, scale, grid.name, group_size)
+        return Quantized(codes, scale, grid.name, group_size, factor)
 
     def read_weight(self, layer: str, shape: tuple[int, ...]) -> Tensor:
         """The weight of a layer that was pruned only, checked against the dense one's `shape` (out, in).

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from hwpq_pipeline.compression.grids import Grid
-from hwpq_pipeline.kernels import group_scale
 
 #: From here up, an E5M2 value within E4M3's range is an E4M3 value; below, E4M3's own steps are fine enough.
 E5M2_EXACT_FROM = 2.0**-7
@@ -27,12 +26,14 @@ class Quantized:
         scale: (out, groups) float32, finite and above zero; groups = 1 for a scale per output channel.
         grid: a name in `grids.GRIDS`.
         group_size: columns that share a scale; None for all of a row.
+        tensor_scale: a power of two; `scale · tensor_scale` is what a grid with a scale for the tensor stores.
     """
 
     codes: Tensor
     scale: Tensor
     grid: str
     group_size: int | None
+    tensor_scale: float = 1.0
 
 
 def code_dtype(grid: Grid) -> torch.dtype:
@@ -45,6 +46,8 @@ def on_grid(codes: Tensor, grid: Grid) -> bool:
     """Whether all codes, of the grid's dtype and any shape, lie on the grid; NaN does not."""
     if grid.is_float:
         return not bool(torch.isnan(codes.float()).any())
+    if grid.coarsening and not bool((_coarsened(codes.float()) == codes).all()):
+        return False
     return not bool(((codes < grid.low) | (codes > grid.high)).any())
 
 
@@ -68,25 +71,6 @@ def scaled(codes: Tensor, scale: Tensor) -> Tensor:
     return (values.view(rows, groups, -1) * scale.float()[:, :, None]).view(values.shape)
 
 
-def absmax_scale(weight: Tensor, grid: Grid, group: int) -> Tensor:
-    """The smallest scales at which no code is clamped.
-
-    Args:
-        weight: (out, in) float32.
-        grid: with `power_of_two` scales, the scales are rounded up to powers of two.
-        group: columns that share a scale.
-
-    Returns:
-        (out, groups) float32; 1 for a group of zeros.
-    """
-    absmax = weight.abs().view(weight.shape[0], -1, group).amax(2)
-    scale = absmax / grid.high
-    if grid.scale == "power_of_two":
-        mantissa, exponent = torch.frexp(scale)
-        scale = torch.ldexp(torch.ones_like(scale), exponent - (mantissa == 0.5).to(exponent.dtype))
-    return torch.where(absmax > 0, scale.clamp_min(torch.finfo(torch.float32).tiny), 1.0)
-
-
 def round_to(weight: Tensor, scale: Tensor, grid: Grid) -> Tensor:
     """The codes nearest `weight / scale`: halves to even, clamped to the grid's range.
 
@@ -104,31 +88,15 @@ def round_to(weight: Tensor, scale: Tensor, grid: Grid) -> Tensor:
     if grid.through is not None:
         coarse = ratio.to(getattr(torch, grid.through)).float()
         ratio = torch.where(ratio.abs() < E5M2_EXACT_FROM, ratio, coarse)
+    elif grid.coarsening:
+        ratio = _coarsened(ratio)
     elif not grid.is_float:
         ratio = ratio.round_()
     return ratio.to(code_dtype(grid))
 
 
-def search_scale(weight: Tensor, grid: Grid, group: int, *, importance: Tensor | None = None) -> Tensor:
-    """The scales with the least squared rounding error in their group (see `kernels.group_scale`).
-
-    Args:
-        weight: (out, in) float32.
-        grid: with integer codes.
-        group: columns that share a scale.
-        importance: (in,) weight of each column's squared error, for example diag G; None for equal weights.
-
-    Returns:
-        (out, groups) float32.
-    """
-    grouped = weight.reshape(weight.shape[0], -1, group)
-    groups = grouped.shape[1]
-    full = absmax_scale(weight, grid, group)
-    if importance is None:
-        energy = torch.ones(groups, group, device=weight.device)
-    else:
-        # In units of the mean, so that no square overflows. A little everywhere, for inputs that were never seen.
-        mean = importance.float().mean().clamp_min(torch.finfo(torch.float32).tiny)
-        energy = (importance.float() / mean + 1e-6).reshape(groups, group)
-    scale = group_scale.search(grouped, full, energy, grid.low, grid.high)
-    return scale.clamp_min_(torch.finfo(torch.float32).tiny)
+def _coarsened(values: Tensor) -> Tensor:
+    """The nearest numbers of E2M1 in halves, of values up to 12: steps of 1 up to 4, 2 up to 8, 4 from there."""
+    size = values.abs()
+    step = 1.0 + (size > 4).float() + 2.0 * (size > 8).float()
+    return (values / step).round_() * step

@@ -6,11 +6,18 @@
     int8       −127 … 127                 absmax/127 per channel or group                 int8
     int4       −8 … 7                     least squared error, per group or channel       int8
     int3       −4 … 3                     least squared error, per group or channel       int8
+    nvfp4      0 ±1 ±2 ±3 ±4 ±6 ±8 ±12    E4M3 · 2⁻ᵏ, least squared error, per 16 columns int8
+    mxfp4      the same                   2ᵉ, least squared error, per 32 columns         int8
 
 E5M2 is the paper's grid, and no serving engine reads it. It has one exponent bit more and one mantissa bit less than
 E4M3. Within E4M3's range an E5M2 value is an E4M3 value, down to 2⁻⁷. Below that, E4M3 becomes subnormal with steps of
 2⁻⁹, and there 1, 2 and 3 steps are E5M2 values too. A power-of-two scale lifts the channel's largest weight to at most
 448. So the weights are rounded to E5M2 and stored as E4M3, exactly.
+
+NVFP4 and MXFP4 are what current GPUs multiply. Their codes are 4-bit floats (E2M1), held here in halves, so that they
+are integers: `±12` stands for the float ±6. NVFP4 has scales of 8-bit floats (E4M3), and a scale for the whole tensor.
+Ours is a power of two, `2⁻ᵏ`. So every scale stays a number of 4 significant bits, and the weights are bfloat16
+numbers. Layers that read one input share it, as engines that fuse them want. MXFP4 has scales that are powers of two.
 
 At 3 and 4 bits the scale that fits the largest weight wastes codes, so the scale is searched (`codes.search_scale`).
 
@@ -36,6 +43,9 @@ class Grid:
         bits: that a code takes.
         low, high: the smallest and the largest code.
         code_dtype: torch's name of the dtype that holds a code.
+        coarsening: whether the codes are those of E2M1 in halves, and not all integers from `low` to `high`.
+        stored_as: what the scales are stored as: numbers of the dense `model`'s dtype, of `e4m3` times a power of two
+            for the tensor, or powers of two (`e8m0`).
         scale: how the scale is chosen: `absmax` (the largest weight takes the largest code), `power_of_two` (the same,
             rounded up to a power of two), `searched` (least squared error).
         words: codes and scales in words, for the model card.
@@ -56,11 +66,18 @@ class Grid:
     group_sizes: tuple[int, ...] = ()
     through: str | None = None
     descends: bool = False
+    coarsening: bool = False
+    stored_as: Literal["model", "e4m3", "e8m0"] = "model"
 
     @property
     def is_float(self) -> bool:
         """Whether codes are floats."""
         return self.code_dtype.startswith("float")
+
+    @property
+    def scale_bytes(self) -> int:
+        """Bytes of a scale: two in the dtype of most models."""
+        return 2 if self.stored_as == "model" else 1
 
 
 _GROUPS = (32, 64, 128)
@@ -88,6 +105,16 @@ GRIDS: dict[str, Grid] = {
         Grid(
             "int3", 3, -4.0, 3.0, "int8", "searched",
             "3-bit integer weights, packed, one scale per group of columns", group_sizes=_GROUPS, descends=True,
+        ),
+        Grid(
+            "nvfp4", 4, -12.0, 12.0, "int8", "searched",
+            "4-bit floating point (NVFP4) weights, an 8-bit scale per 16 columns", group_sizes=(16,), descends=True,
+            coarsening=True, stored_as="e4m3",
+        ),
+        Grid(
+            "mxfp4", 4, -12.0, 12.0, "int8", "searched",
+            "4-bit floating point (MXFP4) weights, a power of two as scale per 32 columns", group_sizes=(32,),
+            descends=True, coarsening=True, stored_as="e8m0",
         ),
     )
 }  # fmt: skip

@@ -24,9 +24,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hwpq_pipeline.compression.codes import Quantized, absmax_scale, round_to, search_scale
+from hwpq_pipeline.compression.codes import Quantized, round_to
 from hwpq_pipeline.compression.grids import Grid, check_group, find_grid
 from hwpq_pipeline.compression.recovery import check_problem
+from hwpq_pipeline.compression.scales import absmax_scale, choose_scale, search_scale, stored_numbers, tensor_scale
 from hwpq_pipeline.errors import HwpqError
 from hwpq_pipeline.kernels import coordinate_descent, fp8
 
@@ -89,8 +90,9 @@ def quantize(  # noqa: PLR0913 (a format takes some of them, coordinate descent 
     if numbers.is_float and numbers.scale == "absmax":  # one kernel does both
         codes, scale = fp8.quantize(weight, scale_dtype)
         return Quantized(codes, scale, grid, group_size)
-    scale = _scales(weight, numbers, size, gram, scale_dtype)
-    found = Quantized(round_to(weight, scale, numbers), scale, grid, group_size)
+    factor = tensor_scale(weight, numbers)
+    scale = _scales(weight, numbers, size, gram, scale_dtype, factor)
+    found = Quantized(round_to(weight, scale, numbers), scale, grid, group_size, factor)
     if descent is None or gram is None:
         return found
     target = weight if original is None else original.float()
@@ -113,10 +115,13 @@ def _check_descent(descent: Descent | None, grid: Grid, gram: Tensor | None, whe
         )
 
 
-def _scales(weight: Tensor, grid: Grid, size: int, gram: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """(out, groups) float32 scales above zero that are numbers of `dtype`."""
+def _scales(weight: Tensor, grid: Grid, size: int, gram: Tensor | None, dtype: torch.dtype, factor: float) -> Tensor:
+    """(out, groups) float32 scales above zero that are numbers of `dtype`, or of what the grid stores them as."""
+    importance = None if gram is None else gram.diagonal()
+    if grid.stored_as != "model":
+        return choose_scale(weight, grid, size, factor, importance=importance)
     if grid.scale == "searched":
-        scale = search_scale(weight, grid, size, importance=None if gram is None else gram.diagonal())
+        scale = search_scale(weight, grid, size, importance=importance)
     else:
         scale = absmax_scale(weight, grid, size)
     stored = scale.to(dtype).float()
@@ -131,7 +136,10 @@ def _descend(
     delta = descent.damping * float(gram.diagonal().double().mean())
     damped = gram.float().clone()
     damped.diagonal().add_(delta)
-    walk = coordinate_descent.Walk(grid.low, grid.high, descent.sweeps, descent.refit_scales, dtype)
+    numbers = stored_numbers(grid, dtype, start.tensor_scale)
+    walk = coordinate_descent.Walk(
+        grid.low, grid.high, descent.sweeps, descent.refit_scales, numbers, coarsening=grid.coarsening
+    )
     codes, scale, before, after = coordinate_descent.descend(start.codes, start.scale, target, damped, mask, walk)
     before -= 0.5 * delta * _squared_distance(start.codes, start.scale, target)
     after -= 0.5 * delta * _squared_distance(codes, scale, target)
@@ -141,6 +149,7 @@ def _descend(
         torch.where(better, scale, start.scale),
         start.grid,
         start.group_size,
+        start.tensor_scale,
     )
 
 

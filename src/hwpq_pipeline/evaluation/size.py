@@ -5,8 +5,8 @@ are left out: they are the same in every variant. Embeddings are counted, unquan
 part (SmolLM2-135M: 56.6 of 269 MB), and the ratio shows it.
 
 `expected_bytes` is the arithmetic: for each quantized layer `out · in · bits / 8` and a scale for each row or group
-(and 16 bytes of shape where weights are packed), and the dense bytes of everything else. Only the files' headers are
-missing.
+(and 16 bytes of shape or 4 of a tensor's scale, where there is one), and the dense bytes of everything else. Only the
+files' headers are missing.
 
 Coverage and sparsity are shares of the block weights (`checkpoints.block_weights`), which count what no method reaches
 as well. A weight counts as compressed if its layer is stored in codes, or differs from the dense model's. Sparsity
@@ -21,15 +21,12 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from hwpq_pipeline.checkpoints.block_weights import block_weights, told_left_dense
 from hwpq_pipeline.checkpoints.layers import Layer, LayerMap, layer_map
 from hwpq_pipeline.checkpoints.reader import Checkpoint
 from hwpq_pipeline.errors import HwpqError, reading
-
-_SHAPE_BYTES = 16  # two int64
 
 
 @dataclass(frozen=True)
@@ -186,8 +183,9 @@ def _expected_bytes(export: Checkpoint, dense: Checkpoint, layers: LayerMap, sch
         bits, group = scheme.weights.num_bits, scheme.weights.group_size
         rows, columns = layer.shape
         scales = rows * (columns // group if group else 1)
-        scale_bytes = torch.finfo(export.tensor(f"{layer.name}.weight_scale").dtype).bits // 8
-        packed = f"{layer.name}.weight_packed" in export
+        scale_bytes = export.tensor(f"{layer.name}.weight_scale").element_size()
+        further = [f"{layer.name}.{part}" for part in ("weight_shape", "weight_global_scale")]
         total -= dense.tensor(f"{layer.name}.weight").nbytes
-        total += rows * columns * bits // 8 + scales * scale_bytes + (_SHAPE_BYTES if packed else 0)
+        total += rows * columns * bits // 8 + scales * scale_bytes
+        total += sum(export.tensor(name).nbytes for name in further if name in export)
     return total

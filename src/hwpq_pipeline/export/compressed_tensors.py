@@ -8,6 +8,11 @@ A quantized linear layer `w ≈ scale · code` is stored as
     int8                 weight int8 (out, in), weight_scale (out, 1)      int8, per token  int-quantized
     int4, int3           weight_packed int32 (out, ⌈in·bits/32⌉ or more)   not quantized    pack-quantized
                          weight_scale (out, groups), weight_shape int64 (2)
+    nvfp4                weight_packed uint8 (out, in/2)                   not quantized    nvfp4-pack-quantized
+                         weight_scale float8_e4m3fn (out, in/16)
+                         weight_global_scale float32 (1), a divisor
+    mxfp4                weight_packed uint8 (out, in/2)                   not quantized    mxfp4-pack-quantized
+                         weight_scale uint8 (out, in/32), 127 + exponent
     none                 weight (out, in) in the dense model's dtype       not quantized    plain checkpoint
 
 Scales keep their values. They are stored in the dense model's dtype if every one of them is a number of that dtype,
@@ -50,7 +55,10 @@ _SCHEMES = {
     "int8": ("INT8", "int-quantized"),
     "int4": ("W4A16", "pack-quantized"),
     "int3": ("W4A16", "pack-quantized"),  # with its own number of bits
+    "nvfp4": ("NVFP4A16", "nvfp4-pack-quantized"),
+    "mxfp4": ("MXFP4A16", "mxfp4-pack-quantized"),
 }
+_EXPONENT_BIAS = 127
 
 
 def export_checkpoint(
@@ -105,8 +113,9 @@ class StoredLayers:
     Attributes:
         packed: the layers that are stored in codes, by the name of their tensor.
         valued: the others that were compressed, by the name of the tensor that they lie in.
-        unpacked: whether an engine must unpack the codes when it loads them, because the model does not call all of
-            these layers as modules of their own.
+        unpacked: whether transformers must unpack the codes when it loads them: the model does not call all of these
+            layers as modules of their own, or codes are 4-bit floats, which the library else unpacks to bfloat16 in
+            a model of any dtype.
     """
 
     def __init__(self, layers: LayerMap, compressed: CompressedModel) -> None:
@@ -117,7 +126,7 @@ class StoredLayers:
                 self.packed[layer.stored.tensor] = layer
             elif layer.name in compressed.layers:
                 self.valued.setdefault(layer.stored.tensor, []).append(layer)
-        self.unpacked = not all(layer.called for layer in self.packed.values())
+        self.unpacked = any(not layer.called or _four_bits(compressed, layer) for layer in self.packed.values())
         self.formats = {layer.name: compressed.format_of(layer.name) for layer in self.packed.values()}
         if self.unpacked and compressed.formats:  # transformers unpacks all layers by one scheme
             for tensor, layer in list(self.packed.items()):
@@ -130,6 +139,10 @@ class StoredLayers:
         for layer in self.packed.values():
             found.setdefault(self.formats[layer.name], []).append(layer.place.tensor.removesuffix(".weight"))
         return found if len(found) > 1 else {pair: ["Linear"] for pair in found}
+
+
+def _four_bits(compressed: CompressedModel, layer: Layer) -> bool:
+    return GRIDS[compressed.format_of(layer.name)[0]].coarsening
 
 
 def quantization_config(
@@ -165,8 +178,9 @@ def _scheme(grid: str, group_size: int | None, targets: list[str], *, unpacked: 
     preset, stored_as = _SCHEMES[grid]
     scheme: dict[str, Any] = preset_name_to_scheme(preset, targets).model_dump(exclude_none=True)
     scheme["format"] = stored_as
-    scheme["weights"]["num_bits"] = GRIDS[grid].bits
-    if GRIDS[grid].group_sizes:
+    if GRIDS[grid].stored_as == "model":  # the others are fixed whole by their preset
+        scheme["weights"]["num_bits"] = GRIDS[grid].bits
+    if GRIDS[grid].group_sizes and GRIDS[grid].stored_as == "model":
         grouped = {"strategy": "group", "group_size": group_size}
         scheme["weights"].update(grouped if group_size else {"strategy": "channel", "group_size": None})
     if unpacked:
@@ -198,12 +212,28 @@ def _tensors(dense: Checkpoint, compressed: CompressedModel, stored: StoredLayer
 def _codes(layer: str, quantized: Quantized, scale_dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
     from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 
+    grid = GRIDS[quantized.grid]
+    if grid.coarsening:
+        yield from _four_bit_floats(layer, quantized)
+        return
     if _SCHEMES[quantized.grid][1] == "pack-quantized":
-        yield f"{layer}.weight_packed", pack_to_int32(quantized.codes, num_bits=GRIDS[quantized.grid].bits)
+        yield f"{layer}.weight_packed", pack_to_int32(quantized.codes, num_bits=grid.bits)
         yield f"{layer}.weight_shape", torch.tensor(quantized.codes.shape, dtype=torch.int64)
     else:
         yield f"{layer}.weight", quantized.codes
     yield f"{layer}.weight_scale", quantized.scale.to(scale_dtype)
+
+
+def _four_bit_floats(layer: str, quantized: Quantized) -> Iterator[tuple[str, Tensor]]:
+    """Codes are halves here and floats there, so that the scales there are twice ours."""
+    from compressed_tensors.compressors.nvfp4.helpers import pack_fp4_to_uint8
+
+    yield f"{layer}.weight_packed", pack_fp4_to_uint8(quantized.codes.float() / 2)
+    if GRIDS[quantized.grid].stored_as == "e4m3":
+        yield f"{layer}.weight_scale", (quantized.scale * quantized.tensor_scale).to(torch.float8_e4m3fn)
+        yield f"{layer}.weight_global_scale", torch.tensor([quantized.tensor_scale / 2])
+    else:
+        yield f"{layer}.weight_scale", (torch.log2(2 * quantized.scale) + _EXPONENT_BIAS).to(torch.uint8)
 
 
 #: transformers keeps the weights unpacked once they are used.

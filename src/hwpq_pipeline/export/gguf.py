@@ -5,6 +5,7 @@ GGUF's types hold blocks of 32 neighbouring weights of a row, each block with a 
     grid               type    a block                       bits    what becomes of `scale · code`
     int4               Q4_0    d, 32 × (q − 8), q 0 … 15     4.5     codes −8 … 7 as they are, `d = scale`
     int8               Q8_0    d, 32 × q, q −128 … 127       8.5     codes as they are, `d = scale`
+    mxfp4              MXFP4   e, 32 × q, q in halves        4.25    codes as they are, `2ᵉ⁻¹²⁸ = scale`
     fp8_e4m3, fp8_e5m2 Q8_0    d, 32 × q, q −128 … 127       8.5     rounded again: `d = max|w| / 127` of the block
     none               F16     no blocks                     16      weights with float16's precision
     any, `gguf-f16`    F16     no blocks                     16      `scale · code` with float16's precision
@@ -66,7 +67,9 @@ from .llama import USE_ANOTHER, LlamaShape, Rope, read_llama
 
 #: Bounds of the comparison: weights with 11 significant bits beside bfloat16's 8, and FP8 rounded to Q8_0.
 ELEVEN_BITS, ROUNDED_AGAIN = 0.02, 0.2
-_TYPES = {"int4": "Q4_0", "int8": "Q8_0", "fp8_e4m3": "Q8_0", "fp8_e5m2": "Q8_0"}
+_TYPES = {"int4": "Q4_0", "int8": "Q8_0", "mxfp4": "MXFP4", "fp8_e4m3": "Q8_0", "fp8_e5m2": "Q8_0"}
+#: llama.cpp's word for a file of this type; it made MXFP4 for experts.
+_FILES = {"MXFP4": "MXFP4_MOE"}
 #: Rope types that llama.cpp's header holds.
 _ROPES = ("default", "linear", "llama3")
 #: Old checkpoints store what transformers computes from the config.
@@ -161,7 +164,7 @@ def _add_description(writer: Any, model: _Model, card: CardInfo | None) -> None:
     from gguf import GGML_QUANT_VERSION, LlamaFileType
 
     writer.add_type("model")
-    writer.add_file_type(LlamaFileType[f"MOSTLY_{model.type}"])
+    writer.add_file_type(LlamaFileType[f"MOSTLY_{_FILES.get(model.type, model.type)}"])
     writer.add_quantization_version(GGML_QUANT_VERSION)
     if card is not None:
         writer.add_name(f"{card.base_model} {card.variant}")

@@ -15,7 +15,10 @@ from hwpq_pipeline.errors import HwpqError
 from .llama import USE_ANOTHER
 
 BLOCK = 32
-BLOCK_BYTES = {"Q4_0": 2 + BLOCK // 2, "Q8_0": 2 + BLOCK}
+BLOCK_BYTES = {"Q4_0": 2 + BLOCK // 2, "Q8_0": 2 + BLOCK, "MXFP4": 1 + BLOCK // 2}
+#: MXFP4's numbers of codes, which are halves, in order: eight of zero and above, then eight with a sign.
+_HALVES = (0, 1, 2, 3, 4, 6, 8, 12)
+_MX_BIAS = 128
 _FLOAT16_MAX = torch.finfo(torch.float16).max
 Array = np.ndarray[Any, Any]
 
@@ -54,10 +57,19 @@ def as_blocks(quantized: Quantized, kind: str, where: str) -> Array:
         return _rounded(dequantize(quantized), where)
     spread = scale.repeat_interleave(columns // BLOCK // scale.shape[1], dim=1)
     values = codes.view(rows, columns // BLOCK, BLOCK).numpy()
-    if kind == "Q4_0":  # columns j and j + 16 of a block share a byte, the first in its lower half
-        shifted = (values.astype(np.int16) + 8).astype(np.uint8)
-        values = shifted[..., : BLOCK // 2] | shifted[..., BLOCK // 2 :] << 4
+    if kind == "MXFP4":
+        numbers = np.searchsorted(_HALVES, np.abs(values)) | (values < 0).astype(np.int64) << 3
+        exponents = (torch.log2(scale) + _MX_BIAS).to(torch.uint8).numpy()[..., None]
+        return np.concatenate([exponents, _nibbles(numbers.astype(np.uint8))], axis=2).reshape(rows, -1)
+    if kind == "Q4_0":
+        values = _nibbles((values.astype(np.int16) + 8).astype(np.uint8))
     return _with_scales(values.view(np.uint8), spread, where)
+
+
+def _nibbles(values: Array) -> Array:
+    """Two of a block's numbers a byte: columns j and j + 16, the first in the lower half."""
+    packed: Array = values[..., : BLOCK // 2] | values[..., BLOCK // 2 :] << 4
+    return packed
 
 
 def _rounded(weight: Tensor, where: str) -> Array:

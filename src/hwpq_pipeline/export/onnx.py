@@ -284,7 +284,8 @@ def _how_to_load(_info: CardInfo) -> str:
 
 
 STORAGE = Storage("onnx", "onnx", _how_to_load)
+_WHOLE = {name for name, grid in GRIDS.items() if grid.bits in _CODE_BITS and not grid.coarsening}
 FORMAT = Format(
     "onnx", export_onnx, STORAGE, ReadBack(_open, exact),
-    grids=tuple(name for name, grid in GRIDS.items() if grid.is_float or grid.bits in _CODE_BITS),
+    grids=tuple(name for name, grid in GRIDS.items() if grid.is_float or name in _WHOLE),
 )  # fmt: skip

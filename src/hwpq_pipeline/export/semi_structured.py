@@ -18,12 +18,16 @@ from hwpq_pipeline.checkpoints.packed import pack_codes, pack_weight, write_pack
 from hwpq_pipeline.checkpoints.reader import Checkpoint
 from hwpq_pipeline.checkpoints.side_files import copy_side_files
 from hwpq_pipeline.checkpoints.writer import write_json
+from hwpq_pipeline.compression.grids import GRIDS
 from hwpq_pipeline.errors import HwpqError
 from hwpq_pipeline.runtime import load_packed
 
 from .card import CardInfo, Storage
 from .comparison import Logits, ReadBack, exact, model_logits
 from .formats import Format
+
+#: Codes of 4-bit floats, held as halves, are more than 4 bits wide; no kernel here multiplies them.
+_PACKABLE = tuple(name for name, grid in GRIDS.items() if not grid.coarsening)
 
 
 def export_semi_structured(
@@ -94,4 +98,4 @@ def _how_to_load(_info: CardInfo) -> str:
 
 
 STORAGE = Storage("semi-structured", "hwpq-pipeline", _how_to_load, stores_zeros=False)
-FORMAT = Format("semi-structured", export_semi_structured, STORAGE, ReadBack(_open, exact), structures=("2of4",))
+FORMAT = Format("semi-structured", export_semi_structured, STORAGE, ReadBack(_open, exact), _PACKABLE, ("2of4",))

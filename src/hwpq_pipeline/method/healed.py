@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hwpq_pipeline.checkpoints.compressed import CompressedModel, CompressedWriter
+from hwpq_pipeline.checkpoints.compressed import CompressedModel, CompressedWriter, tensors_of
 from hwpq_pipeline.checkpoints.layers import Layer
 from hwpq_pipeline.compression.codes import Quantized
 from hwpq_pipeline.errors import HwpqError
@@ -98,7 +98,7 @@ class _Healed:
     @property
     def tensors(self) -> Mapping[str, Tensor]:
         if isinstance(self.made, Quantized):
-            return {f"{self.name}.codes": self.made.codes, f"{self.name}.scale": self.made.scale}
+            return tensors_of(self.name, self.made)
         return {f"{self.name}.weight": self.made}
 
     @property

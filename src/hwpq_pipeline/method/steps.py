@@ -7,12 +7,13 @@ process may take it. What comes back holds what is written and what is told, on 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from hwpq_pipeline.checkpoints.compressed import tensors_of
 from hwpq_pipeline.compression.bits import unpack_bits
 from hwpq_pipeline.compression.codes import dequantize
 from hwpq_pipeline.compression.recovery import recover
@@ -32,8 +33,7 @@ class CompressedGroup:
     Attributes:
         name: of the input group.
         layers: names, in module order.
-        tensors: what the compressed model holds of them, on the CPU: `<layer>.codes` and `<layer>.scale`, or
-            `<layer>.weight` where nothing was rounded.
+        tensors: what the compressed model holds of them (`checkpoints.compressed`), on the CPU.
         facts: by layer name: columns of the layer table.
         grid, group_size: of the codes; None where nothing was rounded, or for one scale a row.
     """
@@ -85,8 +85,8 @@ def packed(group: Group) -> CompressedGroup:
         if group.quantized is None:
             tensors[f"{layer.name}.weight"] = group.weight[rows]
         else:
-            tensors[f"{layer.name}.codes"] = group.quantized.codes[rows]
-            tensors[f"{layer.name}.scale"] = group.quantized.scale[rows]
+            codes, scale = group.quantized.codes[rows], group.quantized.scale[rows]
+            tensors |= tensors_of(layer.name, replace(group.quantized, codes=codes, scale=scale))
     names = tuple(layer.name for layer in group.layers)
     on_cpu = {name: tensor.cpu() for name, tensor in tensors.items()}
     if group.quantized is None:

@@ -9,6 +9,7 @@ transposed weight) hold their layers as views, so no form is special here.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -44,12 +45,12 @@ class Student:
         self.device = device
         self.layers = tuple(layer for layer in layer_map(model_dir) if layer.name in compressed.layers)
         self._parameters = dict(self.model.named_parameters(remove_duplicate=False))
-        self._scales: dict[str, tuple[Tensor, str, int | None]] = {}
+        self._scales: dict[str, Quantized] = {}
         for layer in self.layers:
             weight = compressed.dequantized(layer.name, layer.shape, torch.float32)
             if layer.name in compressed.quantized:
                 held = compressed.read_quantized(layer.name, layer.shape)
-                self._scales[layer.name] = (held.scale.to(device), held.grid, held.group_size)
+                self._scales[layer.name] = replace(held, codes=held.codes.new_empty(0), scale=held.scale.to(device))
             self._view(layer, self._parameters).copy_(weight)
         self.norms = norms_of(self.model, Checkpoint(model_dir).names)
         self._names = [*dict.fromkeys(layer.place.tensor for layer in self.layers), *self.norms]
@@ -93,8 +94,8 @@ class Student:
     def _rounded(self, layer: Layer, weight: Tensor) -> Quantized | None:
         if layer.name not in self._scales:
             return None
-        scale, grid, group_size = self._scales[layer.name]
-        return Quantized(round_to(weight.contiguous(), scale, GRIDS[grid]), scale, grid, group_size)
+        kept = self._scales[layer.name]
+        return replace(kept, codes=round_to(weight.contiguous(), kept.scale, GRIDS[kept.grid]))
 
     def results(self) -> Iterator[tuple[Layer, Tensor | Quantized]]:
         """The layers, each with its weight (out, in), float32, or its codes and scales."""

@@ -1,12 +1,15 @@
-"""Coordinate descent over codes: `min ½ tr((Q − W₀) G (Q − W₀)ᵀ)` with `q_j = scale · code_j` on an integer grid.
+"""Coordinate descent over codes: `min ½ tr((Q − W₀) G (Q − W₀)ᵀ)` with `q_j = scale · code_j`.
 
 `reference` is the readable oracle (float64), `cpu` and `cuda` are the kernels. All walk through a row's groups in
 order. First each column of the group takes the code that minimises the quadratic with all else fixed. Then, if asked,
 the group's scale takes its own minimiser. Every move is exact in its coordinate, so the objective never rises.
 
-A code moves only if its target lies more than half a step (and `TIE` of a step) away from it, and then to the nearest
-code. On a tie the present code stays. The versions agree except where float32 and float64 see the target on different
+A code moves only if its target lies past the midpoint to another code, by more than `TIE`, and then to the nearest
+one. On a tie the present code stays. The versions agree except where float32 and float64 see the target on different
 sides of that line.
+
+Codes are the integers from `low` to `high`, or the *coarsening* ones `0, ±1, ±2, ±3, ±4, ±6, ±8, ±12`: the 4-bit float
+E2M1 in halves, whose steps are 1 up to 4, 2 up to 8 and 4 from there.
 """
 
 from __future__ import annotations
@@ -14,12 +17,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from hwpq_pipeline.kernels.devices import wants_cuda
+from hwpq_pipeline.kernels.stored import FLOAT32, Stored
 
-#: Of a step: how far past the midpoint a target must lie before its code moves.
+#: In units of code: how far past the midpoint a target must lie before its code moves.
 TIE = 1e-4
 
 __all__ = ["TIE", "Descended", "Walk", "descend"]
@@ -33,14 +36,16 @@ class Walk:
         low, high: the grid's lowest and highest code.
         sweeps: passes over all columns.
         refit: whether the scales move too.
-        scale_dtype: float32, bfloat16 or float16; refitted scales are normal numbers of that type.
+        stored: the numbers that refitted scales may be.
+        coarsening: whether codes are those of E2M1 in halves.
     """
 
     low: float
     high: float
     sweeps: int
     refit: bool
-    scale_dtype: torch.dtype = torch.float32
+    stored: Stored = FLOAT32
+    coarsening: bool = False
 
 
 class Descended(NamedTuple):

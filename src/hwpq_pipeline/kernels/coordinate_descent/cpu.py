@@ -26,7 +26,16 @@ from hwpq_pipeline.kernels.contracted import jit_contracted
 from hwpq_pipeline.kernels.coordinate_descent import TIE, Descended, Walk
 from hwpq_pipeline.kernels.coordinate_descent.blocks import WIDEST_REFIT, begin, block_columns, objective
 
-_DROPPED_BITS = {torch.float32: 0, torch.float16: 13, torch.bfloat16: 16}
+
+@jit_contracted
+def _moved(code: np.float32, target: np.float32, coarsening: bool) -> np.float32:
+    """The code nearest `target`, halves to even; the present one if that is hardly farther."""
+    if not coarsening:
+        return np.rint(target) if abs(target - code) > np.float32(0.5 + TIE) else code
+    size = abs(target)
+    step = np.float32(1.0) if size <= 4 else np.float32(2.0) if size <= 8 else np.float32(4.0)
+    fresh = step * np.rint(target / step)
+    return fresh if abs(target - code) - abs(target - fresh) > np.float32(2 * TIE) else code
 
 
 @jit_contracted
@@ -50,17 +59,17 @@ def _move_codes(
     inverse: NDArray[np.float32],
     columns: tuple[int, int],
     limits: tuple[np.float32, np.float32],
+    coarsening: bool,
 ) -> None:
     """Each code of a group in turn; all arrays are of one row's block, `columns` the group's first and end in it."""
-    midpoint = np.float32(0.5 + TIE)
     per_step = np.float32(1.0) / step
     for j in range(columns[0], columns[1]):
         if not mask[j]:
             continue
         code = np.float32(codes[j])
         target = min(max(code - slope[j] * inverse[j] * per_step, limits[0]), limits[1])
-        if abs(target - code) > midpoint:
-            fresh = np.rint(target)
+        fresh = _moved(code, target, coarsening)
+        if fresh != code:
             codes[j] = np.int8(fresh)
             shift = step * (fresh - code)
             change[j] += shift
@@ -116,6 +125,7 @@ def _sweep_block(
     start: int,
     size: int,
     limits: tuple[np.float32, np.float32],
+    coarsening: bool,
     refit: bool,
     stored: tuple[int, float, float],
     first_row: int,
@@ -141,7 +151,7 @@ def _sweep_block(
         for first in range(0, block, width):
             columns = (first, first + width)
             step = scale[row, (start + first) // size]
-            _move_codes(row_codes, row_mask, step, slope, change, tile, inverse, columns, limits)
+            _move_codes(row_codes, row_mask, step, slope, change, tile, inverse, columns, limits, coarsening)
             if refit:
                 step = _move_scale(row_codes, step, slope, change, pushed, tile, columns, stored)
                 scale[row, (start + first) // size] = step
@@ -157,13 +167,13 @@ def descend(codes: Tensor, scale: Tensor, original: Tensor, gram: Tensor, mask: 
     block = block_columns(columns, size)
     moved = torch.empty(rows, block)
     views = [part.numpy() for part in (codes, scale, gradient, keep, moved)]
-    limits, refits = (np.float32(walk.low), np.float32(walk.high)), walk.refit and size <= WIDEST_REFIT
-    kind = torch.finfo(walk.scale_dtype)
-    stored = _DROPPED_BITS[walk.scale_dtype], kind.smallest_normal, kind.max
+    limits = np.float32(walk.low), np.float32(walk.high)
+    stored = walk.stored.dropped, walk.stored.least, walk.stored.most
+    kind = limits, walk.coarsening, walk.refit and size <= WIDEST_REFIT
     for _ in range(walk.sweeps):
         for start in range(0, columns, block):
             tile = gram[start : start + block, start : start + block].contiguous().numpy()
-            over_rows(partial(_sweep_block, *views, tile, start, size, limits, refits, stored), rows, block * block)
+            over_rows(partial(_sweep_block, *views, tile, start, size, *kind, stored), rows, block * block)
             gradient.addmm_(moved, gram[start : start + block])
             change[:, start : start + block] += moved
     return Descended(codes, scale, before, objective(change, gradient))

@@ -17,14 +17,13 @@ from torch import Tensor
 
 from hwpq_pipeline.kernels.coordinate_descent import TIE, Descended, Walk
 from hwpq_pipeline.kernels.coordinate_descent.blocks import WIDEST_REFIT, begin, block_columns, objective
-from hwpq_pipeline.kernels.triton_parts import STORED, as_stored
+from hwpq_pipeline.kernels.triton_parts import nearest_code, with_mantissa
 
 #: Columns of a panel, about; rows and warps of a program.
 PANEL, ROWS, WARPS = 512, 8, 2
 
 _MIDPOINT = tl.constexpr(0.5 + TIE)
-#: Added and taken away again, it rounds a float32 below 2²² to the nearest integer, halves to even.
-_ROUND = tl.constexpr(12582912.0)
+_MARGIN = tl.constexpr(2 * TIE)
 
 
 @triton.jit
@@ -51,7 +50,7 @@ def _move_scale(
     bounds_high,
     BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
-    STORED: tl.constexpr,
+    DROPPED: tl.constexpr,
 ):
     """The group's scale takes its minimiser, as far as it can be stored: new scale, slope and change."""
     pushed = tl.zeros((ROWS, BLOCK), tl.float32)
@@ -62,7 +61,7 @@ def _move_scale(
     numerator = tl.sum(own * slope, 1)
     curvature = tl.sum(own * pushed, 1)
     best = step - numerator / tl.where(curvature > 0, curvature, 1.0)
-    fresh = as_stored(best, STORED)
+    fresh = with_mantissa(best, DROPPED)
     better = (curvature > 0) & (fresh >= bounds_low) & (fresh <= bounds_high)
     better = better & (tl.abs(fresh - best) < tl.abs(step - best))
     fresh = tl.where(better, fresh, step)
@@ -74,7 +73,8 @@ def _move_scale(
 def _sweep(
     codes, scale, gradient, mask, moved, gram, inverse, rows, columns, start, block, size, groups, low, high,
     bounds_low, bounds_high,
-    MASKED: tl.constexpr, REFIT: tl.constexpr, STORED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    MASKED: tl.constexpr, REFIT: tl.constexpr, COARSENING: tl.constexpr, DROPPED: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Move codes and scales of the block that begins at column `start`; `moved` (out, block) gets Q's change."""
     number = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -102,7 +102,12 @@ def _sweep(
             target = now - _pick(slope, here) * tl.load(inverse + start + j) * per_step
             target = tl.minimum(tl.maximum(target, low), high)
             may = tl.sum(tl.where(here[None, :] & free, 1, 0), 1) > 0
-            fresh = tl.where(may & (tl.abs(target - now) > _MIDPOINT), (target + _ROUND) - _ROUND, now)
+            fresh = nearest_code(target, COARSENING)
+            if COARSENING:
+                may = may & (tl.abs(target - now) - tl.abs(target - fresh) > _MARGIN)
+            else:
+                may = may & (tl.abs(target - now) > _MIDPOINT)
+            fresh = tl.where(may, fresh, now)
             shift = step * (fresh - now)
             code = tl.where(here[None, :], fresh[:, None], code)
             change = tl.where(here[None, :], change + shift[:, None], change)
@@ -111,7 +116,7 @@ def _sweep(
             inside = (place >= lower) & (place < lower + width)
             step, slope, change = _move_scale(
                 code, step, slope, change, gram, start, columns, lower, lower + width, place, real, inside,
-                bounds_low, bounds_high, BLOCK, ROWS, STORED,
+                bounds_low, bounds_high, BLOCK, ROWS, DROPPED,
             )  # fmt: skip
             tl.store(scale + group, step, mask=mine)
     tl.store(codes + at, code.to(tl.int8), mask=there)
@@ -131,7 +136,7 @@ def descend(codes: Tensor, scale: Tensor, original: Tensor, gram: Tensor, mask: 
     inverse = torch.where(diagonal > 0, 1.0 / torch.where(diagonal > 0, diagonal, 1.0), 0.0).contiguous()
     block = block_columns(columns, size)
     panel = min(columns, max(1, PANEL // block) * block)
-    kind = torch.finfo(walk.scale_dtype)
+    kind = walk.stored
     for _, first in product(range(walk.sweeps), range(0, columns, panel)):
         last = min(first + panel, columns)
         ours = slice(first, last)
@@ -139,9 +144,9 @@ def descend(codes: Tensor, scale: Tensor, original: Tensor, gram: Tensor, mask: 
         for part, start in zip(moved, range(first, last, block), strict=True):
             _sweep[(triton.cdiv(rows, ROWS),)](
                 codes, scale, gradient, keep, part, gram, inverse, rows, columns, start, block, size, groups,
-                walk.low, walk.high, kind.smallest_normal, kind.max,
-                MASKED=keep is not None, REFIT=walk.refit and size <= WIDEST_REFIT, STORED=STORED[walk.scale_dtype],
-                ROWS=ROWS, BLOCK=triton.next_power_of_2(block), num_warps=WARPS,
+                walk.low, walk.high, kind.least, kind.most,
+                MASKED=keep is not None, REFIT=walk.refit and size <= WIDEST_REFIT, COARSENING=walk.coarsening,
+                DROPPED=kind.dropped, ROWS=ROWS, BLOCK=triton.next_power_of_2(block), num_warps=WARPS,
             )  # fmt: skip
             gradient[:, ours].addmm_(part, gram[start : start + block, ours])
         whole = moved.permute(1, 0, 2).reshape(rows, -1)

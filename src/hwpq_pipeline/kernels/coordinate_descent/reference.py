@@ -31,7 +31,7 @@ def descend(
         original: (out, in) the target w₀.
         gram: (in, in) symmetric, positive semi-definite.
         mask: (out, in) bool, False where a code stays as it is; None for nowhere.
-        walk: how; its type of scales does not matter here.
+        walk: how; what numbers its scales may be does not matter here.
     """
     codes, scale = codes.double().clone(), scale.double().clone()
     original, gram = original.double(), gram.double()
@@ -59,8 +59,17 @@ def _move_code(codes: Tensor, scale: Tensor, original: Tensor, gram: Tensor, col
     gradient = (values - original) @ gram[:, column]
     target = (values[column] - gradient / gram[column, column]) / step
     target = target.clamp(walk.low, walk.high)
-    if (target - codes[column]).abs() > 0.5 + TIE:
-        codes[column] = torch.round(target)
+    fresh = _nearest(target, walk)
+    if (target - codes[column]).abs() - (target - fresh).abs() > 2 * TIE:
+        codes[column] = fresh
+
+
+def _nearest(target: Tensor, walk: Walk) -> Tensor:
+    """The code nearest a number within the grid's limits; halves to even mantissas."""
+    if not walk.coarsening:
+        return torch.round(target)
+    step = 1.0 + (target.abs() > 4) + 2 * (target.abs() > 8)
+    return torch.round(target / step) * step
 
 
 def _move_scale(codes: Tensor, scale: Tensor, original: Tensor, gram: Tensor, group: int, size: int) -> None:

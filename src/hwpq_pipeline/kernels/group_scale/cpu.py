@@ -9,7 +9,7 @@ from torch import Tensor
 
 from hwpq_pipeline.kernels import over_rows
 from hwpq_pipeline.kernels.contracted import jit_contracted
-from hwpq_pipeline.kernels.group_scale import CANDIDATES, REFITS, SMALLEST
+from hwpq_pipeline.kernels.group_scale import CANDIDATES, LARGEST_CODE, REFITS, SMALLEST
 
 
 @jit_contracted
@@ -79,5 +79,56 @@ def search(grouped: Tensor, full: Tensor, importance: Tensor, low: float, high: 
         lambda first, last: _search_rows(*arrays, *limits, result.numpy(), first, last),
         rows,
         groups * size * (CANDIDATES + 2 * REFITS),
+    )
+    return result
+
+
+@jit_contracted
+def _error_of_halves(
+    weights: NDArray[np.float32], importance: NDArray[np.float32], scale: np.float32, most: np.float32
+) -> np.float32:
+    inverse = np.float32(1.0) / scale
+    total = np.float32(0.0)
+    for j in range(weights.shape[0]):
+        ratio = min(abs(weights[j]) * inverse, most)
+        step = np.float32(1.0) if ratio <= 4 else np.float32(2.0) if ratio <= 8 else np.float32(4.0)
+        miss = step * np.rint(ratio / step) * scale - abs(weights[j])
+        total += importance[j] * (miss * miss)
+    return total
+
+
+@jit_contracted
+def _choose_rows(
+    grouped: NDArray[np.float32],
+    candidates: NDArray[np.float32],
+    importance: NDArray[np.float32],
+    most: np.float32,
+    result: NDArray[np.float32],
+    first: int,
+    last: int,
+) -> None:
+    """Rows `first` to `last - 1` of `choose`, into `result` (out, groups)."""
+    for row in range(first, last):
+        for group in range(grouped.shape[1]):
+            weights, energy = grouped[row, group], importance[group]
+            best = candidates[row, group, 0]
+            least = _error_of_halves(weights, energy, best, most)
+            for index in range(1, candidates.shape[2]):
+                error = _error_of_halves(weights, energy, candidates[row, group, index], most)
+                if error < least:
+                    best, least = candidates[row, group, index], error
+            result[row, group] = best
+
+
+def choose(grouped: Tensor, candidates: Tensor, importance: Tensor) -> Tensor:
+    """(out, groups) float32; see the package's `choose`."""
+    rows, groups, size = grouped.shape
+    result = torch.empty(rows, groups)
+    arrays = [part.contiguous().numpy() for part in (grouped, candidates, importance)]
+    most = np.float32(LARGEST_CODE)
+    over_rows(
+        lambda first, last: _choose_rows(*arrays, most, result.numpy(), first, last),
+        rows,
+        groups * size * candidates.shape[2],
     )
     return result

@@ -7,20 +7,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hwpq_pipeline.kernels.group_scale import CANDIDATES, REFITS, SMALLEST
+from hwpq_pipeline.kernels.group_scale import CANDIDATES, LARGEST_CODE, REFITS, SMALLEST
+from hwpq_pipeline.kernels.triton_parts import nearest_code
 
 #: Weights of a program.
 TILE = 2048
-
-#: Added and taken away again, it rounds a float32 below 2²² to the nearest integer, halves to even.
-_ROUND = tl.constexpr(12582912.0)
 
 
 @triton.jit
 def _codes(weights, scale, low, high):
     """The nearest codes; beyond the limits it does not matter how they round."""
     ratio = tl.minimum(tl.maximum(weights * (1.0 / scale)[:, None], low - 1.0), high + 1.0)
-    return tl.minimum(tl.maximum((ratio + _ROUND) - _ROUND, low), high)
+    return tl.minimum(tl.maximum(nearest_code(ratio, False), low), high)
 
 
 @triton.jit
@@ -71,5 +69,43 @@ def search(grouped: Tensor, full: Tensor, importance: Tensor, low: float, high: 
     _search[(triton.cdiv(rows * groups, share),)](
         *parts, result, rows * groups, groups, size, low, high, (1.0 - SMALLEST) / (CANDIDATES - 1),
         STEPS=CANDIDATES, REFIT=REFITS, GROUPS=share, SIZE=wide, num_warps=4,
+    )  # fmt: skip
+    return result
+
+
+@triton.jit
+def _choose(
+    grouped, candidates, importance, result, count, groups, size, number, most,
+    GROUPS: tl.constexpr, SIZE: tl.constexpr,
+):  # fmt: skip
+    """`GROUPS` of all (row, group) pairs, counted along the rows."""
+    pair = tl.program_id(0).to(tl.int64) * GROUPS + tl.arange(0, GROUPS)
+    mine = pair < count
+    place = tl.arange(0, SIZE)
+    there = mine[:, None] & (place < size)[None, :]
+    weights = tl.abs(tl.load(grouped + (pair * size)[:, None] + place[None, :], mask=there, other=0.0))
+    energy = tl.load(importance + ((pair % groups) * size)[:, None] + place[None, :], mask=there, other=0.0)
+    best = tl.load(candidates + pair * number, mask=mine, other=1.0)
+    least = tl.full((GROUPS,), float("inf"), tl.float32)
+    for index in range(number):
+        scale = tl.load(candidates + pair * number + index, mask=mine, other=1.0)
+        ratio = tl.minimum(weights * (1.0 / scale)[:, None], most)
+        miss = nearest_code(ratio, True) * scale[:, None] - weights
+        error = tl.sum(energy * (miss * miss), 1)
+        best = tl.where(error < least, scale, best)
+        least = tl.minimum(error, least)
+    tl.store(result + pair, best, mask=mine)
+
+
+def choose(grouped: Tensor, candidates: Tensor, importance: Tensor) -> Tensor:
+    """(out, groups) float32; see the package's `choose`."""
+    rows, groups, size = grouped.shape
+    result = torch.empty((rows, groups), dtype=torch.float32, device=grouped.device)
+    wide = triton.next_power_of_2(size)
+    share = max(1, TILE // wide)
+    parts = [part.contiguous() for part in (grouped, candidates, importance)]
+    _choose[(triton.cdiv(rows * groups, share),)](
+        *parts, result, rows * groups, groups, size, candidates.shape[2], LARGEST_CODE,
+        GROUPS=share, SIZE=wide, num_warps=4,
     )  # fmt: skip
     return result

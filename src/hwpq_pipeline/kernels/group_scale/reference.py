@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hwpq_pipeline.kernels.group_scale import CANDIDATES, REFITS, SMALLEST
+from hwpq_pipeline.kernels.group_scale import CANDIDATES, LARGEST_CODE, REFITS, SMALLEST
 
 
 def errors(grouped: Tensor, scale: Tensor, importance: Tensor, low: float, high: float) -> Tensor:
@@ -34,3 +34,14 @@ def search(grouped: Tensor, full: Tensor, importance: Tensor, low: float, high: 
         error = errors(grouped, scale, importance, low, high)
         best, least = torch.where(error < least, scale, best), torch.minimum(error, least)
     return best
+
+
+def choose(grouped: Tensor, candidates: Tensor, importance: Tensor) -> Tensor:
+    """(out, groups) float64; see the package's `choose`."""
+    half = torch.tensor([0, 1, 2, 3, 4, 6, 8, LARGEST_CODE], dtype=torch.float64)
+    codes = torch.cat([-half.flip(0), half])
+    ratio = grouped.double()[..., None, :] / candidates.double()[..., None]
+    nearest = codes[(ratio[..., None] - codes).abs().argmin(-1)]
+    miss = (nearest - ratio) * candidates.double()[..., None]
+    best = (importance.double()[:, None, :] * miss.square()).sum(-1).argmin(-1, keepdim=True)
+    return candidates.double().gather(-1, best)[..., 0]
