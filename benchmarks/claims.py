@@ -16,7 +16,7 @@ from benchmarks.inference_tables import speed
 from benchmarks.machine import machine, processor
 from benchmarks.output import RESULTS
 from hwpq_pipeline.figures import making_seconds
-from hwpq_pipeline.method.recipe import PRESETS, Preset
+from hwpq_pipeline.method.presets import PRESETS, Preset
 
 ROOT = Path(__file__).resolve().parents[1]
 SAMPLES = 32

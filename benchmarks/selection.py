@@ -59,7 +59,7 @@ from hwpq_pipeline.compression.structured import select_two_of_four
 from hwpq_pipeline.kernels import ewma_select as kernels
 from hwpq_pipeline.kernels.ewma_select import reference as ewma_reference
 from hwpq_pipeline.kernels.two_of_four import reference as two_of_four_reference
-from hwpq_pipeline.method.recipe import GAIN
+from hwpq_pipeline.method.presets import GAIN
 
 METRIC, LAMBDA = "wanda", -0.25
 AVERAGE = kernels.Average(alpha=GAIN, beta=GAIN, domain="sqrt")

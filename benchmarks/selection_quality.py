@@ -33,7 +33,7 @@ from hwpq_pipeline.compression.recovery import recover
 from hwpq_pipeline.corpus.samples import token_matrix
 from hwpq_pipeline.decoder.memory import keep_freed_memory
 from hwpq_pipeline.method.groups import open_groups
-from hwpq_pipeline.method.recipe import DAMPING, GAIN
+from hwpq_pipeline.method.presets import DAMPING, GAIN
 from hwpq_pipeline.progress import with_progress
 
 ROOT = Path(__file__).parents[1]

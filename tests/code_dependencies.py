@@ -15,15 +15,15 @@ import grimp
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "hwpq_pipeline"
 #: A change here changes no result, so it makes no stage stale. Some of them need a reason. `parameters` and `variant`:
-#: what they fill in stands in conf/base in full (tests/test_parameters.py), or in the recipes. `method.recipe` and its
-#: sections: their numbers reach the stages as `data/04_recipes`; the stage that writes these depends on them.
+#: what they fill in stands in conf/base in full (tests/test_parameters.py), or in the recipes. `method.recipe`, its
+#: sections and presets: their numbers reach the stages as `data/04_recipes`, whose stage depends on them.
+RECIPES = {"hwpq_pipeline.method.presets", "hwpq_pipeline.method.recipe", "hwpq_pipeline.method.sections"}
 NO_DEPENDENCY = {
     "hwpq_pipeline", "hwpq_pipeline.errors", "hwpq_pipeline.parameters", "hwpq_pipeline.variant",
-    "hwpq_pipeline.pipelines", "hwpq_pipeline.pipelines.variants", "hwpq_pipeline.progress",
-    "hwpq_pipeline.method.recipe", "hwpq_pipeline.method.sections",
+    "hwpq_pipeline.pipelines", "hwpq_pipeline.pipelines.variants", "hwpq_pipeline.progress", *RECIPES,
 }  # fmt: skip
 CHECKED = ("hwpq_pipeline.parameters", "hwpq_pipeline.variant")
-RECIPES_DEPEND_ON = {*CHECKED, "hwpq_pipeline.method.recipe", "hwpq_pipeline.method.sections"}
+RECIPES_DEPEND_ON = {*CHECKED, *RECIPES}
 
 
 def modules_of(pipeline: str) -> set[str]:

@@ -15,11 +15,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from hwpq_pipeline.calibration.statistics import collect_statistics
+from hwpq_pipeline.checkpoints.compressed import CompressedModel
 from hwpq_pipeline.checkpoints.layers import layer_map
 from hwpq_pipeline.checkpoints.sources import copy_checkpoint
 from hwpq_pipeline.evaluation.loading import open_model
 from hwpq_pipeline.evaluation.size import measure_size
 from hwpq_pipeline.export.compressed_tensors import export_checkpoint
+from hwpq_pipeline.method.fitting import misfits
 from hwpq_pipeline.method.recipe import Recipe
 from hwpq_pipeline.method.run import write_model
 from tests.architectures import ARCHITECTURES, save_checkpoint
@@ -62,6 +64,8 @@ def expected_model(root: Path, compressed: Path) -> None:
         weight = (codes.unflatten(1, (scale.shape[1], -1)) * scale[:, :, None]).flatten(1)
         place = as_named(dense, layer.name)
         place.copy_(weight.T if layer.stored.transposed else weight)
+    for table in CompressedModel(compressed).embeddings:
+        dense[f"{table}.weight"] = values[f"{table}.codes"].float() * values[f"{table}.scale"]
     target = root / "expected"
     target.mkdir(exist_ok=True)
     save_file(dense, target / "model.safetensors", metadata={"format": "pt"})
@@ -126,3 +130,35 @@ def test_what_is_exported_is_what_was_compressed(
     for tensor in dense.keys() - inside:
         assert dense[tensor].dtype == stored[tensor].dtype
         assert torch.equal(dense[tensor], stored[tensor])
+
+
+#: Models that transformers would have to unpack by two grids when it loads them, and one that it rebuilds.
+WITHOUT_TABLES = {
+    "falcon", "falcon_alibi", "bloom", "qwen2_moe", "granitemoehybrid", "jamba", "mamba", "mamba2", "mixtral", "phimoe",
+    "recurrent_gemma", "rwkv", "olmoe", "deepseek_v3", "qwen3_moe", "gpt_bigcode", "llama4_text",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name in SHORT else pytest.mark.architectures) for name in NAMES]
+)
+def test_embeddings_and_head_are_rounded_and_read_back(
+    name: str, roots: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    root = fetched(name, roots, tmp_path_factory)
+    recipe = Recipe.from_variant({"quantization": {"grid": "int4", "group_size": 32, "embeddings": "int8"}})
+    layers = layer_map(root / "model")
+    refused = misfits(recipe, layers, name)
+    assert bool(refused) == (name in WITHOUT_TABLES), refused
+    if refused:
+        return
+    compressed, export = root / "compressed-tables", root / "export-tables"
+    compressed.mkdir()
+    write_model(root / "model", None, recipe, compressed, name=name)
+    export_checkpoint(root / "model", compressed, export)
+    expected_model(root, compressed)
+    wanted, found = logits(root / "expected"), logits(export)
+    assert float((found - wanted).norm() / wanted.norm()) < 1e-4
+    stored = load_file(export / "model.safetensors")
+    for table in layers.tables:
+        assert stored[table.stored.tensor].dtype == torch.int8

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ValidationError
 from hwpq_pipeline.method.recipe import Recipe
 from hwpq_pipeline.parameters import Calibration, Compute, Corpus, Evaluation, Export, Model, Prompts, Track
 from hwpq_pipeline.pipelines.gate.limits import Gate, QualityGates
-from hwpq_pipeline.variant import Quantization, Recovery, Selection, Variant
+from hwpq_pipeline.variant import LayerSettings, Quantization, Recovery, Selection, Variant
 
 SHARED: dict[str, type[BaseModel]] = {
     "model": Model,
@@ -93,6 +93,9 @@ def test_shared_parameters_are_written_out_in_full(root, env):
         (Quantization, {"grid": "fp8_e4m3", "group_size": 64}, "remove group_size"),
         (Quantization, {"grid": "int8", "method": "coordinate_descent"}, "rounds to nearest"),
         (Quantization, {"grid": "int4", "group_size": 64, "sweeps": 3}, "sweeps belongs to"),
+        (Quantization, {"grid": "nvfp4", "group_size": 32}, "needs group_size .16"),
+        (Quantization, {"grid": "int8", "embeddings": "int4"}, "'int4' is none of 'none', 'fp8', 'int8'"),
+        (LayerSettings, {"match": ["x"], "quantization": {"grid": "int8", "embeddings": "fp8"}}, "remove them here"),
         (Recovery, {"preset": "quality", "steps": 9}, "steps belongs to preset fixed_mask"),
         *(
             (kind, {**given, name: value}, "(less|greater) than or equal to|a finite number")

@@ -23,7 +23,7 @@ from hwpq_pipeline.compression.rounding import Descent, quantize
 from hwpq_pipeline.compression.structured import select_two_of_four
 from hwpq_pipeline.decoder.gram import Gram
 from hwpq_pipeline.kernels import fp8
-from hwpq_pipeline.method.recipe import DAMPING, PRESETS, ROUNDING_SWEEPS
+from hwpq_pipeline.method.presets import DAMPING, PRESETS, ROUNDING_SWEEPS
 
 GROUP, STEPS, SWEEPS = 128, PRESETS["fixed_mask"].steps or 0, ROUNDING_SWEEPS
 

@@ -21,7 +21,7 @@ from hwpq_pipeline.kernels.ewma_select import cuda as ewma
 from hwpq_pipeline.kernels.ewma_select import reference as ewma_reference
 from hwpq_pipeline.kernels.two_of_four import cuda as fours
 from hwpq_pipeline.kernels.two_of_four import reference as fours_reference
-from hwpq_pipeline.method.recipe import GAIN
+from hwpq_pipeline.method.presets import GAIN
 
 METRIC, LAMBDA = "wanda", -0.25
 AVERAGE = Average(alpha=GAIN, beta=GAIN, domain="sqrt")

@@ -28,7 +28,8 @@ import torch
 
 from hwpq_pipeline.checkpoints.layers import Layer, LayerMap, layer_map, meta_model
 from hwpq_pipeline.compression.grids import GRIDS
-from hwpq_pipeline.method.recipe import PRESETS, ROUNDING_COST, Recipe
+from hwpq_pipeline.method.presets import PRESETS, ROUNDING_COST
+from hwpq_pipeline.method.recipe import Recipe
 
 UNROUNDED_BITS = 16
 
@@ -40,12 +41,14 @@ class Shapes:
     Attributes:
         layers: the compressible ones.
         others: parameters outside of them.
+        tables: rows and columns of the embedding, and of the head if it is not tied to it.
         head: parameters of the product that gives the logits.
     """
 
     layers: tuple[Layer, ...]
     others: int
     head: int
+    tables: tuple[tuple[int, int], ...] = ()
 
     @property
     def weights(self) -> int:
@@ -102,6 +105,7 @@ def read_shapes(model: str | Path) -> Shapes:
         layers=found.layers,
         others=sum(parameters.values()) - sum(layer.shape[0] * layer.shape[1] for layer in found),
         head=head.weight.numel() if head is not None else 0,
+        tables=tuple(table.shape for table in found.tables),
     )
 
 
@@ -141,6 +145,9 @@ def plan_rows(
 def export_bytes(shapes: Shapes, recipe: Recipe) -> int:
     """Bytes of a variant's safetensors files, without their headers."""
     total = 2 * shapes.others
+    if recipe.embeddings is not None:
+        bits = GRIDS[recipe.embeddings].bits - UNROUNDED_BITS
+        total += sum(bits * rows * columns // 8 + 2 * rows for rows, columns in shapes.tables)
     for layer in shapes.layers:
         own, weights = recipe.for_layer(layer.name).quantization, layer.shape[0] * layer.shape[1]
         if own is None:

@@ -10,9 +10,9 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, Field, model_serializer, model_validator
 
-from hwpq_pipeline.compression.grids import GRIDS
+from hwpq_pipeline.compression.grids import EMBEDDINGS, GRIDS
 from hwpq_pipeline.method.overrides import problem_of
-from hwpq_pipeline.method.recipe import PRESETS
+from hwpq_pipeline.method.presets import PRESETS
 from hwpq_pipeline.parameters import Parameters, Seed, one_of
 
 Fraction = Annotated[float, Field(gt=0, lt=1)]
@@ -33,7 +33,7 @@ Pattern = Annotated[str, AfterValidator(_check_pattern)]
 
 
 class Selection(Parameters):
-    """Which weights stay. What is left out takes the default of `method.recipe`.
+    """Which weights stay. What is left out takes the default of `method.presets`.
 
     `2of4` keeps two of every four consecutive inputs. `unstructured` walks the rows with the moving average: with
     `sparsity` the multiplier λ is solved for; with `multiplier` it is given (the paper's mode) and the sparsity
@@ -67,7 +67,7 @@ class Selection(Parameters):
 class Recovery(Parameters):
     """How the weights that stay make up for those that go (weight update, mask search).
 
-    `preset` names a method with its numbers (`method.recipe.PRESETS`; docs/choosing-a-variant.md compares them).
+    `preset` names a method with its numbers (`method.presets.PRESETS`; docs/choosing-a-variant.md compares them).
     `fixed_mask`, the default, keeps the selected mask and takes `steps` of conjugate gradients. `damping` is added to
     the diagonal of the Gram matrix, in units of its mean; it holds for the rounding and the sequence too.
     """
@@ -87,13 +87,14 @@ class Quantization(Parameters):
     """The grid (number format) that the remaining weights are rounded to; `compression.grids` has them.
 
     A grid with group sizes has a scale for each `group_size` columns of a row, and takes one of these sizes. The others
-    have a scale for each output channel.
+    have a scale for each output channel. `embeddings` is the grid of the embedding and the head, with a scale a row.
     """
 
     grid: Annotated[str, one_of(GRIDS)]
     group_size: int | None = None
     method: Literal["nearest", "coordinate_descent"] = "nearest"
     sweeps: Annotated[int, Field(ge=1, le=100)] | None = None
+    embeddings: Annotated[str, one_of(EMBEDDINGS)] = "none"
 
     @model_validator(mode="after")
     def _no_contradiction(self) -> Self:
@@ -125,6 +126,8 @@ class LayerSettings(Parameters):
     def _changes_something(self) -> Self:
         if not self.model_fields_set & {"selection", "quantization"}:
             raise ValueError("nothing is set for these layers; give selection or quantization")
+        if self.quantization is not None and EMBEDDINGS[self.quantization.embeddings] is not None:
+            raise ValueError("embeddings belong to the variant's own quantization; remove them here")
         return self
 
     @model_serializer
@@ -141,7 +144,7 @@ class Healing(Parameters):
     """After the layers: the whole model learns from the dense one, with its mask and its scales (`method.healing`).
 
     `tokens` and `minutes` are the budget; what is used up first ends it. What is left out takes the default of
-    `method.recipe.HEALING`.
+    `method.presets.HEALING`.
     """
 
     tokens: Annotated[int, Field(ge=1)] | None = None

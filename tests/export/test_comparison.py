@@ -15,7 +15,7 @@ import torch
 from hwpq_pipeline.checkpoints import packed
 from hwpq_pipeline.checkpoints.digest import sha256_directory
 from hwpq_pipeline.errors import HwpqError
-from hwpq_pipeline.export import gguf, gguf_blocks, onnx, semi_structured
+from hwpq_pipeline.export import gguf, gguf_blocks, gguf_metadata, onnx, semi_structured
 from hwpq_pipeline.export.comparison import Logits, long_length
 from hwpq_pipeline.export.formats import Format, further_formats
 from tests.export.long_prompts import STATED, YARN, checkpoint
@@ -25,8 +25,8 @@ from tests.tiny import tiny_checkpoint, tiny_config
 Patch = pytest.MonkeyPatch
 
 
-def gguf_without_rope_factors(patch: Patch) -> None:
-    patch.setattr(gguf, "_rope_factors", lambda _rope: None)
+def gguf_withoutrope_factors(patch: Patch) -> None:
+    patch.setattr(gguf, "rope_factors", lambda _rope: None)
 
 
 def gguf_without_linear_scaling(patch: Patch) -> None:
@@ -57,13 +57,13 @@ def gguf_with_biases_in_transformers_order(patch: Patch) -> None:
 
 
 def gguf_with_a_key_that_nobody_compared(patch: Patch) -> None:
-    real = gguf._add_shape
+    real = gguf_metadata.add_shape
 
     def add(writer: Any, shape: Any) -> None:
         real(writer, shape)
         writer.add_logit_scale(2.0)
 
-    patch.setattr(gguf, "_add_shape", add)
+    patch.setattr(gguf, "add_shape", add)
 
 
 def onnx_without_scaling(patch: Patch) -> None:
@@ -98,8 +98,8 @@ def packed_with_other_scales(patch: Patch) -> None:
 
 
 CASES: list[tuple[str, str, bool, Callable[[Patch], None]]] = [
-    ("gguf", "llama3", False, gguf_without_rope_factors),
-    ("gguf-f16", "llama3", False, gguf_without_rope_factors),
+    ("gguf", "llama3", False, gguf_withoutrope_factors),
+    ("gguf-f16", "llama3", False, gguf_withoutrope_factors),
     ("gguf", "linear", False, gguf_without_linear_scaling),
     ("gguf", "biases", False, gguf_with_another_theta),
     ("gguf", "biases", True, gguf_without_biases),

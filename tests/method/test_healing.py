@@ -23,7 +23,8 @@ from hwpq_pipeline.method import healing as healing_module
 from hwpq_pipeline.method.healed import samples_needed, write_healed
 from hwpq_pipeline.method.healing import cycle, divergence_at, heal
 from hwpq_pipeline.method.healing_state import State, forget_states, key_of
-from hwpq_pipeline.method.recipe import HEALING, Recipe
+from hwpq_pipeline.method.presets import HEALING
+from hwpq_pipeline.method.recipe import Recipe
 from hwpq_pipeline.method.run import write_model
 from hwpq_pipeline.method.student import Student
 from hwpq_pipeline.variant import Variant
@@ -135,6 +136,18 @@ def test_norms_learn_and_are_exported_and_the_rest_is_untouched(model: Path, tmp
         if "norm" in name or "embed" in name:
             expected = replaced.get(name, dense.tensor(name)).to(dense.tensor_dtype(name))
             assert torch.equal(export.tensor(name), expected)
+
+
+def test_rounded_embeddings_stay_and_the_layers_heal_under_them(model: Path, tmp_path: Path) -> None:
+    made = recipe(healing=SHORT, quantization={**INT4["quantization"], "embeddings": "int8"})
+    before, after = compressed(model, tmp_path / "before", made), healed(model, tmp_path, made)
+    (table,) = layer_map(model).tables
+    kept, given = (CompressedModel(place).read_quantized(table.name, table.shape) for place in (after, before))
+    assert torch.equal(kept.codes, given.codes)
+    assert torch.equal(kept.scale, given.scale)
+    learns = Student(model, CompressedModel(before), CPU).model.get_input_embeddings().weight
+    assert torch.equal(learns, given.codes.float() * given.scale)
+    assert not learns.requires_grad
 
 
 def test_a_seed_gives_the_same_bytes(model: Path, tmp_path: Path) -> None:

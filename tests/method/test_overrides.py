@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from compressed_tensors.utils.match import match_name
+from gguf import GGUFReader
 from safetensors.torch import load_file
 
 from hwpq_pipeline.calibration.statistics import collect_statistics
@@ -136,11 +137,17 @@ def test_a_mixed_export_is_reloaded_as_it_is(root: Path, preset: str) -> None:
     )
 
 
-def test_formats_of_one_grid_refuse_several_by_name(root: Path) -> None:
+def test_formats_hold_several_grids_or_refuse_them_by_name(root: Path) -> None:
+    """What is written is run again and compared: an error would be told."""
     compressed(root, recipe(), "mixed")
-    made = CompressedModel(root / "mixed")
-    for name in ("gguf", "onnx", "semi-structured"):
-        assert f"{name} holds" in str(further_formats()[name].refusal_of(made))
+    formats, made = further_formats(), CompressedModel(root / "mixed")
+    for name in ("gguf", "onnx"):
+        formats[name].write(root / "model", root / "mixed", root / name)
+    (file,) = (root / "gguf").glob("*.gguf")
+    assert {str(tensor.tensor_type.name) for tensor in GGUFReader(file).tensors} == {"Q4_0", "Q8_0", "F16", "F32"}
+    assert "semi-structured holds" in str(formats["semi-structured"].refusal_of(made))
+    compressed(root, recipe(layers=[{"match": ["re:.*k_proj"], "quantization": {**INT4, "grid": "int3"}}]), "three")
+    assert "no place for grid int3" in str(formats["gguf"].refusal_of(CompressedModel(root / "three")))
 
 
 @pytest.mark.parametrize(

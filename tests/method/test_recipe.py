@@ -11,7 +11,8 @@ import pytest
 from hwpq_pipeline import variant
 from hwpq_pipeline.errors import HwpqError
 from hwpq_pipeline.method import recipe as module
-from hwpq_pipeline.method.recipe import PRESETS, Recipe
+from hwpq_pipeline.method.presets import GAIN, PRESETS
+from hwpq_pipeline.method.recipe import Recipe
 from hwpq_pipeline.variant import Variant
 
 TWO_OF_FOUR = {"structure": "2of4"}
@@ -26,6 +27,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "quality": {"selection": TWO_OF_FOUR, "recovery": {"preset": "quality"}},
     "ewma": {"selection": {"structure": "unstructured", "sparsity": 0.5}, "recovery": {"preset": "balanced"}},
     "in-sequence": {"quantization": DESCENT, "sequential": True},
+    "embeddings": {"quantization": {"grid": "fp8_e4m3", "embeddings": "int8"}},
 }
 
 
@@ -75,7 +77,7 @@ def test_what_the_variant_says_wins() -> None:
     assert recipe.selection
     assert recipe.recovery
     assert recipe.quantization
-    assert (recipe.selection.alpha, recipe.selection.beta, recipe.selection.domain) == (0.125, module.GAIN, "raw")
+    assert (recipe.selection.alpha, recipe.selection.beta, recipe.selection.domain) == (0.125, GAIN, "raw")
     assert (recipe.recovery.steps, recipe.recovery.damping, recipe.quantization.damping) == (3, 0.0, 0.0)
     assert recipe.quantization.sweeps == 1
 
@@ -103,7 +105,7 @@ def test_a_changed_number_changes_the_recipes_that_use_it_and_no_others(
 
 def test_data_is_asked_for_where_it_is_used() -> None:
     found = {name: (resolved(entry).needs_text, resolved(entry).needs_gram) for name, entry in VARIANTS.items()}
-    assert {name for name, (text, _) in found.items() if not text} == {"dense", "fp8"}
+    assert {name for name, (text, _) in found.items() if not text} == {"dense", "fp8", "embeddings"}
     assert {name for name, (_, gram) in found.items() if gram} == {"int4", "fixed", "fast", "ewma"}
 
 

@@ -5,16 +5,15 @@ nothing is rounded), `group_size`, `structure` and `layers`, and in `others` the
 other ones. It also says how they were made: `variant`, and the `recipe` in plain numbers. Beside it is a safetensors
 file for each input group. For each layer it holds `<layer>.codes` (out, in) and `<layer>.scale` (out, groups), and
 `<layer>.tensor_scale` (1) if its grid has one, or `<layer>.weight` (out, in) where the layer was pruned only.
-`replaced` names other tensors of the checkpoint (norms) that have new values here. The reader checks names, shapes,
-ranges and finiteness.
+`embeddings` has the grid of the embedding and the head, which are held as layers are. `replaced` names other tensors of
+the checkpoint (norms) that have new values here. The reader checks names, shapes, ranges and finiteness.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -24,21 +23,13 @@ from hwpq_pipeline.checkpoints.checksums import read_tensor
 from hwpq_pipeline.checkpoints.json_file import read_json
 from hwpq_pipeline.checkpoints.layers import layer_map
 from hwpq_pipeline.checkpoints.reader import Checkpoint
-from hwpq_pipeline.checkpoints.writer import write_json, write_tensors
+from hwpq_pipeline.checkpoints.writer import write_json
 from hwpq_pipeline.compression.codes import Quantized, code_dtype, dequantize, on_grid
 from hwpq_pipeline.compression.grids import GRIDS
 from hwpq_pipeline.compression.scales import stored_numbers
 from hwpq_pipeline.errors import HwpqError, reading
 
 _AGAIN = "Run the compress pipeline for this variant again."
-
-
-def tensors_of(layer: str, quantized: Quantized) -> dict[str, Tensor]:
-    """What the compressed model holds of a layer on a grid."""
-    found = {f"{layer}.{part}": getattr(quantized, part) for part in ("codes", "scale")}
-    if GRIDS[quantized.grid].stored_as == "e4m3":
-        found[f"{layer}.tensor_scale"] = torch.tensor([quantized.tensor_scale])
-    return found
 
 
 class CompressedModel:
@@ -55,6 +46,7 @@ class CompressedModel:
         variant: the variant's name.
         recipe: what was done, in plain numbers.
         layers: names of its layers.
+        embeddings: the grid of the embedding and the head by name, where they are rounded.
         quantized: names of the layers that have codes and scales.
 
     Raises:
@@ -72,10 +64,12 @@ class CompressedModel:
             self.recipe: dict[str, Any] = recipe["recipe"]
             self.layers: dict[str, None] = dict.fromkeys(recipe["layers"])
             self._replaced: tuple[str, ...] = tuple(recipe.get("replaced", ()))
+            self.embeddings: dict[str, str] = dict(recipe.get("embeddings", {}))
             self.others = {layer: (str(grid), group) for layer, (grid, group) in recipe.get("others", {}).items()}
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise HwpqError(f"it lacks {error}", where=f"{self.path}/recipe.json", remedy=_AGAIN) from error
-        for grid, group in {(self.grid, self.group_size), *self.others.values()}:
+        tables = {(grid, None) for grid in self.embeddings.values()}
+        for grid, group in {(self.grid, self.group_size), *self.others.values(), *tables}:
             self._check_grid(grid, group)
         self._handles: dict[str, Any] = {}
         for file in sorted(self.path.glob("*.safetensors")):
@@ -88,7 +82,9 @@ class CompressedModel:
         write_json(directory / "recipe.json", {"variant": self.variant, "recipe": self.recipe})
 
     def format_of(self, layer: str) -> tuple[str, int | None]:
-        """Grid and group size of a quantized layer."""
+        """Grid and group size of a quantized layer, or of the embedding or the head."""
+        if layer in self.embeddings:
+            return self.embeddings[layer], None
         return self.others.get(layer, (str(self.grid), self.group_size))
 
     @property
@@ -115,7 +111,7 @@ class CompressedModel:
 
     def _check_names(self) -> None:
         wanted = set(self._replaced)
-        for layer in self.layers:
+        for layer in (*self.layers, *self.embeddings):
             wanted |= {f"{layer}.{part}" for part in self._parts(layer)}
         if missing := sorted(wanted - set(self._handles)):
             raise HwpqError(
@@ -129,7 +125,7 @@ class CompressedModel:
             raise HwpqError(what, where=f"{self.path}/recipe.json", remedy=_AGAIN)
 
     def _parts(self, layer: str) -> tuple[str, ...]:
-        if layer not in self.quantized:
+        if layer not in self.quantized and layer not in self.embeddings:
             return ("weight",)
         grid = GRIDS.get(self.format_of(layer)[0])  # none where the header and the files contradict each other
         return ("codes", "scale", "tensor_scale") if grid and grid.stored_as == "e4m3" else ("codes", "scale")
@@ -194,7 +190,7 @@ class CompressedModel:
         Raises:
             HwpqError: as `read_quantized` and `read_weight`.
         """
-        if layer in self.quantized:
+        if layer in self.quantized or layer in self.embeddings:
             return dequantize(self.read_quantized(layer, shape))
         return self.read_weight(layer, shape).to(dtype)
 
@@ -204,7 +200,7 @@ class CompressedModel:
 
     def scale_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """`dtype` if every scale is a number of that dtype, else float32. So no scale changes its value."""
-        for layer in self.quantized:
+        for layer in (*self.quantized, *self.embeddings):
             scale = self._tensor(f"{layer}.scale")
             if not torch.equal(scale.to(dtype).to(scale.dtype), scale):
                 return torch.float32
@@ -218,7 +214,9 @@ def open_compressed(model_dir: str | Path, compressed_dir: str | Path) -> tuple[
         HwpqError: one of them is damaged, or the compressed model has a layer that the dense one lacks.
     """
     dense, compressed = Checkpoint(model_dir), CompressedModel(compressed_dir)
-    if lost := sorted(set(compressed.layers) - set(layer_map(model_dir).names)):
+    layers = layer_map(model_dir)
+    known = {*layers.names, *(table.name for table in layers.tables)}
+    if lost := sorted({*compressed.layers, *compressed.embeddings} - known):
         raise HwpqError(
             f"the dense model has no layer {lost[0]}",
             where=str(dense.path),
@@ -226,69 +224,3 @@ def open_compressed(model_dir: str | Path, compressed_dir: str | Path) -> tuple[
         )
     dense.replace(compressed.replaced())
     return dense, compressed
-
-
-class CompressedLayers(Protocol):
-    """What `CompressedWriter` gets of an input group: names, tensors, and what the codes are."""
-
-    @property
-    def name(self) -> str: ...  # noqa: D102 (as in `method.steps.CompressedGroup`)
-    @property
-    def layers(self) -> tuple[str, ...]: ...  # noqa: D102
-    @property
-    def tensors(self) -> Mapping[str, Tensor]: ...  # noqa: D102
-    @property
-    def grid(self) -> str | None: ...  # noqa: D102
-    @property
-    def group_size(self) -> int | None: ...  # noqa: D102
-
-
-class CompressedWriter:
-    """Writes a variant's compressed model a group at a time.
-
-    Args:
-        directory: an existing, empty directory.
-    """
-
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory
-        self._layers: list[str] = []
-        self._formats: dict[str, tuple[str, int | None]] = {}
-        self._replaced: list[str] = []
-
-    def replace(self, tensors: Mapping[str, Tensor]) -> None:
-        """Write new values of other tensors of the checkpoint, by name."""
-        write_tensors(self.directory / "replaced.safetensors", tensors)
-        self._replaced += tensors
-
-    def add(self, group: CompressedLayers) -> None:
-        """Write an input group's layers into a file of its name.
-
-        Args:
-            group: its layers' names and tensors, `<layer>.codes` and `<layer>.scale`, or `<layer>.weight`, of each.
-        """
-        write_tensors(self.directory / f"{group.name}.safetensors", group.tensors)
-        self._layers += group.layers
-        if group.grid is not None:
-            self._formats |= dict.fromkeys(group.layers, (group.grid, group.group_size))
-
-    def close(self, variant: str, structure: str, recipe: Mapping[str, Any]) -> None:
-        """Write `recipe.json`.
-
-        Args:
-            variant: the variant's name.
-            structure: of its pruned layers; `dense` if there are none.
-            recipe: in plain numbers.
-        """
-        grid, group_size = Counter(self._formats.values()).most_common(1)[0][0] if self._formats else (None, None)
-        header: dict[str, Any] = {
-            "variant": variant,
-            "grid": grid,
-            "group_size": group_size,
-            "structure": structure,
-            "recipe": recipe,
-            "layers": self._layers,
-        }
-        others = {layer: pair for layer, pair in self._formats.items() if pair != (grid, group_size)}
-        header |= ({"others": others} if others else {}) | ({"replaced": self._replaced} if self._replaced else {})
-        write_json(self.directory / "recipe.json", header)

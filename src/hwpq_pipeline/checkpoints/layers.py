@@ -23,7 +23,7 @@ import torch
 from torch import nn
 
 from hwpq_pipeline.checkpoints.config import check_config
-from hwpq_pipeline.checkpoints.conversion import parameters_of_files, stored_matrices
+from hwpq_pipeline.checkpoints.conversion import Source, parameters_of_files, stored_matrices
 from hwpq_pipeline.checkpoints.matrices import Matrix
 from hwpq_pipeline.checkpoints.reader import Checkpoint
 from hwpq_pipeline.checkpoints.structure import is_linear, is_rebuilt_when_quantized, linear_weights, reads_its_weight
@@ -64,12 +64,15 @@ class LayerMap:
         blocks: number of decoder blocks.
         layers: the layers.
         tied: tensors that are aliases, each with its original: `lm_head.weight` → `model.embed_tokens.weight`.
+        tables: the input embedding, and the head if it is not tied to it. They are no compressible layers, but may be
+            rounded; their block is -1.
     """
 
     blocks_name: str
     blocks: int
     layers: tuple[Layer, ...]
     tied: dict[str, str]
+    tables: tuple[Layer, ...] = ()
 
     def __iter__(self) -> Iterator[Layer]:
         return iter(self.layers)
@@ -181,12 +184,11 @@ def map_model(model: Any, files: Mapping[str, tuple[int, ...]] | None = None, wh
         for matrix in linear_weights(block, width)
     ]
     tied = tied_parameters(model)
-    if files is None:
+    sources = None if files is None else parameters_of_files(model, files)
+    if files is None or sources is None:
         pairs = [(matrix, matrix) for _, matrix in inside]
     else:
-        pairs = list(
-            stored_matrices(model, parameters_of_files(model, files), files, [matrix for _, matrix in inside], where)
-        )
+        pairs = list(stored_matrices(model, sources, files, [matrix for _, matrix in inside], where))
     block_of = {matrix.tensor: index for index, matrix in inside}
     rebuilt = is_rebuilt_when_quantized(model)
     layers = tuple(
@@ -201,7 +203,27 @@ def map_model(model: Any, files: Mapping[str, tuple[int, ...]] | None = None, wh
         )
         for stored, place in pairs
     )
-    return LayerMap(name, len(blocks), layers, tied)
+    return LayerMap(name, len(blocks), layers, tied, tuple(_tables(model, sources, tied)))
+
+
+def _tables(model: Any, sources: Mapping[str, Source] | None, tied: Mapping[str, str]) -> Iterator[Layer]:
+    """The input embedding and the head that are matrices of the files."""
+    names = {id(module): name for name, module in model.named_modules()}
+    for module in (model.get_input_embeddings(), model.get_output_embeddings()):
+        parameter = f"{names.get(id(module))}.weight"
+        if module is None or id(module) not in names or parameter in tied:
+            continue
+        if not isinstance(module, nn.Embedding | nn.Linear):
+            continue
+        stored = parameter
+        if sources is not None:
+            source = sources.get(parameter)
+            if source is None or source.converter is not None or len(source.patterns) != 1:
+                continue
+            (stored,) = source.patterns
+        name, (rows, columns) = stored.removesuffix(".weight"), module.weight.shape
+        packs = not is_rebuilt_when_quantized(model)
+        yield Layer(name, -1, (rows, columns), Matrix(stored), Matrix(parameter), packs)
 
 
 def _name(stored: Matrix, place: Matrix) -> str:

@@ -8,7 +8,8 @@ For each 2:4 layer, `packed.safetensors` holds (`compression.packing` has the bi
     at most 4      weight_kept (out, in/4) uint8, two codes a byte, and weight_scale 3/4 of 4-bit codes
     all of these   weight_positions (out, ⌈in/8⌉) uint8
 
-Scales are (out, groups). Other tensors are those of the dense model. `packed.json` holds the version, the grid and the
+Scales are (out, groups). Other tensors are those of the dense model; a rounded embedding or head is `weight` in codes
+and `weight_scale` (out, 1). `packed.json` holds the version, the grid and the
 layers' shapes (out, in). The weights are not in `model.safetensors`, so a loader that does not know the format finds no
 weights. Otherwise it would find a model that lacks half of them.
 """
@@ -25,7 +26,7 @@ from torch import Tensor
 from hwpq_pipeline.checkpoints.json_file import read_json
 from hwpq_pipeline.checkpoints.reader import read_tensors
 from hwpq_pipeline.checkpoints.writer import write_json, write_tensors
-from hwpq_pipeline.compression.codes import Quantized
+from hwpq_pipeline.compression.codes import Quantized, scaled
 from hwpq_pipeline.compression.grids import GRIDS
 from hwpq_pipeline.compression.packing import pack_nibbles, pack_two_of_four, unpack_nibbles
 from hwpq_pipeline.errors import HwpqError
@@ -85,6 +86,14 @@ class PackedCheckpoint:
         if kept is None or positions is None:
             raise HwpqError("its packed tensors are missing", where=layer, remedy=AGAIN)
         return PackedLayer(unpack_nibbles(kept) if kept.dtype == torch.uint8 else kept, positions, scale)
+
+    def rest(self) -> dict[str, Tensor]:
+        """What is left once the layers are taken; rounded tables as float32 values."""
+        found = dict(self.tensors)
+        for name in [name for name in found if name.endswith(".weight_scale")]:
+            weight, scale = name.removesuffix("_scale"), found.pop(name)
+            found[weight] = scaled(found[weight], scale)
+        return found
 
 
 def is_packed(directory: str | Path) -> bool:

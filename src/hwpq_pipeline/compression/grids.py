@@ -46,6 +46,7 @@ class Grid:
         coarsening: whether the codes are those of E2M1 in halves, and not all integers from `low` to `high`.
         stored_as: what the scales are stored as: numbers of the dense `model`'s dtype, of `e4m3` times a power of two
             for the tensor, or powers of two (`e8m0`).
+        embeds_as: what `quantization.embeddings` calls the grid; None if embeddings do not take it.
         scale: how the scale is chosen: `absmax` (the largest weight takes the largest code), `power_of_two` (the same,
             rounded up to a power of two), `searched` (least squared error).
         words: codes and scales in words, for the model card.
@@ -68,6 +69,7 @@ class Grid:
     descends: bool = False
     coarsening: bool = False
     stored_as: Literal["model", "e4m3", "e8m0"] = "model"
+    embeds_as: str | None = None
 
     @property
     def is_float(self) -> bool:
@@ -88,6 +90,7 @@ GRIDS: dict[str, Grid] = {
         Grid(
             "fp8_e4m3", 8, -448.0, 448.0, "float8_e4m3fn", "absmax",
             "8-bit floating point (E4M3) weights, one scale per output channel", activations="FP8",
+            embeds_as="fp8",
         ),
         Grid(
             "fp8_e5m2", 8, -448.0, 448.0, "float8_e4m3fn", "power_of_two",
@@ -96,7 +99,7 @@ GRIDS: dict[str, Grid] = {
         ),
         Grid(
             "int8", 8, -127.0, 127.0, "int8", "absmax",
-            "8-bit integer weights, one scale per output channel", activations="INT8",
+            "8-bit integer weights, one scale per output channel", activations="INT8", embeds_as="int8",
         ),
         Grid(
             "int4", 4, -8.0, 7.0, "int8", "searched",
@@ -118,6 +121,11 @@ GRIDS: dict[str, Grid] = {
         ),
     )
 }  # fmt: skip
+
+#: Grids for embeddings and head, by the word that variants use; None leaves them as they are.
+EMBEDDINGS: dict[str, str | None] = {"none": None} | {
+    grid.embeds_as: grid.name for grid in GRIDS.values() if grid.embeds_as is not None
+}
 
 
 def find_grid(name: str, where: str) -> Grid:

@@ -176,7 +176,7 @@ def scheme_of(layer: Layer, schemes: Mapping[str, Any]) -> Any:
 
 def _expected_bytes(export: Checkpoint, dense: Checkpoint, layers: LayerMap, schemes: Mapping[str, Any]) -> int:
     total = sum(dense.tensor(name).nbytes for name in dense.names)
-    for layer in layers:
+    for layer in (*layers, *layers.tables):
         if not layer.packs or f"{layer.name}.weight_scale" not in export:
             continue
         scheme = scheme_of(layer, schemes)
@@ -188,4 +188,6 @@ def _expected_bytes(export: Checkpoint, dense: Checkpoint, layers: LayerMap, sch
         total -= dense.tensor(f"{layer.name}.weight").nbytes
         total += rows * columns * bits // 8 + scales * scale_bytes
         total += sum(export.tensor(name).nbytes for name in further if name in export)
+        aliases = [alias for alias, original in layers.tied.items() if original == layer.place.tensor]
+        total += len(aliases) * scales * scale_bytes  # a tied head has scales of its own
     return total

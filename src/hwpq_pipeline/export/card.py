@@ -44,6 +44,7 @@ class CardInfo:
         parameters: the variant's parameters, nested mappings allowed.
         calibration: what the statistics were taken from (text, samples, length, seed); empty if none was used.
         command: the command that makes this export again.
+        embeddings: the grid of the embedding and the head, or None.
     """
 
     variant: str
@@ -55,6 +56,7 @@ class CardInfo:
     parameters: Mapping[str, Any] = field(default_factory=dict)
     calibration: Mapping[str, Any] = field(default_factory=dict)
     command: str = ""
+    embeddings: str | None = None
 
 
 @dataclass(frozen=True)
@@ -213,10 +215,16 @@ def _method(info: CardInfo) -> str:
     changed = bool(info.grid) or info.structure != "dense"
     return (
         f"From {markdown(info.base_model)}, in the linear layers of its decoder blocks "
-        f"({'nothing else is changed' if changed else 'here unchanged'}):\n\n"
+        f"({_elsewhere(info) if changed else 'here unchanged'}):\n\n"
         f"- {_STRUCTURES.get(info.structure, info.structure)}\n"
         f"- {_grid(info.grid) if info.grid else 'weights keep their number format'}"
     )
+
+
+def _elsewhere(info: CardInfo) -> str:
+    if info.embeddings is None:
+        return "nothing else is changed"
+    return f"besides, the embedding and the head: {GRIDS[info.embeddings].words}, a row being a channel"
 
 
 def _grid(name: str) -> str:

@@ -107,8 +107,9 @@ def compare(
 def _reference(dense: Checkpoint, compressed: CompressedModel) -> tuple[list[Tensor], list[Tensor]]:
     """The prompts, and the reference's logits."""
     model = load_dense(dense.path, torch.float32, torch.device("cpu"))
-    for layer in layer_map(dense.path):
-        if layer.name in compressed.layers:
+    found = layer_map(dense.path)
+    for layer in (*found, *found.tables):
+        if layer.name in compressed.layers or layer.name in compressed.embeddings:
             place = layer.place.of(model.get_parameter(layer.place.tensor).data)
             place.copy_(compressed.dequantized(layer.name, layer.shape, dense.tensor_dtype(layer.stored.tensor)))
     prompts = _prompts(model)

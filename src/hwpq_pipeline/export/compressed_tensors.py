@@ -21,6 +21,11 @@ of itself, after the codes have been chosen for the scale. Engines differ: vLLM 
 and casts INT4 scales to the model's dtype; transformers casts all of them to the dtype that it loads in. So scales
 that are bfloat16 numbers from the start are the same everywhere, and take half the bytes.
 
+Rounded embeddings and heads have a scheme of their own, 8-bit codes with a scale a row. A head that is tied has no
+codes: it shares those of the embedding, and has a copy of its scales (transformers unpacks each module by itself).
+Gemma's embedding has a buffer, which is stored too: the library makes a parameter of it. vLLM 0.32 reads no codes of
+embeddings.
+
 Pruned weights are stored as zeros, dense, without a `sparsity_config`: engines have dropped the sparse formats and
 refuse checkpoints that announce one. Everything outside the layers (embeddings, norms, `lm_head`) is copied as it is. A
 tied `lm_head` has no tensor and gets none.
@@ -37,8 +42,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hwpq_pipeline.checkpoints.buffers import compute_buffers
 from hwpq_pipeline.checkpoints.compressed import CompressedModel, open_compressed
-from hwpq_pipeline.checkpoints.layers import Layer, LayerMap, layer_map, meta_model
+from hwpq_pipeline.checkpoints.layers import layer_map, meta_model
 from hwpq_pipeline.checkpoints.reader import Checkpoint
 from hwpq_pipeline.checkpoints.side_files import copy_side_files
 from hwpq_pipeline.checkpoints.writer import SHARD_BYTES, write_json, write_weights
@@ -47,6 +53,7 @@ from hwpq_pipeline.compression.grids import GRIDS
 
 from .card import CardInfo, Storage
 from .formats import Format
+from .stored_layers import StoredLayers, module_of
 
 #: By grid: the library's preset for weights and activations, and its name for how the codes are stored.
 _SCHEMES = {
@@ -89,9 +96,9 @@ def export_checkpoint(
     FORMAT.check(compressed.structure, compressed.grid, str(compressed_dir))
     stored = StoredLayers(layer_map(model_dir), compressed)
     config = dict(dense.config)
-    if stored.packed:
+    if stored.packed or stored.tables:
         config["quantization_config"] = quantization_config(
-            stored.schemes(), _left_alone(model_dir, stored), unpacked=stored.unpacked
+            stored.schemes(), _left_alone(model_dir, stored), stored.table_schemes(), unpacked=stored.unpacked
         )
     with FORMAT.directory(dense, compressed, target_dir, card) as partial:
         write_json(partial / "config.json", config)
@@ -100,53 +107,12 @@ def export_checkpoint(
     return Path(target_dir)
 
 
-class StoredLayers:
-    """How an export's files hold the compressed layers.
-
-    A layer that was rounded is stored in codes where its weight is a tensor of its own. Where it is a part of another
-    (an expert in a stack, a transposed weight), no engine looks for codes: there its values `scale · code` are stored.
-
-    Args:
-        layers: of the dense model.
-        compressed: the compressed model.
-
-    Attributes:
-        packed: the layers that are stored in codes, by the name of their tensor.
-        valued: the others that were compressed, by the name of the tensor that they lie in.
-        unpacked: whether transformers must unpack the codes when it loads them: the model does not call all of these
-            layers as modules of their own, or codes are 4-bit floats, which the library else unpacks to bfloat16 in
-            a model of any dtype.
-    """
-
-    def __init__(self, layers: LayerMap, compressed: CompressedModel) -> None:
-        self.packed: dict[str, Layer] = {}
-        self.valued: dict[str, list[Layer]] = {}
-        for layer in layers:
-            if layer.name in compressed.quantized and layer.packs:
-                self.packed[layer.stored.tensor] = layer
-            elif layer.name in compressed.layers:
-                self.valued.setdefault(layer.stored.tensor, []).append(layer)
-        self.unpacked = any(not layer.called or _four_bits(compressed, layer) for layer in self.packed.values())
-        self.formats = {layer.name: compressed.format_of(layer.name) for layer in self.packed.values()}
-        if self.unpacked and compressed.formats:  # transformers unpacks all layers by one scheme
-            for tensor, layer in list(self.packed.items()):
-                if self.formats[layer.name] != compressed.formats[0]:
-                    self.valued[tensor] = [self.packed.pop(tensor)]
-
-    def schemes(self) -> dict[tuple[str, int | None], list[str]]:
-        """The modules of each pair of grid and group size; `Linear` where there is one pair alone."""
-        found: dict[tuple[str, int | None], list[str]] = {}
-        for layer in self.packed.values():
-            found.setdefault(self.formats[layer.name], []).append(layer.place.tensor.removesuffix(".weight"))
-        return found if len(found) > 1 else {pair: ["Linear"] for pair in found}
-
-
-def _four_bits(compressed: CompressedModel, layer: Layer) -> bool:
-    return GRIDS[compressed.format_of(layer.name)[0]].coarsening
-
-
 def quantization_config(
-    schemes: Mapping[tuple[str, int | None], list[str]], ignore: list[str], *, unpacked: bool = False
+    schemes: Mapping[tuple[str, int | None], list[str]],
+    ignore: list[str],
+    tables: Mapping[str, list[str]] | None = None,
+    *,
+    unpacked: bool = False,
 ) -> dict[str, Any]:
     """`config.json`'s `quantization_config`, built and checked by the library's own classes.
 
@@ -154,13 +120,15 @@ def quantization_config(
         schemes: by grid (a name in `FORMAT.grids`) and group size (None for one scale per output channel): the modules
             that it is for, or `Linear` for all.
         ignore: names of the linear layers that stay as they are.
+        tables: by grid: the embedding and the head, where they are rounded.
         unpacked: whether transformers must unpack the weights when it loads them. It rounds no activations then, so
             that the scheme names none, and every engine computes the same.
     """
     import compressed_tensors
     from compressed_tensors.quantization import QuantizationConfig, QuantizationStatus
 
-    made = [_scheme(grid, size, targets, unpacked=unpacked) for (grid, size), targets in schemes.items()]
+    made = [_scheme(grid, size, targets, activations=not unpacked) for (grid, size), targets in schemes.items()]
+    made += [_scheme(grid, None, targets, activations=False) for grid, targets in (tables or {}).items()]
     formats = {scheme["format"] for scheme in made}
     config = QuantizationConfig(
         config_groups={f"group_{number}": scheme for number, scheme in enumerate(made)},
@@ -172,7 +140,7 @@ def quantization_config(
     return {"version": compressed_tensors.__version__, **written} | ({"dequantize": True} if unpacked else {})
 
 
-def _scheme(grid: str, group_size: int | None, targets: list[str], *, unpacked: bool) -> dict[str, Any]:
+def _scheme(grid: str, group_size: int | None, targets: list[str], *, activations: bool) -> dict[str, Any]:
     from compressed_tensors.quantization import preset_name_to_scheme
 
     preset, stored_as = _SCHEMES[grid]
@@ -183,16 +151,17 @@ def _scheme(grid: str, group_size: int | None, targets: list[str], *, unpacked: 
     if GRIDS[grid].group_sizes and GRIDS[grid].stored_as == "model":
         grouped = {"strategy": "group", "group_size": group_size}
         scheme["weights"].update(grouped if group_size else {"strategy": "channel", "group_size": None})
-    if unpacked:
+    if not activations:
         scheme.pop("input_activations", None)
     return scheme
 
 
 def _left_alone(model_dir: str | Path, stored: StoredLayers) -> list[str]:
     """Linear layers that stay as they are (`lm_head`): the scheme targets all others by their type."""
-    packed = {layer.place.tensor for layer in stored.packed.values()}
+    packed = {module_of(layer) for layer in (*stored.packed.values(), *stored.tables.values())}
+    packed |= {module for modules in stored.tied.values() for module in modules}
     linears = [name for name, module in meta_model(model_dir).named_modules() if isinstance(module, nn.Linear)]
-    return [name for name in linears if f"{name}.weight" not in packed]
+    return [name for name in linears if name not in packed]
 
 
 def _tensors(dense: Checkpoint, compressed: CompressedModel, stored: StoredLayers) -> Iterator[tuple[str, Tensor]]:
@@ -203,10 +172,27 @@ def _tensors(dense: Checkpoint, compressed: CompressedModel, stored: StoredLayer
             layer = stored.packed[name]
             yield from _codes(layer.name, compressed.read_quantized(layer.name, layer.shape), scale_dtype)
             continue
+        if name in stored.tables:
+            table = stored.tables[name]
+            quantized = compressed.read_quantized(table.name, table.shape)
+            yield from _codes(table.name, quantized, scale_dtype)
+            yield from _buffers(dense.path, module_of(table))
+            for alias in stored.tied[name]:
+                yield f"{alias}.weight_scale", quantized.scale.to(scale_dtype, copy=True)
+            continue
         tensor = dense.finite(name)
         for layer in stored.valued.get(name, ()):
             layer.stored.of(tensor).copy_(compressed.dequantized(layer.name, layer.shape, tensor.dtype))
         yield name, tensor
+
+
+def _buffers(model_dir: Path, module: str) -> Iterator[tuple[str, Tensor]]:
+    """What transformers computes for a module and holds beside its weight."""
+    model = meta_model(model_dir)
+    if any(True for _ in model.get_submodule(module).buffers(recurse=False)):
+        compute_buffers(model)
+        for name, buffer in model.get_submodule(module).named_buffers(recurse=False):
+            yield f"{module}.{name}", buffer
 
 
 def _codes(layer: str, quantized: Quantized, scale_dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:

@@ -37,6 +37,7 @@ class Format:
             compared with.
         grids: names of the grids that it stores, besides no grid at all.
         structures: that it stores.
+        mixes: whether its layers may have several grids.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Format:
     read_back: ReadBack | None
     grids: tuple[str, ...] = tuple(GRIDS)
     structures: tuple[str, ...] = STRUCTURES
+    mixes: bool = False
 
     def refusal(self, structure: str, grid: str | None) -> str | None:
         """Why the format cannot hold a variant; None if it can.
@@ -61,14 +63,16 @@ class Format:
 
     def refusal_of(self, compressed: CompressedModel) -> str | None:
         """Why the format cannot hold a compressed model, whose layers may differ; None if it can."""
-        if len(compressed.formats) > 1:
+        if len(compressed.formats) > 1 and not self.mixes:
             return f"{self.name} holds one grid for all layers, and this variant has {len(compressed.formats)}"
         overrides = compressed.recipe.get("overrides") or ()
         pruned = {None if (part := one.get("selection")) is None else part["structure"] for one in overrides}
         mixed = any("selection" in one and one.get("quantization", 0) is not None for one in overrides)
         if self.structures != STRUCTURES and (mixed or not pruned <= {None, *self.structures}):
             return f"{self.name} holds layers of structure {' or '.join(self.structures)} alone"
-        return self.refusal(compressed.structure, compressed.grid)
+        grids: list[str | None] = [*sorted({grid for grid, _ in compressed.formats})] or [None]
+        said = (self.refusal(compressed.structure, grid) for grid in grids)
+        return next((one for one in said if one is not None), None)
 
     def check_all(self, compressed: CompressedModel) -> None:
         """Refuse a compressed model that the format cannot hold.

@@ -20,9 +20,11 @@ of m/127 in a block whose largest weight is m, so the second rounding moves a we
 than the first one, except for weights below m/16. `gguf-f16` avoids it at twice the bytes. A GGUF file does not say
 how activations are rounded: llama.cpp rounds them to 8 bits for each block of 32, whatever the weights.
 
-Everything else is copied: embeddings and an untied head as F16 (bfloat16 weights are float16 numbers within 2⁻²⁵),
-norms and biases as F32. llama.cpp rotates neighbouring pairs where transformers rotates halves, so the rows of queries
-and keys, and their biases, are put in its order. Rows move whole, and no code changes.
+Layers may have several types, and rounded embeddings are Q8_0. Everything else is copied: embeddings and an untied head
+as F16 (bfloat16 weights are float16 numbers within 2⁻²⁵), norms and biases as F32.
+
+llama.cpp rotates neighbouring pairs where transformers rotates halves, so the rows of queries and keys,
+and their biases, are put in its order. Rows move whole, and no code changes.
 
 Rope scaling, as llama.cpp's own converter writes it:
 
@@ -61,15 +63,14 @@ from .card import CardInfo, Storage
 from .comparison import EXACT, ReadBack
 from .formats import Format
 from .gguf_blocks import BLOCK, BLOCK_BYTES, Array, as_blocks, as_float16, interleaved
+from .gguf_metadata import add_description, add_shape, rope_factors
 from .gguf_reading import open_gguf
 from .gguf_tokenizer import add_tokenizer
-from .llama import USE_ANOTHER, LlamaShape, Rope, read_llama
+from .llama import USE_ANOTHER, LlamaShape, read_llama
 
 #: Bounds of the comparison: weights with 11 significant bits beside bfloat16's 8, and FP8 rounded to Q8_0.
 ELEVEN_BITS, ROUNDED_AGAIN = 0.02, 0.2
 _TYPES = {"int4": "Q4_0", "int8": "Q8_0", "mxfp4": "MXFP4", "fp8_e4m3": "Q8_0", "fp8_e5m2": "Q8_0"}
-#: llama.cpp's word for a file of this type; it made MXFP4 for experts.
-_FILES = {"MXFP4": "MXFP4_MOE"}
 #: Rope types that llama.cpp's header holds.
 _ROPES = ("default", "linear", "llama3")
 #: Old checkpoints store what transformers computes from the config.
@@ -78,12 +79,17 @@ _COMPUTED = "rotary_emb.inv_freq"
 
 @dataclass(frozen=True)
 class _Model:
-    """What the tensors are made from: both sources, the type of compressed layers, and the shape."""
+    """What the tensors are made from: both sources, the type of most compressed layers, and the shape."""
 
     dense: Checkpoint
     compressed: CompressedModel
     type: str
     shape: LlamaShape
+
+    def in_codes(self, name: str) -> bool:
+        """Whether the compressed model has codes for a tensor."""
+        layer = name.removesuffix(".weight")
+        return layer in self.compressed.quantized or layer in self.compressed.embeddings
 
 
 def export_gguf(
@@ -115,19 +121,18 @@ def export_gguf(
     made.check_all(compressed)
     shape = read_llama(dense, "GGUF", _ROPES)
     kind = "F16" if float16 or compressed.grid is None else _TYPES[compressed.grid]
-    _check_groups(dense, compressed, kind)
+    if not float16:
+        _check_groups(dense, compressed)
     model = _Model(dense, compressed, kind, shape)
     with made.directory(dense, compressed, target_dir, card) as folder:
         _write_file(folder / f"model-{kind}.gguf", model, card)
     return Path(target_dir)
 
 
-def _check_groups(dense: Checkpoint, compressed: CompressedModel, kind: str) -> None:
-    if kind == "F16":
-        return
-    group = compressed.group_size or 0
-    for layer in compressed.quantized:
+def _check_groups(dense: Checkpoint, compressed: CompressedModel) -> None:
+    for layer in (*compressed.quantized, *compressed.embeddings):
         columns = dense.shape(f"{layer}.weight")[1]
+        group = compressed.format_of(layer)[1] or 0
         if columns % BLOCK or group % BLOCK:
             raise HwpqError(
                 f"{columns} columns in groups of {group or columns} are not whole blocks of {BLOCK}",
@@ -141,12 +146,12 @@ def _write_file(path: Path, model: _Model, card: CardInfo | None) -> None:
 
     writer = GGUFWriter(path, "llama")
     try:
-        _add_description(writer, model, card)
-        _add_shape(writer, model.shape)
+        add_description(writer, model.type, card)
+        add_shape(writer, model.shape)
         add_tokenizer(writer, model.dense.path, model.shape.vocabulary)
         for name, target in _names(model).items():
             _announce(writer, model, name, target)
-        factors = _rope_factors(model.shape.rope)
+        factors = rope_factors(model.shape.rope)
         if factors is not None:
             writer.add_tensor_info("rope_freqs.weight", factors.shape, factors.dtype, factors.nbytes)
         writer.write_header_to_file()
@@ -158,49 +163,6 @@ def _write_file(path: Path, model: _Model, card: CardInfo | None) -> None:
             writer.write_tensor_data(factors)
     finally:
         writer.close()
-
-
-def _add_description(writer: Any, model: _Model, card: CardInfo | None) -> None:
-    from gguf import GGML_QUANT_VERSION, LlamaFileType
-
-    writer.add_type("model")
-    writer.add_file_type(LlamaFileType[f"MOSTLY_{_FILES.get(model.type, model.type)}"])
-    writer.add_quantization_version(GGML_QUANT_VERSION)
-    if card is not None:
-        writer.add_name(f"{card.base_model} {card.variant}")
-        writer.add_description(card.description)
-        if card.license:
-            writer.add_license(card.license)
-        writer.add_base_model_count(1)
-        writer.add_base_model_name(0, card.base_model)
-
-
-def _add_shape(writer: Any, shape: LlamaShape) -> None:
-    from gguf import RopeScalingType
-
-    writer.add_block_count(shape.blocks)
-    writer.add_context_length(shape.context)
-    writer.add_embedding_length(shape.hidden)
-    writer.add_feed_forward_length(shape.feed_forward)
-    writer.add_head_count(shape.heads)
-    writer.add_head_count_kv(shape.key_heads)
-    writer.add_key_length(shape.head_size)
-    writer.add_value_length(shape.head_size)
-    writer.add_layer_norm_rms_eps(shape.epsilon)
-    writer.add_rope_dimension_count(shape.head_size)
-    writer.add_rope_freq_base(shape.rope.theta)
-    if shape.rope.type == "linear":
-        writer.add_rope_scaling_type(RopeScalingType.LINEAR)
-        writer.add_rope_scaling_factor(shape.rope.factor)
-    writer.add_vocab_size(shape.vocabulary)
-
-
-def _rope_factors(rope: Rope) -> Array | None:
-    """What llama.cpp divides each frequency by, (head size / 2,) float32; None where it divides by nothing."""
-    if rope.type != "llama3":
-        return None
-    factors: Array = (rope.plain / rope.frequencies).numpy()
-    return factors
 
 
 def _names(model: _Model) -> dict[str, str]:
@@ -226,7 +188,9 @@ def _names(model: _Model) -> dict[str, str]:
 def _stored_type(model: _Model, name: str) -> str:
     if len(model.dense.shape(name)) == 1:
         return "F32"
-    return model.type if name.removesuffix(".weight") in model.compressed.quantized else "F16"
+    if model.type == "F16" or not model.in_codes(name):
+        return "F16"
+    return _TYPES[model.compressed.format_of(name.removesuffix(".weight"))[0]]
 
 
 def _announce(writer: Any, model: _Model, name: str, target: str) -> None:
@@ -248,7 +212,7 @@ def _arrays(model: _Model) -> Iterator[Array]:
         layer, shape, where = name.removesuffix(".weight"), model.dense.shape(name), f"{model.dense.path}: {name}"
         kind = _stored_type(model, name)
         heads = {"q_proj": model.shape.heads, "k_proj": model.shape.key_heads}.get(name.split(".")[-2])
-        if layer in model.compressed.quantized:
+        if model.in_codes(name):
             read = model.compressed.read_quantized(layer, shape)
             moved = replace(read, codes=interleaved(read.codes, heads), scale=interleaved(read.scale, heads))
             yield as_blocks(moved, kind, where)
@@ -264,7 +228,8 @@ def _bound(dense: Checkpoint, compressed: CompressedModel) -> float:
     """Of the format `gguf`."""
     if compressed.grid is None:
         return ELEVEN_BITS
-    if GRIDS[compressed.grid].is_float:
+    grids = {*(grid for grid, _ in compressed.formats), *compressed.embeddings.values()}
+    if any(GRIDS[grid].is_float for grid in grids):
         return ROUNDED_AGAIN
     kept = dense.torch_dtype == compressed.scale_dtype(torch.bfloat16) == torch.bfloat16
     return EXACT if kept else ELEVEN_BITS
@@ -287,7 +252,11 @@ def _how_to_load(info: CardInfo) -> str:
 
 
 STORAGE = Storage("gguf", "gguf", _how_to_load)
-FORMAT = Format("gguf", export_gguf, STORAGE, ReadBack(open_gguf, _bound), grids=tuple(_TYPES))
+FORMAT = Format("gguf", export_gguf, STORAGE, ReadBack(open_gguf, _bound), grids=tuple(_TYPES), mixes=True)
 FLOAT16 = Format(
-    "gguf-f16", partial(export_gguf, float16=True), STORAGE, ReadBack(open_gguf, lambda _dense, _made: ELEVEN_BITS)
+    "gguf-f16",
+    partial(export_gguf, float16=True),
+    STORAGE,
+    ReadBack(open_gguf, lambda _dense, _made: ELEVEN_BITS),
+    mixes=True,
 )

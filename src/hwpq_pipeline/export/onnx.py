@@ -13,7 +13,8 @@ weights:
     fp8         float8_e4m3fn, scale a row                                  widened when the model is loaded
     none        the dense model's dtype                                     widened when the model is loaded
 
-Codes and scales keep their values (scales as float32). No CPU kernel multiplies 8-bit floats, so FP8 saves bytes on
+Layers may have several grids. Rounded embeddings are widened when the model is loaded, as FP8 is. Codes and scales keep
+their values (scales as float32). No CPU kernel multiplies 8-bit floats, so FP8 saves bytes on
 disk and in transfer here, not in memory. Activations are float32, and the graph does not round them. A block must be
 a power of two and at least 16 columns, so rows without groups get the largest such block that divides them. ONNX
 Runtime's documentation of its `com.microsoft` operators says what MatMulNBits and the attention do.
@@ -61,8 +62,6 @@ OPSET = 21
 LARGEST_BLOCK, SMALLEST_BLOCK = 128, 16
 HEAD_STEP = 16  # "head_size shall be a multiple of 16", says GroupQueryAttention when it runs
 _PIECE = 512
-#: Bits of the integer codes that are stored here.
-_CODE_BITS = (4, 8)
 
 
 def export_onnx(
@@ -132,12 +131,12 @@ class _Llama:
 
         graph = self.graph
         self._positions()
-        embedding = self._plain("model.embed_tokens.weight")
+        embedding = self._table("model.embed_tokens")
         hidden = graph.node("Gather", [embedding, "input_ids"], "embedded")
         for block in range(self.shape.blocks):
             hidden = self._block(block, hidden)
         hidden = self._norm("model.norm", hidden)
-        head = self._plain("lm_head.weight") if "lm_head.weight" in self.dense else embedding
+        head = self._table("lm_head") if "lm_head.weight" in self.dense else embedding
         turned = graph.node("Transpose", [head], "head.turned", perm=[1, 0])
         graph.node("MatMul", [hidden, turned], "logits")
 
@@ -204,6 +203,15 @@ class _Llama:
         """A weight in its own dtype, widened to float32 once, when ONNX Runtime folds constants."""
         stored = self.graph.weight(name, self.dense.finite(name) if tensor is None else tensor)
         return self.graph.node("Cast", [stored], f"{name}.float", to=1)
+
+    def _table(self, name: str) -> str:
+        """The embedding or the head; codes are widened to float32 when ONNX Runtime folds constants."""
+        weight = f"{name}.weight"
+        if name not in self.compressed.embeddings:
+            return self._plain(weight)
+        quantized = self.compressed.read_quantized(name, self.dense.shape(weight))
+        scale = self.graph.weight(f"{name}.scale", quantized.scale.float())
+        return self.graph.node("Mul", [self._plain(weight, quantized.codes), scale], f"{weight}.scaled")
 
     def _linear(self, layer: str, hidden: str) -> str:
         bias, output = f"{layer}.bias", f"{layer}.out"
@@ -284,8 +292,8 @@ def _how_to_load(_info: CardInfo) -> str:
 
 
 STORAGE = Storage("onnx", "onnx", _how_to_load)
-_WHOLE = {name for name, grid in GRIDS.items() if grid.bits in _CODE_BITS and not grid.coarsening}
+_WHOLE = {name for name, grid in GRIDS.items() if grid.bits in (4, 8) and not grid.coarsening}
 FORMAT = Format(
     "onnx", export_onnx, STORAGE, ReadBack(_open, exact),
-    grids=tuple(name for name, grid in GRIDS.items() if grid.is_float or name in _WHOLE),
+    grids=tuple(name for name, grid in GRIDS.items() if grid.is_float or name in _WHOLE), mixes=True,
 )  # fmt: skip

@@ -36,7 +36,7 @@ class Graph:
 
         kinds = {
             torch.float32: TensorProto.FLOAT, torch.float16: TensorProto.FLOAT16, torch.bfloat16: TensorProto.BFLOAT16,
-            torch.float8_e4m3fn: TensorProto.FLOAT8E4M3FN, torch.uint8: TensorProto.UINT8,
+            torch.float8_e4m3fn: TensorProto.FLOAT8E4M3FN, torch.uint8: TensorProto.UINT8, torch.int8: TensorProto.INT8,
             torch.int64: TensorProto.INT64, torch.int32: TensorProto.INT32,
         }  # fmt: skip
         content = tensor.contiguous().view(torch.uint8).numpy() if tensor.dim() else tensor.numpy()

@@ -69,6 +69,10 @@ def _tensors(dense: Checkpoint, compressed: CompressedModel) -> Iterator[tuple[s
     scale_dtype = compressed.scale_dtype(dense.torch_dtype)
     for name in dense.names:
         layer = name.removesuffix(".weight")
+        if layer in compressed.embeddings:
+            table = compressed.read_quantized(layer, dense.shape(name))
+            yield from ((name, table.codes), (f"{layer}.weight_scale", table.scale.to(scale_dtype)))
+            continue
         if layer == name or layer not in compressed.layers:
             yield name, dense.finite(name)
             continue

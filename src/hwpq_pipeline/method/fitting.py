@@ -33,4 +33,22 @@ def misfits(recipe: Recipe, layers: LayerMap, variant: str) -> list[HwpqError]:
                 check_group(layer.shape[1], grid, own.quantization.group_size, layer.name)
         except HwpqError as error:
             found.setdefault(error.what, HwpqError(error.what, where=f"{variant}: {layer.name}", remedy=error.remedy))
-    return list(found.values())
+    return [*found.values(), *_misfits_of_embeddings(recipe, layers, variant)]
+
+
+def _misfits_of_embeddings(recipe: Recipe, layers: LayerMap, variant: str) -> list[HwpqError]:
+    """Transformers unpacks codes of several kinds only where the model calls all layers as modules of their own."""
+    if recipe.embeddings is None:
+        return []
+    remedy = "Set quantization.embeddings to none."
+    if not layers.tables or not all(table.packs for table in layers.tables):
+        what = "transformers finds no codes of this model's embedding"
+        return [HwpqError(what, where=variant, remedy=remedy)]
+    used = {part.quantization.grid for part in recipe.parts if part.quantization is not None}
+    if found := [grid for grid in used if GRIDS[grid].coarsening]:
+        what = f"transformers unpacks grid {found[0]} when it loads, and no further grid beside it"
+        return [HwpqError(what, where=variant, remedy=remedy)]
+    if lost := [layer.name for layer in layers if layer.packs and not layer.called]:
+        what = f"transformers unpacks this model when it loads ({lost[0]} is no module of its own), by one grid"
+        return [HwpqError(what, where=variant, remedy=remedy)]
+    return []

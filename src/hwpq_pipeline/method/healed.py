@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hwpq_pipeline.checkpoints.compressed import CompressedModel, CompressedWriter, tensors_of
+from hwpq_pipeline.checkpoints.compressed import CompressedModel
+from hwpq_pipeline.checkpoints.compressed_writer import CompressedWriter, tensors_of
 from hwpq_pipeline.checkpoints.layers import Layer
 from hwpq_pipeline.compression.codes import Quantized
 from hwpq_pipeline.errors import HwpqError
@@ -77,6 +78,8 @@ def write_healed(
     for layer, made in student.results():
         writer.add(_Healed(layer, made))
     writer.replace(student.norm_weights())
+    for table in student.tables:
+        writer.embed(table.name, held.read_quantized(table.name, table.shape))
     writer.close(held.variant, held.structure, recipe.to_json())
 
 

@@ -155,6 +155,7 @@ def key_of(model_dir: str | Path, student: Student, token_ids: Tensor, healing: 
     """A digest of all that the healed weights depend on: both models, the tokens, the settings."""
     digest = hashlib.sha256(json.dumps(asdict(healing), sort_keys=True).encode())
     digest.update(sha256_directory(model_dir).encode())
-    for tensor in (*student.masters, token_ids):
+    embedding = student.model.get_input_embeddings().weight  # may be rounded
+    for tensor in (*student.masters, embedding, token_ids):
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()[:32]

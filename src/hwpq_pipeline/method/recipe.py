@@ -7,19 +7,7 @@ MLflow, the model card, the report). A section that a variant lacks is None, and
 not use. A changed default therefore changes the recipes that use it and no others, and DVC computes exactly those
 variants again.
 
-This module is the one home of the method's numbers. It imports neither torch nor pydantic, so that every command may
-read it.
-
-**Presets** of the recovery (weight update after pruning). `fixed_mask` keeps the selected mask and solves for the
-weights by conjugate gradients. The others search the mask too: by rounds in which the dropped weights fade, then
-sweeps in which they are gone (`compression.refinement`). More rounds or sweeps gained little for their seconds
-(docs/decisions.md, 10 and 35).
-
-**Damping** is added to the diagonal of the Gram matrix, in units of its mean. It is small where a layer answers for
-itself, and 0.3 where a layer also makes up for the layers before it (docs/decisions.md, 32).
-
-A preset's *cost* is the number of passes over a layer's quadratic, in steps of conjugate gradients; `planning` turns
-it into seconds.
+It imports neither torch nor pydantic, so that every command may read it.
 """
 
 from __future__ import annotations
@@ -28,47 +16,20 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Self
 
+from hwpq_pipeline.compression.grids import EMBEDDINGS
 from hwpq_pipeline.errors import HwpqError
 from hwpq_pipeline.method.overrides import Override
+from hwpq_pipeline.method.presets import (
+    CORRECTION_STEPS,
+    DAMPING,
+    GAIN,
+    HEALING,
+    PRESETS,
+    ROUNDING_SWEEPS,
+    SEQUENTIAL_DAMPING,
+    Preset,
+)
 from hwpq_pipeline.method.sections import Healing, Quantization, Recovery, Selection, Sequence
-
-
-@dataclass(frozen=True)
-class Preset:
-    """What a recovery preset stands for.
-
-    Attributes:
-        method: `fixed_mask`, or the mask search `descent` or `admm`.
-        cost: passes over the quadratic.
-        steps: conjugate-gradient steps, of `fixed_mask`.
-        rounds: sweeps in which what goes is halved, or ADMM's rounds.
-        sweeps: sweeps after them, in which what goes is gone.
-        sequential: whether it compresses the layers in sequence.
-    """
-
-    method: str
-    cost: int
-    steps: int | None = None
-    rounds: int | None = None
-    sweeps: int | None = None
-    sequential: bool = False
-
-
-PRESETS: dict[str, Preset] = {
-    "fixed_mask": Preset("fixed_mask", cost=5, steps=5),
-    "fast": Preset("descent", cost=6, rounds=2, sweeps=1),
-    "balanced": Preset("descent", cost=8, rounds=2, sweeps=2),
-    "admm": Preset("admm", cost=30, rounds=10, sweeps=3),
-    "quality": Preset("descent", cost=6, rounds=2, sweeps=1, sequential=True),
-}
-DAMPING, SEQUENTIAL_DAMPING = 0.01, 0.3
-#: Conjugate-gradient steps from the dense weight towards the target that makes up for the layers before.
-CORRECTION_STEPS = 8
-#: Of the moving average: each step moves mean and deviation by this share of the way (docs/decisions.md, 31).
-GAIN = 1 / 128
-ROUNDING_SWEEPS, ROUNDING_COST = 4, 2
-#: What `healing: {}` stands for. Small batches: in twenty minutes many small steps get farther than few large ones.
-HEALING = Healing(tokens=122_880, minutes=20, batch=1, learning_rate=3e-4, held_out=8, seed=0)
 
 
 @dataclass(frozen=True)
@@ -79,6 +40,7 @@ class Recipe:
         selection, recovery, quantization, sequence: for all layers.
         overrides: other sections for some layers (`method.overrides`); the last one that matches counts.
         healing: of the whole model, after the layers.
+        embeddings: the grid of the embedding and the head, which are rounded to nearest; None if they stay.
     """
 
     selection: Selection | None = None
@@ -87,6 +49,7 @@ class Recipe:
     sequence: Sequence | None = None
     overrides: tuple[Override, ...] = ()
     healing: Healing | None = None
+    embeddings: str | None = None
 
     @classmethod
     def from_variant(cls, variant: Mapping[str, Any]) -> Self:
@@ -112,12 +75,13 @@ class Recipe:
             sequence=Sequence(CORRECTION_STEPS, damping) if sequential else None,
             overrides=_overrides(variant, damping),
             healing=_healing(variant.get("healing")),
+            embeddings=EMBEDDINGS[(variant.get("quantization") or {}).get("embeddings") or "none"],
         )
 
     def for_layer(self, layer: str) -> Recipe:
         """What is done to one layer: the recipe with the last override that means it, and without any."""
         sections = next((one.sections for one in reversed(self.overrides) if one.means(layer)), {})
-        own = replace(self, overrides=(), healing=None, **sections)
+        own = replace(self, overrides=(), healing=None, embeddings=None, **sections)
         return own if own.selection is not None or own.recovery is None else replace(own, recovery=None)
 
     @property
@@ -129,7 +93,7 @@ class Recipe:
     @property
     def parts(self) -> list[Recipe]:
         """What may be done to a layer: the recipe without overrides, and with each of them."""
-        plain = replace(self, overrides=(), healing=None)
+        plain = replace(self, overrides=(), healing=None, embeddings=None)
         return [plain, *(replace(plain, **one.sections) for one in self.overrides)]
 
     @property
@@ -169,7 +133,9 @@ class Recipe:
         plain: dict[str, Any] = {name: part and asdict(part) for name, part in sections.items()}
         if self.overrides:
             plain["overrides"] = [_plain(override) for override in self.overrides]
-        return plain if self.healing is None else {**plain, "healing": asdict(self.healing)}
+        if self.healing is not None:
+            plain["healing"] = asdict(self.healing)
+        return plain if self.embeddings is None else {**plain, "embeddings": {"grid": self.embeddings}}
 
     def told(self) -> dict[str, Any]:
         """`to_json` without what does not apply, for people."""
@@ -187,7 +153,7 @@ class Recipe:
             HwpqError: a section or a number is missing or unknown.
         """
         try:
-            if value.keys() - {"overrides", "healing"} != _KINDS.keys():
+            if value.keys() - {"overrides", "healing", "embeddings"} != _KINDS.keys():
                 raise KeyError(f"sections {', '.join(value)}")
             overrides = tuple(
                 Override(
@@ -197,7 +163,8 @@ class Recipe:
                 for one in value.get("overrides", ())
             )
             sections = {name: _section(kind, value[name]) for name, kind in _KINDS.items()}
-            return cls(**sections, overrides=overrides, healing=_section(Healing, value.get("healing")))
+            healing, tables = _section(Healing, value.get("healing")), value.get("embeddings")
+            return cls(**sections, overrides=overrides, healing=healing, embeddings=tables and str(tables["grid"]))
         except (AttributeError, KeyError, TypeError) as error:
             raise HwpqError(
                 f"not a recipe ({error})", where="recipe", remedy="Run the recipes pipeline again."

@@ -18,8 +18,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hwpq_pipeline.checkpoints.compressed import CompressedWriter
+from hwpq_pipeline.checkpoints.compressed_writer import CompressedWriter
 from hwpq_pipeline.errors import HwpqError
+from hwpq_pipeline.method.embeddings import rounded_embeddings
 from hwpq_pipeline.method.groups import Executor, Facts, Groups, open_groups, serial
 from hwpq_pipeline.method.recipe import Recipe
 from hwpq_pipeline.method.remarks import warn_of_dense_weights, warn_of_silent_layers
@@ -84,6 +85,12 @@ def _in_sequence(
     return map(packed, walk_in_sequence(groups, tokens, step, recipe.sequence, dtype=dtype))
 
 
+def write_embeddings(model: str | Path, recipe: Recipe, writer: CompressedWriter) -> None:
+    """Round the embedding and the head, if the recipe does, and write them beside the layers."""
+    for table, quantized in rounded_embeddings(model, recipe.embeddings):
+        writer.embed(table.name, quantized)
+
+
 def write_model(
     model: str | Path,
     statistics: str | Path | None,
@@ -125,5 +132,6 @@ def write_model(
         tokens=tokens,
         executor=executor,
     )
+    write_embeddings(model, recipe, writer)
     writer.close(name, recipe.structure, recipe.to_json())
     return {layer: {**selected[layer], **compressed.get(layer, {})} for layer in selected}

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hwpq_pipeline.checkpoints.compressed import tensors_of
+from hwpq_pipeline.checkpoints.compressed_writer import tensors_of
 from hwpq_pipeline.compression.bits import unpack_bits
 from hwpq_pipeline.compression.codes import dequantize
 from hwpq_pipeline.compression.recovery import recover

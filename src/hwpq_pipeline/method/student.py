@@ -36,6 +36,7 @@ class Student:
     Attributes:
         model: the causal LM.
         layers: that were compressed.
+        tables: the embedding and the head, where they were rounded.
         masters: what learns, float32: of the layers' parameters, then of the blocks' norms.
         device: where it runs.
     """
@@ -43,8 +44,14 @@ class Student:
     def __init__(self, model_dir: str | Path, compressed: CompressedModel, device: torch.device) -> None:
         self.model = load_dense(model_dir, torch.float32, device).requires_grad_(False)
         self.device = device
-        self.layers = tuple(layer for layer in layer_map(model_dir) if layer.name in compressed.layers)
+        found = layer_map(model_dir)
+        self.layers = tuple(layer for layer in found if layer.name in compressed.layers)
+        self.tables = tuple(table for table in found.tables if table.name in compressed.embeddings)
         self._parameters = dict(self.model.named_parameters(remove_duplicate=False))
+        for table in self.tables:  # rounded before, they stay as they are
+            self._parameters[table.place.tensor].data.copy_(
+                compressed.dequantized(table.name, table.shape, torch.float32)
+            )
         self._scales: dict[str, Quantized] = {}
         for layer in self.layers:
             weight = compressed.dequantized(layer.name, layer.shape, torch.float32)

@@ -17,14 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hwpq_pipeline.checkpoints.buffers import compute_buffers
 from hwpq_pipeline.checkpoints.layers import meta_model
 from hwpq_pipeline.checkpoints.packed import AGAIN, PackedCheckpoint, PackedLayer
 from hwpq_pipeline.errors import HwpqError
 
 from .packed_linear import PackedLinear, dense_weight
-
-#: transformers' mark on tensors that its `initialize_weights` must not touch.
-_LOADED = "_is_hf_initialized"
 
 
 def load_packed(directory: str | Path, device: str = "cpu", dtype: torch.dtype = torch.bfloat16) -> Any:
@@ -53,7 +51,7 @@ def load_packed(directory: str | Path, device: str = "cpu", dtype: torch.dtype =
             parent, _, name = layer.rpartition(".")
             bias = packed.tensors.pop(f"{layer}.bias", None)
             setattr(model.get_submodule(parent), name, PackedLinear(found, bias, name=layer))
-    rest = {name: tensor.to(device, dtype if on_cuda else torch.float32) for name, tensor in packed.tensors.items()}
+    rest = {name: tensor.to(device, dtype if on_cuda else torch.float32) for name, tensor in packed.rest().items()}
     _fill(model, rest, device, str(directory))
     return model.eval()
 
@@ -84,25 +82,9 @@ def _fill(model: Any, tensors: dict[str, Tensor], device: str, where: str) -> No
     model.tie_weights()
     if found.unexpected_keys:
         raise HwpqError(f"a tensor too many: {found.unexpected_keys[0]}", where=where, remedy=AGAIN)
-    _compute_buffers(model, device)
+    compute_buffers(model, device)
     buffers = [(name, buffer) for name, buffer in model.named_buffers() if buffer.is_floating_point()]
     empty = [name for name, part in model.named_parameters() if part.is_meta]
     empty += [name for name, buffer in buffers if bool(buffer.isnan().any())]
     if empty:
         raise HwpqError(f"no tensor {empty[0]}", where=where, remedy=AGAIN)
-
-
-def _compute_buffers(model: Any, device: str) -> None:
-    """Fill the buffers that no checkpoint holds (rotary tables, embedding scales), as transformers does after loading.
-
-    Its `initialize_weights` touches nothing that is marked as loaded. A buffer that it leaves out stays NaN.
-    """
-    for part in (*model.parameters(), *model.buffers()):
-        setattr(part, _LOADED, not part.is_meta)
-    for module in model.modules():
-        for name, buffer in module.named_buffers(recurse=False):
-            if buffer.is_meta:
-                blank = torch.nan if buffer.is_floating_point() else 0
-                setattr(module, name, torch.full_like(buffer, blank, device=device))
-    with torch.device(device):
-        model.initialize_weights()

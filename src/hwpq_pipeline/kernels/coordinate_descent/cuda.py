@@ -33,6 +33,15 @@ def _pick(values, here):
 
 
 @triton.jit
+def _moved(now, target, COARSENING: tl.constexpr):
+    """The code nearest `target`; the present one if that is hardly farther."""
+    fresh = nearest_code(target, COARSENING)
+    if COARSENING:
+        return tl.where(tl.abs(target - now) - tl.abs(target - fresh) > _MARGIN, fresh, now)
+    return tl.where(tl.abs(target - now) > _MIDPOINT, fresh, now)
+
+
+@triton.jit
 def _move_scale(
     code,
     step,
@@ -102,12 +111,7 @@ def _sweep(
             target = now - _pick(slope, here) * tl.load(inverse + start + j) * per_step
             target = tl.minimum(tl.maximum(target, low), high)
             may = tl.sum(tl.where(here[None, :] & free, 1, 0), 1) > 0
-            fresh = nearest_code(target, COARSENING)
-            if COARSENING:
-                may = may & (tl.abs(target - now) - tl.abs(target - fresh) > _MARGIN)
-            else:
-                may = may & (tl.abs(target - now) > _MIDPOINT)
-            fresh = tl.where(may, fresh, now)
+            fresh = tl.where(may, _moved(now, target, COARSENING), now)
             shift = step * (fresh - now)
             code = tl.where(here[None, :], fresh[:, None], code)
             change = tl.where(here[None, :], change + shift[:, None], change)

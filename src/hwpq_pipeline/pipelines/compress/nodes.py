@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from hwpq_pipeline.checkpoints.compressed import CompressedWriter
+from hwpq_pipeline.checkpoints.compressed_writer import CompressedWriter
 from hwpq_pipeline.checkpoints.masks import Masks
 from hwpq_pipeline.corpus.samples import draw_samples, token_matrix
 from hwpq_pipeline.kernels.devices import choose_device
@@ -18,7 +18,7 @@ from hwpq_pipeline.method.groups import open_groups
 from hwpq_pipeline.method.healed import samples_needed, write_healed
 from hwpq_pipeline.method.healing_state import forget_states
 from hwpq_pipeline.method.recipe import Recipe
-from hwpq_pipeline.method.run import compress_model
+from hwpq_pipeline.method.run import compress_model, write_embeddings
 from hwpq_pipeline.parameters import Calibration, Compute
 from hwpq_pipeline.pipelines.tables import layer_table
 from hwpq_pipeline.variant import Variant
@@ -51,6 +51,7 @@ def compress_weights(
         tokens=token_matrix(samples),
         sink=writer.add,
     )
+    write_embeddings(model, recipe, writer)
     writer.close(name, recipe.structure, recipe.to_json())
     return target, layer_table(groups.layers, facts, COMPRESSED), {"compress": time.perf_counter() - begun}
 

@@ -74,6 +74,7 @@ def _card(
         license=source.get("license"),
         grid=made.grid,
         structure=made.structure,
+        embeddings=recipe.embeddings,
         parameters=recipe.told(),
         calibration=drawn if recipe.needs_text else {},
         command=f"dvc repro export@{name}",
