@@ -31,7 +31,7 @@ UI_PORT  ?= 5000
 BASE     ?= main
 
 .PHONY: help install run repro ci sweep ui lint check format dvc-dependencies test coverage test-fast test-browser screenshots test-postgres test-sweep test-architectures test-damage \
-	engines test-engines viz pipeline-picture bench-selection bench-selection-quality bench-peers bench-inference bench-gpu lock clean
+	engines test-engines viz pipeline-picture bench-selection bench-selection-quality bench-number-formats bench-peers bench-inference bench-gpu lock clean
 
 help:  ## what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 26
@@ -184,6 +184,9 @@ bench-selection: $(STAMP)  ## selection against sort, topk and a memory copy
 
 bench-selection-quality: $(STAMP) data/03_primary/reference  ## perplexity after EWMA and after an exact sort, over sparsity and alpha
 	python -m benchmarks.selection_quality $(ARGS)
+
+bench-number-formats: $(STAMP) data/03_primary/reference  ## NVFP4 and MXFP4 by the library's rounding to nearest, by ours and by our descent
+	python -m benchmarks.number_formats $(ARGS)
 
 data/03_primary/reference: | $(STAMP)
 	kedro run --pipelines fetch,calibrate,reference

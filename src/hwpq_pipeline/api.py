@@ -23,6 +23,7 @@ import numpy as np
 import torch
 
 from hwpq_pipeline.calibration.statistics import collect_statistics
+from hwpq_pipeline.checkpoints.compressed import CompressedModel
 from hwpq_pipeline.checkpoints.layers import layer_map
 from hwpq_pipeline.checkpoints.packed import is_packed
 from hwpq_pipeline.corpus.chat import as_text
@@ -73,7 +74,7 @@ def compress(  # noqa: PLR0913 (each is a choice of the user)
     Args:
         model_dir: the dense checkpoint: config, safetensors, tokenizer.
         recipe: a `Recipe`, or a variant as in `conf/base/parameters_variants.yml` (`selection`, `recovery`,
-            `quantization`, `sequential`, `healing`).
+            `quantization`, `sequential`, `budget`, `healing`).
         out: directory of the export. An earlier export there is replaced, and only by a complete new one; any other
             directory with files in it is refused.
         calibration: text to calibrate on (a file of text, JSON or Parquet, or a directory of them), or token ids of
@@ -110,7 +111,8 @@ def compress(  # noqa: PLR0913 (each is a choice of the user)
             text = partial(_tokens, model_dir, calibration, scratch, length=length, seed=made.healing.seed)
             neutral = _healed(model_dir, neutral, made, text(samples=samples_needed(made, length)), place)
         export_checkpoint(model_dir, neutral, target)
-    return Compressed(target, made, facts, time.perf_counter() - begun)
+        done = Recipe.from_json(CompressedModel(neutral).recipe)
+    return Compressed(target, done, facts, time.perf_counter() - begun)
 
 
 def load(directory: str | Path, *, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Any:

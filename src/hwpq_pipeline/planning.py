@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from hwpq_pipeline.checkpoints.layers import Layer, LayerMap, layer_map, meta_mo
 from hwpq_pipeline.compression.grids import GRIDS
 from hwpq_pipeline.method.presets import PRESETS, ROUNDING_COST
 from hwpq_pipeline.method.recipe import Recipe
+from hwpq_pipeline.method.sections import Budget
 
 UNROUNDED_BITS = 16
 
@@ -143,7 +144,9 @@ def plan_rows(
 
 
 def export_bytes(shapes: Shapes, recipe: Recipe) -> int:
-    """Bytes of a variant's safetensors files, without their headers."""
+    """Bytes of a variant's safetensors files, without their headers; under a budget, what that allows."""
+    if recipe.budget is not None:
+        return _allowed_bytes(shapes, recipe, recipe.budget)
     total = 2 * shapes.others
     if recipe.embeddings is not None:
         bits = GRIDS[recipe.embeddings].bits - UNROUNDED_BITS
@@ -153,9 +156,21 @@ def export_bytes(shapes: Shapes, recipe: Recipe) -> int:
         if own is None:
             total += weights * UNROUNDED_BITS // 8
         else:
-            scales = layer.shape[0] * (layer.shape[1] // own.group_size if own.group_size else 1)
-            total += weights * GRIDS[own.grid].bits // 8 + GRIDS[own.grid].scale_bytes * scales
+            total += GRIDS[own.grid].bytes_of(*layer.shape, own.group_size)
     return total
+
+
+def _allowed_bytes(shapes: Shapes, recipe: Recipe, budget: Budget) -> int:
+    """Of an export under a budget. For a decode speed the layers shrink by as much, zeros left out."""
+    dense = UNROUNDED_BITS // 8 * shapes.parameters
+    others = export_bytes(shapes, replace(recipe, budget=None)) - UNROUNDED_BITS // 8 * shapes.weights
+    layers = {
+        "size_bytes": budget.limit - others,
+        "ratio": budget.limit * dense - others,
+        "bits_per_weight": budget.limit * shapes.weights / 8,
+        "decode_speed_ratio": UNROUNDED_BITS / 8 * shapes.weights / budget.limit,
+    }
+    return others + int(layers[budget.kind])
 
 
 def making_operations(shapes: Shapes, recipe: Recipe, tokens: int) -> float:
@@ -163,9 +178,13 @@ def making_operations(shapes: Shapes, recipe: Recipe, tokens: int) -> float:
     total = 0.0
     if recipe.sequence:
         total += 2.0 * tokens * (2 * shapes.weights + 2 * shapes.inputs)
-    for layer in shapes.layers:
-        total += _passes(recipe.for_layer(layer.name)) * 2.0 * layer.shape[0] * layer.shape[1] ** 2
-    return total
+    squares = [(layer.name, 2.0 * layer.shape[0] * layer.shape[1] ** 2) for layer in shapes.layers]
+    if recipe.budget is not None:  # a trial of each choice, and one of them for good
+        plain = replace(recipe, budget=None, sequence=None)
+        choices = [replace(plain, selection=c.selection, quantization=c.quantization) for c in recipe.budget.choices]
+        passes = sum(map(_passes, choices)) + max(map(_passes, choices))
+        return total + passes * sum(cost for _, cost in squares)
+    return total + sum(_passes(recipe.for_layer(name)) * cost for name, cost in squares)
 
 
 def healing_seconds(shapes: Shapes, recipe: Recipe, speed: float) -> float:

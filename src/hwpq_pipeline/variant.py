@@ -11,6 +11,9 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, Field, model_serializer, model_validator
 
 from hwpq_pipeline.compression.grids import EMBEDDINGS, GRIDS
+from hwpq_pipeline.errors import HwpqError
+from hwpq_pipeline.method.choices import sections_of
+from hwpq_pipeline.method.entries import LIMITS
 from hwpq_pipeline.method.overrides import problem_of
 from hwpq_pipeline.method.presets import PRESETS
 from hwpq_pipeline.parameters import Parameters, Seed, one_of
@@ -155,6 +158,40 @@ class Healing(Parameters):
     seed: Seed | None = None
 
 
+def _check_choice(word: str) -> str:
+    try:
+        sections_of(word)
+    except HwpqError as error:
+        raise ValueError(f"{error.what}. {error.remedy}") from error
+    return word
+
+
+class Budget(Parameters):
+    """Instead of settings: a limit for the whole model, and what layers may choose from (`method.choices`).
+
+    Exactly one limit is given: `size_bytes` of the export, its `ratio` to the dense model's bytes, `bits_per_weight` of
+    the layers with their scales, or `decode_speed_ratio`: how many times fewer bytes a token reads than in the dense
+    model. `embeddings` is as in `quantization`. `samples` of the calibration text tell what errors do to the output.
+    """
+
+    size_bytes: Annotated[int, Field(ge=1)] | None = None
+    ratio: Fraction | None = None
+    bits_per_weight: Annotated[float, Field(gt=0, le=16)] | None = None
+    decode_speed_ratio: Annotated[float, Field(ge=1, le=16)] | None = None
+    choices: Annotated[tuple[Annotated[str, AfterValidator(_check_choice)], ...], Field(min_length=2)]
+    embeddings: Annotated[str, one_of(EMBEDDINGS)] = "none"
+    samples: Annotated[int, Field(ge=1)] | None = None
+
+    @model_validator(mode="after")
+    def _no_contradiction(self) -> Self:
+        given = [name for name in LIMITS if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(f"exactly one of {', '.join(LIMITS)}; given: {' and '.join(given) or 'none'}")
+        if len(set(self.choices)) != len(self.choices):
+            raise ValueError("a choice stands there twice")
+        return self
+
+
 class Variant(Parameters):
     """One compressed variant: an entry of `conf/base/parameters_variants.yml`. `method.recipe.Recipe` writes it out.
 
@@ -163,7 +200,8 @@ class Variant(Parameters):
     passes a variant. Some presets set it.
 
     `layers` has other settings for some layers, of which the last match counts; `ignore` leaves layers as they are.
-    `healing` teaches the compressed model as a whole; `healing: {}` takes all defaults.
+    `budget` chooses for each layer what is done. `healing` teaches the compressed model as a whole; `healing: {}` takes
+    all defaults.
     """
 
     description: str
@@ -173,15 +211,21 @@ class Variant(Parameters):
     sequential: bool | None = None
     layers: tuple[LayerSettings, ...] = ()
     ignore: tuple[Pattern, ...] = ()
+    budget: Budget | None = None
     healing: Healing | None = None
 
     @model_validator(mode="after")
     def _no_contradiction(self) -> Self:
         preset = self.recovery.preset if self.recovery else None
+        if self.budget is not None and (self.selection or self.quantization):
+            raise ValueError("a budget's choices take the place of selection and quantization; remove these")
+        chosen = [sections_of(word) for word in self.budget.choices] if self.budget else []
         selects = self.selection is not None or any(part.selection for part in self.layers)
+        selects = selects or any(part["selection"] for part in chosen)
         if self.recovery is not None and not selects:
             raise ValueError("recovery mends what selection prunes; add selection or remove recovery")
         rounds = self.quantization is not None or any(part.quantization for part in self.layers)
+        rounds = rounds or any(part["quantization"] for part in chosen)
         if self.healing is not None and not selects and not rounds:
             raise ValueError("healing mends what selection and quantization do; add one or remove healing")
         if self.ignore and not selects and not rounds:

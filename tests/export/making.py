@@ -22,7 +22,7 @@ ROW = {
     "down_proj": 32,
 }
 #: Codes of the integer grids.
-RANGE = {"int8": (-127, 127), "int4": (-8, 7), "int3": (-4, 3)}
+RANGE = {"int8": (-127, 127), "int4": (-8, 7), "int3": (-4, 3), "int2": (-2, 1)}
 #: Codes of the 4-bit floats, in halves.
 HALVES = torch.tensor([0, 1, 2, 3, 4, 6, 8, 12, -1, -2, -3, -4, -6, -8, -12], dtype=torch.int8)
 #: ONNX Runtime's attention wants heads of a multiple of 16; the layers' shapes stay those of `tiny_config()`.

@@ -25,6 +25,7 @@ CASES = [
     pytest.param("int4", 16, id="int4"),
     pytest.param("int4", None, id="int4-channel"),
     pytest.param("int3", 16, id="int3"),
+    pytest.param("int2", 16, id="int2"),
     pytest.param("nvfp4", 16, id="nvfp4"),
     pytest.param("mxfp4", 32, id="mxfp4"),
     pytest.param(None, None, id="pruned"),

@@ -12,7 +12,7 @@ from hwpq_pipeline.checkpoints.json_file import read_json
 from hwpq_pipeline.checkpoints.reader import read_tensors
 from hwpq_pipeline.errors import HwpqError
 from hwpq_pipeline.parameters import Compute
-from hwpq_pipeline.pipelines.compress.nodes import compress_weights
+from hwpq_pipeline.pipelines.compress.nodes import compress_weights, settled_recipe
 from hwpq_pipeline.pipelines.select.nodes import select_weights
 from hwpq_pipeline.variant import Variant
 from tests.tiny import tiny_checkpoint, tiny_tokens
@@ -35,8 +35,9 @@ def run(places, scratch, compute=CPU, **sections):
     variant = Variant.model_validate({"description": "d", **sections})
     model, statistics = places / "model", places / "statistics"
     samples = pd.DataFrame({"tokens": list(TOKENS)})
-    masks, selected, _ = select_weights(model, statistics, variant, compute, scratch)
-    built, compressed, seconds = compress_weights(model, statistics, samples, masks, "v", variant, compute, scratch)
+    choices, masks, selected, _ = select_weights(model, statistics, samples, "v", variant, compute, scratch)
+    recipe = settled_recipe(variant, choices)
+    built, compressed, seconds = compress_weights(model, statistics, samples, masks, "v", recipe, compute, scratch)
     tensors: dict[str, torch.Tensor] = {}
     for file in built.glob("*.safetensors"):
         tensors |= read_tensors(file)
@@ -163,13 +164,14 @@ def test_a_silent_layer_is_rounded_as_without_data(silent_places, tmp_path, capl
 
 def test_a_mask_that_keeps_nothing_is_refused(places, tmp_path):
     variant = Variant.model_validate({"description": "d", "selection": STRUCTURES["unstructured"], "recovery": {}})
-    masks, *_ = select_weights(places / "model", places / "statistics", variant, CPU, tmp_path)
+    samples = pd.DataFrame({"tokens": list(TOKENS)})
+    _, masks, *_ = select_weights(places / "model", places / "statistics", samples, "v", variant, CPU, tmp_path)
     tensors = read_tensors(masks)
     tensors["model.layers.1.mlp.up_proj.keep"].zero_()
     save_file(tensors, masks)
-    samples = pd.DataFrame({"tokens": list(TOKENS)})
+    recipe = settled_recipe(variant, {})
     with pytest.raises(HwpqError, match=r"^model\.layers\.1\.mlp\.up_proj: its mask keeps no weight"):
-        compress_weights(places / "model", places / "statistics", samples, masks, "v", variant, CPU, tmp_path)
+        compress_weights(places / "model", places / "statistics", samples, masks, "v", recipe, CPU, tmp_path)
 
 
 def test_a_multiplier_that_drops_all_is_refused(places, tmp_path):

@@ -12,6 +12,7 @@ import pytest
 
 from hwpq_pipeline.figures import FIGURES
 from hwpq_pipeline.reporting.comparison import comparison_table
+from hwpq_pipeline.reporting.front import front, verdict
 from hwpq_pipeline.reporting.heatmap import heatmap, place
 from hwpq_pipeline.reporting.page import Reported, render
 from hwpq_pipeline.reporting.scatter import LETTER, Point, place_labels, scatter, ticks
@@ -24,7 +25,7 @@ def comparison() -> pd.DataFrame:
     ratios, sizes = (1.0, 1.02, 3.31), (269_060_552, 163_227_736, 163_227_736)
     return comparison_table(
         {
-            name: {**METRICS, "perplexity_ratio": ratio, "size_bytes": size}
+            name: {**METRICS, "perplexity_ratio": ratio, "size_bytes": size, "sparsity": 0.5 * name.startswith("2of4")}
             for name, ratio, size in zip(NAMES, ratios, sizes, strict=True)
         }
     )
@@ -141,3 +142,29 @@ def test_places_on_the_scale():
     assert place(0.25, 0.0, 1.0, logarithmic=False) == 0.25
     assert place(2.0, 0.0, 1.0, logarithmic=False) == 1
     assert place(1.0, 1.0, 1.0, logarithmic=False) == 0
+
+
+def row(name: str, size: int, ratio: float, sparsity: float = 0.0) -> dict[str, object]:
+    return {"variant": name, "size_bytes": size * 10**6, "perplexity_ratio": ratio, "sparsity": sparsity}
+
+
+def test_the_first_sentence_tells_how_far_the_sparse_variants_are_from_the_front() -> None:
+    dense = [row("dense", 269, 1.0), row("int4", 113, 1.09), row("fp8", 163, 1.02)]
+    assert verdict(dense) == ""
+    far = [*dense, row("2of4-fp8", 163, 2.42, 0.5), row("2of4-int4", 113, 2.46, 0.6)]
+    assert [found["variant"] for found in front(far)] == ["int4", "fp8", "dense"]
+    said = verdict(far)
+    assert said.startswith("No sparse variant is on the front")
+    wanted = "2.22: 2of4-fp8 has 2.420 × the dense perplexity in 163.0 MB, and int4 has 1.090 × the dense perplexity in"
+    assert wanted in said
+    near = [*far, row("2of4-small", 71, 1.9, 0.5)]
+    assert "of the sparse variants: 2of4-small has 1.900 ×" in verdict(near)
+
+
+def test_equal_variants_are_both_on_the_front() -> None:
+    assert len(front([row("a", 5, 1.5), row("b", 5, 1.5), row("c", 6, 1.5)])) == 2
+
+
+def test_the_page_begins_with_it() -> None:
+    text = re.sub(r"<[^>]+>", "", page().partition("<h1>")[2])
+    assert text.partition("\n")[2].lstrip().startswith("No sparse variant is on the front")

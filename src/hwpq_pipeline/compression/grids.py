@@ -6,6 +6,7 @@
     int8       −127 … 127                 absmax/127 per channel or group                 int8
     int4       −8 … 7                     least squared error, per group or channel       int8
     int3       −4 … 3                     least squared error, per group or channel       int8
+    int2       −2 … 1                     least squared error, per group or channel       int8
     nvfp4      0 ±1 ±2 ±3 ±4 ±6 ±8 ±12    E4M3 · 2⁻ᵏ, least squared error, per 16 columns int8
     mxfp4      the same                   2ᵉ, least squared error, per 32 columns         int8
 
@@ -19,7 +20,7 @@ are integers: `±12` stands for the float ±6. NVFP4 has scales of 8-bit floats 
 Ours is a power of two, `2⁻ᵏ`. So every scale stays a number of 4 significant bits, and the weights are bfloat16
 numbers. Layers that read one input share it, as engines that fuse them want. MXFP4 has scales that are powers of two.
 
-At 3 and 4 bits the scale that fits the largest weight wastes codes, so the scale is searched (`codes.search_scale`).
+At 2 to 4 bits the scale that fits the largest weight wastes codes, so the scale is searched (`codes.search_scale`).
 
 A grid's facts are here and nowhere else. What an engine calls a grid is in that engine's module of `export`; its test
 holds each format complete: it stores a grid, or it refuses the grid by name. The arithmetic is in `codes`. This module
@@ -81,8 +82,21 @@ class Grid:
         """Bytes of a scale: two in the dtype of most models."""
         return 2 if self.stored_as == "model" else 1
 
+    def bytes_of(self, rows: int, columns: int, group_size: int | None, scale_bytes: int | None = None) -> int:
+        """Bytes of a layer's codes and scales as engines store them: codes of fewer than 8 bits in words of 32.
+
+        Args:
+            rows, columns: of the weight.
+            group_size: columns that share a scale; None for one scale a row.
+            scale_bytes: of a scale; None for those of most models.
+        """
+        words = -(-columns * self.bits // _WORD) * _WORD // 8
+        scales = columns // group_size if group_size else 1
+        return rows * ((columns if self.bits == 8 else words) + scales * (scale_bytes or self.scale_bytes))
+
 
 _GROUPS = (32, 64, 128)
+_WORD = 32  # bits
 
 GRIDS: dict[str, Grid] = {
     grid.name: grid
@@ -108,6 +122,10 @@ GRIDS: dict[str, Grid] = {
         Grid(
             "int3", 3, -4.0, 3.0, "int8", "searched",
             "3-bit integer weights, packed, one scale per group of columns", group_sizes=_GROUPS, descends=True,
+        ),
+        Grid(
+            "int2", 2, -2.0, 1.0, "int8", "searched",
+            "2-bit integer weights, packed, one scale per group of columns", group_sizes=_GROUPS, descends=True,
         ),
         Grid(
             "nvfp4", 4, -12.0, 12.0, "int8", "searched",

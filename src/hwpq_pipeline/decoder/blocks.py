@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from hwpq_pipeline.checkpoints.layers import text_model
+from hwpq_pipeline.checkpoints.layers import body_of, text_model
 
 
 class Inputs(NamedTuple):
@@ -87,7 +87,7 @@ def record_inputs(
         return record
 
     extra: list[list[Inputs]] = []
-    own = [block.__dict__.get("forward") for block in blocks]  # some wrappers hang theirs on the instance
+    own = [block.__dict__.get("forward") for block in blocks]
     try:
         for index, block in enumerate(blocks):
             block.forward = recorder(index)
@@ -96,11 +96,35 @@ def record_inputs(
             text_model(model)(input_ids=ids, use_cache=False)
             extra.append(_shared(list(calls), extra))
     finally:
-        for block, forward in zip(blocks, own, strict=True):
-            del block.forward
-            if forward is not None:
-                block.forward = forward
+        _put_back(blocks, own)
     return hidden, extra
+
+
+def final_hidden(model: Any, blocks: nn.ModuleList, ids: torch.Tensor, output: Any) -> torch.Tensor:
+    """What the model's body makes of the last block's output, for example by its last norm.
+
+    Args:
+        model: a causal LM.
+        blocks: its decoder blocks, of which none runs.
+        ids: the token ids, (samples, length).
+        output: of the last block, a tensor or a tuple.
+    """
+    own = [block.__dict__.get("forward") for block in blocks]
+    try:
+        for block in blocks:
+            block.forward = lambda *_, **__: output
+        found: torch.Tensor = body_of(model)(input_ids=ids, use_cache=False).last_hidden_state
+    finally:
+        _put_back(blocks, own)
+    return found
+
+
+def _put_back(blocks: nn.ModuleList, own: list[Any]) -> None:
+    """Take our `forward` off the blocks; some wrappers hang theirs on the instance."""
+    for block, forward in zip(blocks, own, strict=True):
+        del block.forward
+        if forward is not None:
+            block.forward = forward
 
 
 def _shared(calls: list[Inputs], earlier: list[list[Inputs]]) -> list[Inputs]:

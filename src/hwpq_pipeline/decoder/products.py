@@ -38,6 +38,8 @@ _PRODUCTS = {
 Before = Callable[[tuple[Layer, ...], Tensor], None]
 #: The same, and their outputs (…, out_features of all).
 After = Callable[[tuple[Layer, ...], Tensor, Tensor], None]
+#: The layers, their inputs, and the gradient of their outputs.
+Backward = Callable[[tuple[Layer, ...], Tensor, Tensor], None]
 
 
 def _nothing(*_: Any) -> None: ...
@@ -51,6 +53,7 @@ class Products(TorchFunctionMode):
         parameters: their weights by their names in the module tree.
         before: called with the layers and their inputs, before the product; it may change the weights in place.
         after: called with the layers, their inputs and their outputs.
+        backward: called with the layers, their inputs and the gradient of their outputs, once a backward pass has it.
     """
 
     def __init__(
@@ -60,9 +63,10 @@ class Products(TorchFunctionMode):
         *,
         before: Before = _nothing,
         after: After = _nothing,
+        backward: Backward | None = None,
     ) -> None:
         super().__init__()
-        self.before, self.after = before, after
+        self.before, self.after, self.backward = before, after, backward
         spots: dict[tuple[str, int], list[Layer]] = {}
         for layer in layers:
             spots.setdefault((layer.place.tensor, layer.place.part), []).append(layer)
@@ -89,6 +93,8 @@ class Products(TorchFunctionMode):
         result = func(*args, **kwargs)
         for layers, x, output in met:
             self.after(layers, x, output(result))
+            if self.backward is not None and result.requires_grad:
+                result.register_hook(partial(_told, self.backward, layers, x.detach(), output))
         return result
 
     def _met(
@@ -114,6 +120,12 @@ class Products(TorchFunctionMode):
             layers = self.at.get(matrix.data_ptr())
             if layers and matrix.numel() == sum(layer.shape[0] * layer.shape[1] for layer in layers):
                 yield index, layers, matrix
+
+
+def _told(
+    backward: Backward, layers: tuple[Layer, ...], x: Tensor, output: Callable[[Tensor], Tensor], gradient: Tensor
+) -> None:
+    backward(layers, x, output(gradient))
 
 
 def _check(layers: tuple[Layer, ...], weight: Tensor) -> None:

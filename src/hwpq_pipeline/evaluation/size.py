@@ -4,9 +4,9 @@
 are left out: they are the same in every variant. Embeddings are counted, unquantized. In a small model they are a large
 part (SmolLM2-135M: 56.6 of 269 MB), and the ratio shows it.
 
-`expected_bytes` is the arithmetic: for each quantized layer `out · in · bits / 8` and a scale for each row or group
-(and 16 bytes of shape or 4 of a tensor's scale, where there is one), and the dense bytes of everything else. Only the
-files' headers are missing.
+`expected_bytes` is the arithmetic: for each quantized layer its codes (fewer than 8 bits are packed in words of 32)
+and a scale for each row or group (and 16 bytes of shape or 4 of a tensor's scale, where there is one), and the dense
+bytes of everything else. Only the files' headers are missing.
 
 Coverage and sparsity are shares of the block weights (`checkpoints.block_weights`), which count what no method reaches
 as well. A weight counts as compressed if its layer is stored in codes, or differs from the dense model's. Sparsity
@@ -26,6 +26,7 @@ from torch import Tensor
 from hwpq_pipeline.checkpoints.block_weights import block_weights, told_left_dense
 from hwpq_pipeline.checkpoints.layers import Layer, LayerMap, layer_map
 from hwpq_pipeline.checkpoints.reader import Checkpoint
+from hwpq_pipeline.compression.grids import GRIDS
 from hwpq_pipeline.errors import HwpqError, reading
 
 
@@ -179,15 +180,13 @@ def _expected_bytes(export: Checkpoint, dense: Checkpoint, layers: LayerMap, sch
     for layer in (*layers, *layers.tables):
         if not layer.packs or f"{layer.name}.weight_scale" not in export:
             continue
-        scheme = scheme_of(layer, schemes)
-        bits, group = scheme.weights.num_bits, scheme.weights.group_size
         rows, columns = layer.shape
-        scales = rows * (columns // group if group else 1)
-        scale_bytes = export.tensor(f"{layer.name}.weight_scale").element_size()
+        weights, scale = scheme_of(layer, schemes).weights, export.tensor(f"{layer.name}.weight_scale")
+        grid = next(grid for grid in GRIDS.values() if grid.bits == weights.num_bits)  # a code takes as many in each
         further = [f"{layer.name}.{part}" for part in ("weight_shape", "weight_global_scale")]
         total -= dense.tensor(f"{layer.name}.weight").nbytes
-        total += rows * columns * bits // 8 + scales * scale_bytes
+        total += grid.bytes_of(rows, columns, weights.group_size, scale.element_size())
         total += sum(export.tensor(name).nbytes for name in further if name in export)
         aliases = [alias for alias, original in layers.tied.items() if original == layer.place.tensor]
-        total += len(aliases) * scales * scale_bytes  # a tied head has scales of its own
+        total += len(aliases) * scale.nbytes  # a tied head has scales of its own
     return total

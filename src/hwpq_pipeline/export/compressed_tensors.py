@@ -6,7 +6,7 @@ A quantized linear layer `w ≈ scale · code` is stored as
     fp8_e4m3, fp8_e5m2   weight float8_e4m3fn (out, in)                    fp8, per token   float-quantized
                          weight_scale (out, 1)
     int8                 weight int8 (out, in), weight_scale (out, 1)      int8, per token  int-quantized
-    int4, int3           weight_packed int32 (out, ⌈in·bits/32⌉ or more)   not quantized    pack-quantized
+    int4, int3, int2     weight_packed int32 (out, ⌈in·bits/32⌉ or more)   not quantized    pack-quantized
                          weight_scale (out, groups), weight_shape int64 (2)
     nvfp4                weight_packed uint8 (out, in/2)                   not quantized    nvfp4-pack-quantized
                          weight_scale float8_e4m3fn (out, in/16)
@@ -62,6 +62,7 @@ _SCHEMES = {
     "int8": ("INT8", "int-quantized"),
     "int4": ("W4A16", "pack-quantized"),
     "int3": ("W4A16", "pack-quantized"),  # with its own number of bits
+    "int2": ("W4A16", "pack-quantized"),
     "nvfp4": ("NVFP4A16", "nvfp4-pack-quantized"),
     "mxfp4": ("MXFP4A16", "mxfp4-pack-quantized"),
 }

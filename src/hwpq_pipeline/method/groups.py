@@ -141,6 +141,7 @@ class Groups:
         statistics: of their inputs; None where nothing is known of them: every layer is then a group of its own.
         device: where the groups are worked on.
         recipe: with other settings for some layers; see `treated_by`.
+        block: of which alone the groups are wanted; None for all.
     """
 
     def __init__(
@@ -150,10 +151,11 @@ class Groups:
         statistics: Statistics | None,
         device: torch.device | None = None,
         recipe: Recipe | None = None,
+        block: int | None = None,
     ) -> None:
         self.checkpoint, self.layers, self.statistics = checkpoint, layers, statistics
         self.device = device or torch.device("cpu")
-        self.recipe = recipe
+        self.recipe, self.block = recipe, block
 
     def treated_by(self, recipe: Recipe) -> Groups:
         """The same groups for a recipe: layers that it treats otherwise are apart, those that it leaves are in none.
@@ -164,10 +166,14 @@ class Groups:
         check_patterns(recipe.overrides, self.layers.names)
         return Groups(self.checkpoint, self.layers, self.statistics, self.device, recipe) if recipe.overrides else self
 
+    def of_block(self, block: int) -> Groups:
+        """The groups of one decoder block."""
+        return Groups(self.checkpoint, self.layers, self.statistics, self.device, self.recipe, block)
+
     def members(self) -> dict[str, tuple[Layer, ...]]:
         """Layers by input group, in module order; a group has its first layer's name."""
         members: dict[tuple[str, Recipe | None], list[Layer]] = {}
-        for layer in self.layers:
+        for layer in self.layers if self.block is None else self.layers.in_block(self.block):
             name = layer.name if self.statistics is None else self.statistics.group_of(layer.name)
             own = None if self.recipe is None else self.recipe.for_layer(layer.name)
             if own is None or own.changes_weights:

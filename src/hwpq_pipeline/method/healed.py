@@ -80,7 +80,7 @@ def write_healed(
     writer.replace(student.norm_weights())
     for table in student.tables:
         writer.embed(table.name, held.read_quantized(table.name, table.shape))
-    writer.close(held.variant, held.structure, recipe.to_json())
+    writer.close(held.variant, held.structure, held.recipe)
 
 
 @dataclass(frozen=True)

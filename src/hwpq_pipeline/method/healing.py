@@ -33,7 +33,6 @@ import logging
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -42,9 +41,9 @@ import psutil
 import torch
 from torch import Tensor, nn
 
-from hwpq_pipeline.checkpoints.layers import body_of, find_blocks
-from hwpq_pipeline.decoder.dtypes import has_bfloat16
-from hwpq_pipeline.decoder.head import Head, find_head
+from hwpq_pipeline.checkpoints.layers import find_blocks
+from hwpq_pipeline.decoder.answers import Answers
+from hwpq_pipeline.decoder.head import Head
 from hwpq_pipeline.decoder.loading import load_dense
 from hwpq_pipeline.decoder.tokens import checked_ids
 from hwpq_pipeline.method.healing_state import Clock, State
@@ -59,31 +58,11 @@ PIECE = 256
 RISE = 0.1
 #: How often in a cycle the held-out samples are asked, and the state is written.
 CHECKS = 4
-_PROBE = 8
 #: The least root mean square that Adafactor takes a tensor for.
 _ADAFACTOR_SMALLEST = 1e-3
 
 #: Is told of progress: steps done, all steps, and the loss of the last one.
 Report = Callable[[int, int, float], None]
-
-
-@dataclass(frozen=True)
-class Teacher:
-    """A model to be asked for its distributions.
-
-    Attributes:
-        model: the causal LM.
-        head: from its final hidden states to logits.
-    """
-
-    model: Any
-    head: Head
-
-    def hidden(self, ids: Tensor) -> Tensor:
-        """Final hidden states (samples, length, hidden), float32."""
-        with torch.autocast(ids.device.type, torch.bfloat16, enabled=has_bfloat16(ids.device), cache_enabled=False):
-            found: Tensor = body_of(self.model)(input_ids=ids, use_cache=False).last_hidden_state
-        return found.float()
 
 
 def heal(
@@ -114,8 +93,8 @@ def heal(
         HwpqError: an unusable model, or token ids that its vocabulary lacks.
     """
     device = student.device
-    teacher = _asked(load_dense(model_dir, torch.float32, device), str(model_dir))
-    pupil = _asked(student.model, str(model_dir))
+    teacher = Answers.of(load_dense(model_dir, torch.float32, device), str(model_dir))
+    pupil = Answers.of(student.model, str(model_dir))
     ids = checked_ids(token_ids, teacher.model, str(model_dir)).to(device)
     learnt, held_out = ids[: -healing.held_out], ids[-healing.held_out :]
     samples = min(len(learnt), -(-healing.tokens // ids.shape[1]))
@@ -179,16 +158,7 @@ def divergence_at(teacher: Head, pupil: Head, wanted: Tensor, given: Tensor) -> 
     return total, gradient.view(given.shape)
 
 
-def _asked(model: Any, where: str) -> Teacher:
-    table = model.get_input_embeddings().weight
-    ids = torch.arange(_PROBE, device=table.device)[None] % len(table)
-    with torch.no_grad():  # not inference mode: a model may keep a table that it makes here
-        hidden = body_of(model)(input_ids=ids, use_cache=False).last_hidden_state.float()
-        logits = model(input_ids=ids, use_cache=False).logits.float()
-    return Teacher(model, find_head(model, hidden, logits, where))
-
-
-def _learn(teacher: Teacher, pupil: Teacher, student: Student, optimizer: torch.optim.Optimizer, ids: Tensor) -> float:
+def _learn(teacher: Answers, pupil: Answers, student: Student, optimizer: torch.optim.Optimizer, ids: Tensor) -> float:
     """One step of Adam; the loss before it."""
     with torch.no_grad():
         wanted = teacher.hidden(ids)
@@ -204,7 +174,7 @@ def _learn(teacher: Teacher, pupil: Teacher, student: Student, optimizer: torch.
 
 
 @torch.no_grad()
-def _divergence(teacher: Teacher, pupil: Teacher, ids: Tensor, batch: int) -> float:
+def _divergence(teacher: Answers, pupil: Answers, ids: Tensor, batch: int) -> float:
     """The mean divergence on held-out samples, nats a token."""
     total = 0.0
     for part in ids.split(batch):

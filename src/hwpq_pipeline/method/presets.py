@@ -55,3 +55,5 @@ GAIN = 1 / 128
 ROUNDING_SWEEPS, ROUNDING_COST = 4, 2
 #: What `healing: {}` stands for. Small batches: in twenty minutes many small steps get farther than few large ones.
 HEALING = Healing(tokens=122_880, minutes=20, batch=1, learning_rate=3e-4, held_out=8, seed=0)
+#: Calibration samples that tell what the layers' errors do to the output, where a budget is shared out.
+BUDGET_SAMPLES = 8

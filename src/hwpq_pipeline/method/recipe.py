@@ -16,20 +16,10 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Self
 
-from hwpq_pipeline.compression.grids import EMBEDDINGS
 from hwpq_pipeline.errors import HwpqError
+from hwpq_pipeline.method.entries import sections_of_entry
 from hwpq_pipeline.method.overrides import Override
-from hwpq_pipeline.method.presets import (
-    CORRECTION_STEPS,
-    DAMPING,
-    GAIN,
-    HEALING,
-    PRESETS,
-    ROUNDING_SWEEPS,
-    SEQUENTIAL_DAMPING,
-    Preset,
-)
-from hwpq_pipeline.method.sections import Healing, Quantization, Recovery, Selection, Sequence
+from hwpq_pipeline.method.sections import Budget, Choice, Healing, Quantization, Recovery, Selection, Sequence
 
 
 @dataclass(frozen=True)
@@ -41,6 +31,8 @@ class Recipe:
         overrides: other sections for some layers (`method.overrides`); the last one that matches counts.
         healing: of the whole model, after the layers.
         embeddings: the grid of the embedding and the head, which are rounded to nearest; None if they stay.
+        budget: what the layers have to fit in. What each of them gets is not known before the model is there
+            (`with_choices`).
     """
 
     selection: Selection | None = None
@@ -50,38 +42,25 @@ class Recipe:
     overrides: tuple[Override, ...] = ()
     healing: Healing | None = None
     embeddings: str | None = None
+    budget: Budget | None = None
 
     @classmethod
     def from_variant(cls, variant: Mapping[str, Any]) -> Self:
         """The recipe of a variant whose entry is valid (`parameters.Variant`), every number written out.
 
         Args:
-            variant: `selection`, `recovery`, `quantization`, `sequential`, `layers`, `ignore` and `healing`; what is
-                missing or None takes its default.
+            variant: `selection`, `recovery`, `quantization`, `sequential`, `layers`, `ignore`, `budget` and `healing`;
+                what is missing or None takes its default.
 
         Raises:
-            HwpqError: an unknown preset.
+            HwpqError: an unknown preset or choice.
         """
-        wanted = variant.get("recovery")
-        preset = None if wanted is None else _preset(wanted.get("preset") or "fixed_mask")
-        sequential = bool(variant.get("sequential") or (preset and preset.sequential))
-        damping = (wanted or {}).get("damping")
-        if damping is None:
-            damping = SEQUENTIAL_DAMPING if sequential else DAMPING
-        return cls(
-            selection=_selection(variant.get("selection")),
-            recovery=None if wanted is None or preset is None else _recovery(wanted, preset, damping),
-            quantization=_quantization(variant.get("quantization"), damping),
-            sequence=Sequence(CORRECTION_STEPS, damping) if sequential else None,
-            overrides=_overrides(variant, damping),
-            healing=_healing(variant.get("healing")),
-            embeddings=EMBEDDINGS[(variant.get("quantization") or {}).get("embeddings") or "none"],
-        )
+        return cls(**sections_of_entry(variant))
 
     def for_layer(self, layer: str) -> Recipe:
         """What is done to one layer: the recipe with the last override that means it, and without any."""
         sections = next((one.sections for one in reversed(self.overrides) if one.means(layer)), {})
-        own = replace(self, overrides=(), healing=None, embeddings=None, **sections)
+        own = replace(self, overrides=(), healing=None, embeddings=None, budget=None, **sections)
         return own if own.selection is not None or own.recovery is None else replace(own, recovery=None)
 
     @property
@@ -93,8 +72,36 @@ class Recipe:
     @property
     def parts(self) -> list[Recipe]:
         """What may be done to a layer: the recipe without overrides, and with each of them."""
-        plain = replace(self, overrides=(), healing=None, embeddings=None)
-        return [plain, *(replace(plain, **one.sections) for one in self.overrides)]
+        plain = replace(self, overrides=(), healing=None, embeddings=None, budget=None)
+        choices = self.budget.choices if self.budget else ()
+        given = [{"selection": one.selection, "quantization": one.quantization} for one in choices]
+        return [
+            plain,
+            *(replace(plain, **sections) for sections in (*given, *(one.sections for one in self.overrides))),
+        ]
+
+    def with_choices(self, chosen: Mapping[str, str]) -> Recipe:
+        """The recipe without a budget, which does to each layer what was chosen for it.
+
+        Args:
+            chosen: names of the budget's choices, by layer name; the variant's own overrides count more.
+
+        Raises:
+            HwpqError: a choice that the budget does not have.
+        """
+        if self.budget is None:
+            return self
+        layers: dict[str, list[str]] = {}
+        for layer, name in chosen.items():
+            layers.setdefault(name, []).append(layer)
+        known = {one.name: one for one in self.budget.choices}
+        if lost := sorted(layers.keys() - known.keys()):
+            raise HwpqError(f"no choice {lost[0]!r}", where="budget", remedy="Run the select pipeline again.")
+        made = [
+            Override(tuple(names), {"selection": known[name].selection, "quantization": known[name].quantization})
+            for name, names in layers.items()
+        ]
+        return replace(self, budget=None, overrides=(*made, *self.overrides))
 
     @property
     def structure(self) -> str:
@@ -115,6 +122,8 @@ class Recipe:
     @property
     def needs_gram(self) -> bool:
         """Whether whole Gram matrices of the dense model's inputs are used; in sequence the walk sums its own."""
+        if self.budget is not None:  # its trials are taken on them
+            return True
         if self.sequence is not None:
             return False
         return any(
@@ -135,15 +144,21 @@ class Recipe:
             plain["overrides"] = [_plain(override) for override in self.overrides]
         if self.healing is not None:
             plain["healing"] = asdict(self.healing)
+        if self.budget is not None:
+            plain["budget"] = asdict(self.budget)
         return plain if self.embeddings is None else {**plain, "embeddings": {"grid": self.embeddings}}
 
     def told(self) -> dict[str, Any]:
         """`to_json` without what does not apply, for people."""
-        return {
+        told = {
             name: {key: value for key, value in section.items() if value is not None}
             for name, section in self.to_json().items()
-            if section is not None and name != "overrides"
-        } | ({"overrides": [_plain(one) for one in self.overrides]} if self.overrides else {})
+            if section is not None and name not in ("overrides", "budget")
+        }
+        if self.budget is not None:
+            choices = [choice.name for choice in self.budget.choices]
+            told["budget"] = {self.budget.kind: self.budget.limit, "choices": choices}
+        return told | ({"overrides": [_plain(one) for one in self.overrides]} if self.overrides else {})
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Self:
@@ -153,7 +168,7 @@ class Recipe:
             HwpqError: a section or a number is missing or unknown.
         """
         try:
-            if value.keys() - {"overrides", "healing", "embeddings"} != _KINDS.keys():
+            if value.keys() - {"overrides", "healing", "embeddings", "budget"} != _KINDS.keys():
                 raise KeyError(f"sections {', '.join(value)}")
             overrides = tuple(
                 Override(
@@ -164,7 +179,13 @@ class Recipe:
             )
             sections = {name: _section(kind, value[name]) for name, kind in _KINDS.items()}
             healing, tables = _section(Healing, value.get("healing")), value.get("embeddings")
-            return cls(**sections, overrides=overrides, healing=healing, embeddings=tables and str(tables["grid"]))
+            return cls(
+                **sections,
+                overrides=overrides,
+                healing=healing,
+                embeddings=tables and str(tables["grid"]),
+                budget=_budget(value.get("budget")),
+            )
         except (AttributeError, KeyError, TypeError) as error:
             raise HwpqError(
                 f"not a recipe ({error})", where="recipe", remedy="Run the recipes pipeline again."
@@ -185,24 +206,6 @@ def _plain(override: Override) -> dict[str, Any]:
     return {"match": list(override.match), **sections}
 
 
-def _overrides(variant: Mapping[str, Any], damping: float) -> tuple[Override, ...]:
-    """The variant's `layers` in order, and `ignore` after them."""
-    made = {"selection": _selection, "quantization": lambda wanted: _quantization(wanted, damping)}
-    found = [
-        Override(tuple(entry["match"]), {name: make(entry[name]) for name, make in made.items() if name in entry})
-        for entry in variant.get("layers") or ()
-    ]
-    if ignored := tuple(variant.get("ignore") or ()):
-        found.append(Override(ignored, {"selection": None, "quantization": None}))
-    return tuple(found)
-
-
-def _healing(wanted: Mapping[str, Any] | None) -> Healing | None:
-    if wanted is None:
-        return None
-    return replace(HEALING, **{name: value for name, value in wanted.items() if value is not None})
-
-
 def _section(kind: type[Any], value: Mapping[str, Any] | None) -> Any:
     if value is None:
         return None
@@ -211,55 +214,11 @@ def _section(kind: type[Any], value: Mapping[str, Any] | None) -> Any:
     return kind(**value)
 
 
-def _preset(name: str) -> Preset:
-    if name not in PRESETS:
-        raise HwpqError(f"unknown preset {name!r}", where="recovery", remedy=f"Choose one of {', '.join(PRESETS)}.")
-    return PRESETS[name]
-
-
-def _selection(wanted: Mapping[str, Any] | None) -> Selection | None:
-    if wanted is None:
+def _budget(value: Mapping[str, Any] | None) -> Budget | None:
+    if value is None:
         return None
-    structure, metric = wanted["structure"], wanted.get("metric") or "hwpq_weighted"
-    if structure == "2of4":
-        return Selection(structure, metric)
-    alpha, beta = wanted.get("alpha"), wanted.get("beta")
-    return Selection(
-        structure,
-        metric,
-        sparsity=wanted.get("sparsity"),
-        multiplier=wanted.get("multiplier"),
-        domain=wanted.get("domain") or "sqrt",
-        alpha=GAIN if alpha is None else alpha,
-        beta=GAIN if beta is None else beta,
-        scope=wanted.get("scope") or "row",
+    choices = tuple(
+        Choice(one["name"], _section(Selection, one["selection"]), _section(Quantization, one["quantization"]))
+        for one in value["choices"]
     )
-
-
-def _recovery(wanted: Mapping[str, Any], preset: Preset, damping: float) -> Recovery:
-    steps = wanted.get("steps")
-    return Recovery(
-        preset=wanted.get("preset") or "fixed_mask",
-        method=preset.method,
-        damping=damping,
-        steps=preset.steps if steps is None else steps,
-        rounds=preset.rounds,
-        sweeps=preset.sweeps,
-    )
-
-
-def _quantization(wanted: Mapping[str, Any] | None, damping: float) -> Quantization | None:
-    if wanted is None:
-        return None
-    method = wanted.get("method") or "nearest"
-    group_size = wanted.get("group_size")
-    if method == "nearest":
-        return Quantization(wanted["grid"], method, group_size=group_size)
-    sweeps = wanted.get("sweeps")
-    return Quantization(
-        wanted["grid"],
-        method,
-        group_size=group_size,
-        sweeps=ROUNDING_SWEEPS if sweeps is None else sweeps,
-        damping=damping,
-    )
+    return replace(_section(Budget, value), choices=choices)

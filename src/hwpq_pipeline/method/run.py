@@ -20,6 +20,7 @@ from torch import Tensor
 
 from hwpq_pipeline.checkpoints.compressed_writer import CompressedWriter
 from hwpq_pipeline.errors import HwpqError
+from hwpq_pipeline.method.allocation import choose_layers
 from hwpq_pipeline.method.embeddings import rounded_embeddings
 from hwpq_pipeline.method.groups import Executor, Facts, Groups, open_groups, serial
 from hwpq_pipeline.method.recipe import Recipe
@@ -110,7 +111,7 @@ def write_model(
         recipe: what to do.
         target: an existing, empty directory (`checkpoints.compressed`).
         name: of the variant, which the compressed model names.
-        tokens: (samples, length) calibration tokens, for a recipe in sequence.
+        tokens: (samples, length) calibration tokens, for a recipe in sequence or with a budget.
         device: where the groups are worked on; the CPU by default.
         executor: maps steps over groups.
 
@@ -121,6 +122,8 @@ def write_model(
         HwpqError: as `select_model` and `compress_model`.
     """
     groups = open_groups(model, statistics, device)
+    if recipe.budget is not None and tokens is not None:
+        recipe = recipe.with_choices(choose_layers(groups, recipe, tokens, where=name))
     masks: dict[str, Tensor] = {}
     selected = select_model(groups, recipe, sink=lambda group: masks.update(group.masks), executor=executor)
     writer = CompressedWriter(target)

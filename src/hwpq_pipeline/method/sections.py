@@ -78,6 +78,38 @@ class Sequence:
 
 
 @dataclass(frozen=True)
+class Choice:
+    """What may be done to a layer under a budget.
+
+    Attributes:
+        name: the word for it, for example `2of4-int4-64`.
+        selection, quantization: what it stands for.
+    """
+
+    name: str
+    selection: Selection | None = None
+    quantization: Quantization | None = None
+
+
+@dataclass(frozen=True)
+class Budget:
+    """A limit for the whole model, under which each input group of layers takes one of the choices (`method.budget`).
+
+    Attributes:
+        kind: what is limited: `size_bytes` or `ratio` of the export (to the dense model's bytes), `bits_per_weight` of
+            the layers, or `decode_speed_ratio`, where the limit is how many times fewer bytes a token reads.
+        limit: the number.
+        choices: to choose from.
+        samples: calibration samples that tell what the layers' errors do to the output.
+    """
+
+    kind: str
+    limit: float
+    choices: tuple[Choice, ...]
+    samples: int
+
+
+@dataclass(frozen=True)
 class Healing:
     """How the weights that are left are taught to answer as the dense model does (`method.healing`).
 

@@ -12,6 +12,7 @@ import pandas as pd
 from hwpq_pipeline.figures import ERRORS, FIGURES, QUALITY, REACHED, SIZE, TIME, Figure, LayerFigure, cells
 
 from .comparison import TITLE, records
+from .front import verdict
 from .heatmap import gradient, heatmap
 from .scatter import Point, scatter
 
@@ -64,6 +65,7 @@ def render(comparison: pd.DataFrame, variants: Sequence[Reported], *, conditions
         figures=FIGURES,
         rows=[(row["variant"], cells(row)) for row in rows],
         conditions=conditions,
+        verdict=verdict(rows),
         quality=QUALITY,
         plots=[(cost, Markup(_scatter(rows, cost))) for cost in (SIZE, TIME)],  # noqa: S704 - our own SVG, escaped in it
         prompts=_side_by_side(variants),

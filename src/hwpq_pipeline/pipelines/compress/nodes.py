@@ -24,13 +24,18 @@ from hwpq_pipeline.pipelines.tables import layer_table
 from hwpq_pipeline.variant import Variant
 
 
+def settled_recipe(variant: Variant, choices: dict[str, str]) -> Recipe:
+    """What is done to each layer, the budget's choices included."""
+    return Recipe.from_variant(variant.model_dump()).with_choices(choices)
+
+
 def compress_weights(
     model: Path,
     statistics: Path,
     samples: pd.DataFrame,
     masks: Path,
     name: str,
-    variant: Variant,
+    recipe: Recipe,
     compute: Compute,
     scratch: Path,
 ) -> tuple[Path, pd.DataFrame, dict[str, float]]:
@@ -40,7 +45,6 @@ def compress_weights(
     """
     begun = time.perf_counter()
     groups = open_groups(model, statistics, choose_device(compute.device, tf32=compute.tf32, where="compress"))
-    recipe = Recipe.from_variant(variant.model_dump())
     target = scratch / "compressed"
     target.mkdir()
     writer = CompressedWriter(target)

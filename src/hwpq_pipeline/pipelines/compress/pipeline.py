@@ -8,16 +8,17 @@ from kedro.pipeline import Pipeline, node
 
 from hwpq_pipeline.pipelines.variants import for_each_variant
 
-from .nodes import compress_weights, draw_healing, forget_healing, heal_weights
+from .nodes import compress_weights, draw_healing, forget_healing, heal_weights, settled_recipe
 
 
 def create_pipeline(names: Iterable[str]) -> Pipeline:
     """One walk over the layers, and the healing of the whole for the variants that ask for it."""
     return for_each_variant(
         [
+            node(settled_recipe, ["params:variant", "choices"], "settled", name="settle_recipe"),
             node(
                 compress_weights,
-                ["model", "statistics", "calibration", "masks", "name", "params:variant", "params:compute", "scratch"],
+                ["model", "statistics", "calibration", "masks", "name", "settled", "params:compute", "scratch"],
                 ["layerwise", "compressed_layers", "layerwise_seconds"],
                 name="compress_weights",
             ),

@@ -9,8 +9,10 @@ from typing import Any
 import pandas as pd
 
 from hwpq_pipeline.checkpoints.masks import write_masks
+from hwpq_pipeline.corpus.samples import token_matrix
 from hwpq_pipeline.kernels.devices import choose_device
 from hwpq_pipeline.layer_columns import SELECTED
+from hwpq_pipeline.method.allocation import choose_layers
 from hwpq_pipeline.method.groups import open_groups
 from hwpq_pipeline.method.recipe import Recipe
 from hwpq_pipeline.method.select import select_model
@@ -20,13 +22,24 @@ from hwpq_pipeline.variant import Variant
 
 
 def select_weights(
-    model: Path, statistics: Path, variant: Variant, compute: Compute, scratch: Path
-) -> tuple[Path, pd.DataFrame, dict[str, float]]:
-    """Score and select layer by layer; the file of keep-masks, the layer table and the seconds it took."""
+    model: Path,
+    statistics: Path,
+    samples: pd.DataFrame,
+    name: str,
+    variant: Variant,
+    compute: Compute,
+    scratch: Path,
+) -> tuple[dict[str, str], Path, pd.DataFrame, dict[str, float]]:
+    """Share out the variant's budget, if it has one; then score and select layer by layer.
+
+    Returns each layer's choice, the file of keep-masks, the layer table and the seconds it took.
+    """
     begun = time.perf_counter()
     groups = open_groups(model, statistics, choose_device(compute.device, tf32=compute.tf32, where="select"))
     recipe = Recipe.from_variant(variant.model_dump())
+    choices = choose_layers(groups, recipe, token_matrix(samples), where=name)
+    recipe = recipe.with_choices(choices)
     masks: dict[str, Any] = {}
     facts = select_model(groups, recipe, sink=lambda selected: masks.update(selected.masks))
     target = write_masks(scratch / "masks.safetensors", masks)
-    return target, layer_table(groups.layers, facts, SELECTED), {"select": time.perf_counter() - begun}
+    return choices, target, layer_table(groups.layers, facts, SELECTED), {"select": time.perf_counter() - begun}

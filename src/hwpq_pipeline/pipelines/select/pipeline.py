@@ -1,4 +1,4 @@
-"""dense model, statistics → keep-masks and the layer table, for every variant."""
+"""dense model, statistics, calibration tokens → choices, keep-masks and the layer table, for every variant."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ def create_pipeline(names: Iterable[str]) -> Pipeline:
         [
             node(
                 select_weights,
-                ["model", "statistics", "params:variant", "params:compute", "scratch"],
-                ["masks", "selected_layers", "select_seconds"],
+                ["model", "statistics", "calibration", "name", "params:variant", "params:compute", "scratch"],
+                ["choices", "masks", "selected_layers", "select_seconds"],
                 name="select_weights",
             ),
         ],

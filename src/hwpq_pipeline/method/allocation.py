@@ -1,0 +1,198 @@
+"""What each layer gets of a budget: costs from shapes, losses from trial steps, the sharing by `method.budget`.
+
+A loss is predicted by the layer's error on the calibration inputs and by what errors of its outputs do to the model's
+answer (`calibration.sensitivity`). A group of layers with one input is the unit of choice, as engines that fuse such
+layers want it. The error of a choice is that of its steps on the dense model's inputs, whatever the recipe's schedule.
+
+Nothing here sees anything but calibration tokens.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hwpq_pipeline.calibration.sensitivity import output_gradients
+from hwpq_pipeline.checkpoints.layers import Layer
+from hwpq_pipeline.compression.grids import GRIDS
+from hwpq_pipeline.errors import HwpqError
+from hwpq_pipeline.method.budget import Option, Shared, layer_bytes, share_out
+from hwpq_pipeline.method.groups import Group, Groups
+from hwpq_pipeline.method.recipe import Recipe
+from hwpq_pipeline.method.sections import Budget, Choice
+from hwpq_pipeline.method.select import select_group
+from hwpq_pipeline.method.steps import take_steps
+from hwpq_pipeline.progress import progress_bar
+
+logger = logging.getLogger(__name__)
+
+#: Of an export's header, for each tensor: name, shape, place and checksum.
+_HEADER_BYTES = 300
+_TENSORS_OF_A_LAYER = 3
+
+
+def choose_layers(
+    groups: Groups, recipe: Recipe, tokens: np.ndarray[Any, Any] | Tensor, *, where: str
+) -> dict[str, str]:
+    """The budget's choice for each layer, by name; nothing for a recipe without a budget.
+
+    Args:
+        groups: of the dense model.
+        recipe: with the budget.
+        tokens: (samples, length) calibration tokens.
+        where: the variant, for errors and the log.
+
+    Raises:
+        HwpqError: the smallest choices do not fit, there are no statistics, or a step cannot be taken.
+    """
+    budget = recipe.budget
+    if budget is None:
+        return {}
+    if groups.statistics is None:
+        raise HwpqError("a budget needs statistics of the inputs", where=where, remedy="Run calibrate first.")
+    cost = _Cost(groups, recipe, budget)
+    trials = {choice.name: _trial(recipe, choice, groups) for choice in budget.choices}
+    parts = groups.treated_by(next(one for one in trials.values() if one.changes_weights))
+    free = {name: layers for name, layers in parts.members().items() if cost.is_free(layers[0])}
+    options: list[Option] = []
+    chosen_by = tokens[: budget.samples]
+    with progress_bar("select: choices, input groups") as bar, torch.no_grad():
+        for number, seen in output_gradients(groups.checkpoint.path, chosen_by, device=groups.device):
+            for group in parts.of_block(number):
+                if group.name in free:
+                    seen_by = [seen.get(layer.name, []) for layer in group.layers]
+                    for choice, trial in zip(budget.choices, trials.values(), strict=True):
+                        loss = _loss(group, trial, seen_by) / np.prod(np.shape(chosen_by))
+                        options.append(Option(group.name, choice.name, cost.of(group.layers, choice), loss))
+                    bar(len({option.group for option in options}), len(free))
+    shared = share_out(options, cost.limit, where)
+    _tell(shared, cost, where)
+    return {layer.name: shared.chosen[name] for name, layers in free.items() for layer in layers}
+
+
+def _trial(recipe: Recipe, choice: Choice, groups: Groups) -> Recipe:
+    """The recipe in which every layer takes one choice, each layer for itself."""
+    made = recipe.with_choices(dict.fromkeys(groups.layers.names, choice.name))
+    return replace(made, sequence=None, healing=None)
+
+
+def _loss(group: Group, trial: Recipe, seen: Sequence[Sequence[tuple[Tensor, Tensor]]]) -> float:
+    """½ Σ_t Σ_r (g_tr · (Δw_r x_t))² after a choice.
+
+    Args:
+        group: as it came.
+        trial: the recipe of the choice.
+        seen: of each of its layers, inputs (tokens, in) and gradients (tokens, out).
+    """
+    if not trial.for_layer(group.layers[0].name).changes_weights:
+        return 0.0
+    change = take_steps(group, select_group(group, trial).masks, trial).weight - group.original
+    return sum(
+        0.5 * float(((x @ change[rows].T) * gradient).square().sum(dtype=torch.float64))
+        for (_, rows), pairs in zip(group.rows, seen, strict=True)
+        for x, gradient in pairs
+    )
+
+
+@dataclass(frozen=True)
+class _Cost:
+    """Bytes, in the sense of the budget's kind."""
+
+    groups: Groups
+    recipe: Recipe
+    budget: Budget
+
+    @property
+    def read(self) -> bool:
+        """Whether it is the bytes that a token reads which count, and not those of the export."""
+        return self.budget.kind == "decode_speed_ratio"
+
+    def is_free(self, layer: Layer) -> bool:
+        """Whether the budget decides on a layer, and none of the variant's own overrides."""
+        return not any(one.means(layer.name) for one in self.recipe.overrides)
+
+    def of(self, layers: tuple[Layer, ...], choice: Choice) -> int:
+        """Of a group's layers after a choice."""
+        return sum(self._bytes(layer, choice) for layer in layers)
+
+    def _bytes(self, layer: Layer, choice: Choice) -> int:
+        return layer_bytes(layer.shape, choice, packed=self.read, dense=self.groups.checkpoint.torch_dtype.itemsize)
+
+    @cached_property
+    def free(self) -> list[Layer]:
+        """The layers that the budget decides on."""
+        return [layer for layer in self.groups.layers if self.is_free(layer)]
+
+    @property
+    def limit(self) -> float:
+        """What the free layers may cost, bytes."""
+        limit, weights = self.budget.limit, sum(rows * columns for rows, columns in (one.shape for one in self.free))
+        if self.budget.kind == "bits_per_weight":
+            return limit * weights / 8
+        if self.read:
+            return (self._dense_layers + self._head(None)) / limit - self._head(self.recipe.embeddings) - self._fixed
+        total = limit * self._dense_total if self.budget.kind == "ratio" else limit
+        return total - self._others - self._fixed - self._headers
+
+    @property
+    def _dense_total(self) -> int:
+        return self.groups.checkpoint.size_bytes
+
+    @property
+    def _dense_layers(self) -> int:
+        return sum(self._bytes(layer, Choice("dense")) for layer in self.groups.layers)
+
+    @property
+    def _fixed(self) -> int:
+        """Of the layers that overrides decide on."""
+        fixed = [layer for layer in self.groups.layers if not self.is_free(layer)]
+        parts = [(layer, self.recipe.for_layer(layer.name)) for layer in fixed]
+        return sum(self._bytes(layer, Choice("", own.selection, own.quantization)) for layer, own in parts)
+
+    @property
+    def _others(self) -> int:
+        """Of what is no compressible layer, embedding and head after their rounding."""
+        tables = self.groups.layers.tables
+        saved = sum(self._table(table, None) - self._table(table, self.recipe.embeddings) for table in tables)
+        return self._dense_total - self._dense_layers - saved
+
+    @property
+    def _headers(self) -> int:
+        return _HEADER_BYTES * (len(self.groups.checkpoint.names) + _TENSORS_OF_A_LAYER * len(self.free))
+
+    def _head(self, grid: str | None) -> int:
+        tables = self.groups.layers.tables
+        return self._table(tables[-1], grid) if tables else 0
+
+    def _table(self, table: Layer, grid: str | None) -> int:
+        """Of the embedding or the head; a tied head has scales of its own."""
+        dense = self.groups.checkpoint.torch_dtype.itemsize
+        if grid is None:
+            return self._bytes(table, Choice("dense"))
+        return GRIDS[grid].bytes_of(*table.shape, None, dense) + dense * table.shape[0]
+
+
+def _tell(shared: Shared, cost: _Cost, where: str) -> None:
+    counts: Mapping[str, int] = Counter(shared.chosen.values())
+    told = ", ".join(f"{count} × {name}" for name, count in sorted(counts.items(), key=lambda one: -one[1]))
+    logger.info(
+        "%s: %s (input groups). %.1f MB of %.1f MB, predicted loss %.4f nats a token, gap to the best sharing %.2g.",
+        where,
+        told,
+        shared.cost / 1e6,
+        cost.limit / 1e6,
+        shared.loss,
+        shared.gap,
+    )
+    if all(choice.selection is None for choice in cost.budget.choices if choice.name in counts) and any(
+        choice.selection is not None for choice in cost.budget.choices
+    ):
+        logger.info("%s: no layer is pruned: under this budget rounding alone costs less quality.", where)

@@ -1,0 +1,128 @@
+"""Sharing out a budget: for each group of layers one of the choices, so that the predicted loss is least.
+
+    min Σ_g loss[g, c_g]    such that    Σ_g cost[g, c_g] ≤ limit,    one choice c_g for each group g
+
+This is the multiple-choice knapsack problem. It is NP-hard in general and easy at this size: SciPy's branch and bound
+(HiGHS) proves the optimum of some hundred groups in well under a second. Where it stops earlier, the gap to the bound
+is told.
+
+Costs are bytes. A model's size counts what the compressed-tensors export stores, where pruned weights are zeros and
+save nothing. The bytes that a token reads count 2:4 layers as the packed export holds them
+(`checkpoints.packed`), and the head, but one row only of the embedding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from hwpq_pipeline.compression.grids import GRIDS
+from hwpq_pipeline.errors import HwpqError
+from hwpq_pipeline.method.choices import TWO_OF_FOUR
+from hwpq_pipeline.method.sections import Choice
+
+_SECONDS = 60.0
+
+
+@dataclass(frozen=True)
+class Option:
+    """What one group may become.
+
+    Attributes:
+        group: its name.
+        choice: the choice's name.
+        cost: bytes.
+        loss: predicted, in any unit.
+    """
+
+    group: str
+    choice: str
+    cost: float
+    loss: float
+
+
+@dataclass(frozen=True)
+class Shared:
+    """How the budget is shared out.
+
+    Attributes:
+        chosen: each group's choice.
+        cost: of all groups, bytes.
+        loss: of all groups.
+        gap: at most so much of the loss could be saved by another sharing, as a share; 0 where this one is the best.
+    """
+
+    chosen: Mapping[str, str]
+    cost: float
+    loss: float
+    gap: float
+
+
+def layer_bytes(shape: tuple[int, int], choice: Choice, *, packed: bool, dense: int) -> int:
+    """Bytes of a layer after a choice.
+
+    Args:
+        shape: (out, in).
+        choice: what is done to it.
+        packed: whether the zeros of 2:4 are left out.
+        dense: bytes of a number of the dense checkpoint, which scales have too.
+    """
+    rows, columns = shape
+    sparse = choice.selection is not None and choice.selection.structure == TWO_OF_FOUR
+    places = 0
+    if packed and sparse:
+        places, columns = rows * -(-columns // 8), columns // 2
+    if choice.quantization is None:
+        return rows * columns * dense + places
+    grid, size = GRIDS[choice.quantization.grid], choice.quantization.group_size
+    if packed and sparse and size is not None:
+        size //= 2  # as many scales as before for half the columns
+    return grid.bytes_of(rows, columns, size, dense if grid.stored_as == "model" else None) + places
+
+
+def share_out(options: Sequence[Option], limit: float, where: str) -> Shared:
+    """The choices with the least loss within the limit.
+
+    Args:
+        options: every choice of every group.
+        limit: of the sum of the costs, bytes.
+        where: the variant, for errors.
+
+    Raises:
+        HwpqError: even the smallest choices cost more than the limit.
+    """
+    from scipy.optimize import Bounds, LinearConstraint, milp
+    from scipy.sparse import csr_array
+
+    groups = {name: number for number, name in enumerate(dict.fromkeys(option.group for option in options))}
+    costs, losses = (np.array([getattr(option, part) for option in options]) for part in ("cost", "loss"))
+    own = np.array([groups[option.group] for option in options])
+    least = sum(costs[own == number].min() for number in groups.values())
+    if least > limit:
+        raise HwpqError(
+            f"the smallest choices take {least / 1e6:,.1f} MB, and the limit leaves {max(limit, 0) / 1e6:,.1f} MB",
+            where=where,
+            remedy="Raise the limit, or add a smaller choice.",
+        )
+    one_each = csr_array((np.ones(len(options)), (own, np.arange(len(options)))))
+    unit = max(float(losses.max()), np.finfo(np.float64).tiny)
+    found = milp(
+        losses / unit,
+        constraints=[LinearConstraint(one_each, 1, 1), LinearConstraint(costs[None] / limit, -np.inf, 1)],
+        integrality=np.ones(len(options)),
+        bounds=Bounds(0, 1),
+        options={"time_limit": _SECONDS, "mip_rel_gap": 0.0},
+    )
+    if found.x is None:
+        raise HwpqError(
+            f"no sharing was found in {_SECONDS:.0f} s", where=where, remedy="Take fewer choices, or raise the limit."
+        )
+    taken = [option for option, share in zip(options, found.x, strict=True) if share > 0.5]
+    return Shared(
+        chosen={option.group: option.choice for option in taken},
+        cost=sum(option.cost for option in taken),
+        loss=sum(option.loss for option in taken),
+        gap=float(found.mip_gap or 0.0),
+    )
