@@ -59,7 +59,7 @@ def choose_layers(
     if groups.statistics is None:
         raise HwpqError("a budget needs statistics of the inputs", where=where, remedy="Run calibrate first.")
     cost = _Cost(groups, recipe, budget)
-    trials = {choice.name: _trial(recipe, choice, groups) for choice in budget.choices}
+    trials = {choice.name: _trial(recipe, budget, choice, groups) for choice in budget.choices}
     parts = groups.treated_by(next(one for one in trials.values() if one.changes_weights))
     free = {name: layers for name, layers in parts.members().items() if cost.is_free(layers[0])}
     options: list[Option] = []
@@ -78,10 +78,16 @@ def choose_layers(
     return {layer.name: shared.chosen[name] for name, layers in free.items() for layer in layers}
 
 
-def _trial(recipe: Recipe, choice: Choice, groups: Groups) -> Recipe:
-    """The recipe in which every layer takes one choice, each layer for itself."""
-    made = recipe.with_choices(dict.fromkeys(groups.layers.names, choice.name))
-    return replace(made, sequence=None, healing=None)
+def _trial(recipe: Recipe, budget: Budget, choice: Choice, groups: Groups) -> Recipe:
+    """The recipe in which every layer takes one choice, each layer for itself; the descent sweeps once.
+
+    Further sweeps lower the errors of all grids alike, so that they would not change what is chosen.
+    """
+    rounding = choice.quantization
+    if rounding is not None and rounding.sweeps is not None:
+        choice = replace(choice, quantization=replace(rounding, sweeps=1))
+    alone = replace(recipe, budget=replace(budget, choices=(choice,)), sequence=None, healing=None)
+    return alone.with_choices(dict.fromkeys(groups.layers.names, choice.name))
 
 
 def _loss(group: Group, trial: Recipe, seen: Sequence[Sequence[tuple[Tensor, Tensor]]]) -> float:

@@ -71,14 +71,13 @@ class Recipe:
 
     @property
     def parts(self) -> list[Recipe]:
-        """What may be done to a layer: the recipe without overrides, and with each of them."""
+        """What may be done to a layer: the recipe alone, or each choice of its budget; and each override."""
         plain = replace(self, overrides=(), healing=None, embeddings=None, budget=None)
-        choices = self.budget.choices if self.budget else ()
-        given = [{"selection": one.selection, "quantization": one.quantization} for one in choices]
-        return [
-            plain,
-            *(replace(plain, **sections) for sections in (*given, *(one.sections for one in self.overrides))),
-        ]
+        others = [replace(plain, **one.sections) for one in self.overrides]
+        if self.budget is None:
+            return [plain, *others]
+        choices = self.budget.choices
+        return [*(replace(plain, selection=c.selection, quantization=c.quantization) for c in choices), *others]
 
     def with_choices(self, chosen: Mapping[str, str]) -> Recipe:
         """The recipe without a budget, which does to each layer what was chosen for it.
