@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from hwpq_pipeline.export.semi_structured import export_semi_structured
 from hwpq_pipeline.method.allocation import choose_layers
 from hwpq_pipeline.method.budget import Option, layer_bytes, share_out
 from hwpq_pipeline.method.choices import sections_of
+from hwpq_pipeline.method.fitting import misfits
 from hwpq_pipeline.method.groups import open_groups
 from hwpq_pipeline.method.recipe import Recipe
 from hwpq_pipeline.method.run import write_model
@@ -234,3 +236,20 @@ def test_no_pruning_is_told_where_rounding_costs_less(root: Path, caplog: pytest
         chosen = choose_layers(groups, recipe(bits_per_weight=6), TOKENS, where="v")
     assert not any(word.startswith("2of4") for word in chosen.values())
     assert "no layer is pruned" in caplog.text
+
+
+def test_a_choice_that_does_not_fit_a_layer_is_none_for_it(tmp_path: Path) -> None:
+    config = tiny_config(hidden_size=96, intermediate_size=128, num_attention_heads=6, num_key_value_heads=2)
+    tiny_checkpoint(tmp_path / "model", config, dtype=torch.bfloat16)
+    collect_statistics(tmp_path / "model", TOKENS, target=tmp_path / "statistics", dtype="float32")
+    groups = open_groups(tmp_path / "model", tmp_path / "statistics")
+    plan = Recipe.from_variant({"budget": {"choices": ["int8", "int4-128"], "bits_per_weight": 7.0}})
+    assert misfits(plan, groups.layers, "v") == []
+    chosen = choose_layers(groups, plan, TOKENS, where="v")
+    small = {name for name, word in chosen.items() if word == "int4-128"}
+    assert small
+    assert all("down_proj" in name for name in small)  # the others have 96 columns
+    assert plan.budget
+    alone = replace(plan, budget=replace(plan.budget, choices=plan.budget.choices[1:]))
+    (told, *_) = misfits(alone, groups.layers, "v")
+    assert "96 columns do not divide into groups of 128" in str(told)

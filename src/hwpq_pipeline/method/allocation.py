@@ -25,6 +25,7 @@ from hwpq_pipeline.checkpoints.layers import Layer
 from hwpq_pipeline.compression.grids import GRIDS
 from hwpq_pipeline.errors import HwpqError
 from hwpq_pipeline.method.budget import Option, Shared, layer_bytes, share_out
+from hwpq_pipeline.method.fitting import misfit
 from hwpq_pipeline.method.groups import Group, Groups
 from hwpq_pipeline.method.recipe import Recipe
 from hwpq_pipeline.method.sections import Budget, Choice
@@ -43,6 +44,8 @@ def choose_layers(
     groups: Groups, recipe: Recipe, tokens: np.ndarray[Any, Any] | Tensor, *, where: str
 ) -> dict[str, str]:
     """The budget's choice for each layer, by name; nothing for a recipe without a budget.
+
+    A choice whose groups or structure do not divide a layer's columns is none for that layer.
 
     Args:
         groups: of the dense model.
@@ -70,6 +73,8 @@ def choose_layers(
                 if group.name in free:
                     seen_by = [seen.get(layer.name, []) for layer in group.layers]
                     for choice, trial in zip(budget.choices, trials.values(), strict=True):
+                        if misfit(group.layers[0], trial.for_layer(group.layers[0].name)):
+                            continue
                         loss = _loss(group, trial, seen_by) / np.prod(np.shape(chosen_by))
                         options.append(Option(group.name, choice.name, cost.of(group.layers, choice), loss))
                     bar(len({option.group for option in options}), len(free))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from hwpq_pipeline.checkpoints.layers import LayerMap
+from dataclasses import replace
+
+from hwpq_pipeline.checkpoints.layers import Layer, LayerMap
 from hwpq_pipeline.compression.grids import GRIDS, check_group
 from hwpq_pipeline.compression.structured import check_columns
 from hwpq_pipeline.errors import HwpqError
@@ -12,6 +14,8 @@ from hwpq_pipeline.method.recipe import Recipe
 
 def misfits(recipe: Recipe, layers: LayerMap, variant: str) -> list[HwpqError]:
     """Why a recipe does not fit a model: an error for each kind of layer that its structure or groups do not divide.
+
+    Under a budget one choice that fits is enough.
 
     Args:
         recipe: what is to be done.
@@ -24,16 +28,24 @@ def misfits(recipe: Recipe, layers: LayerMap, variant: str) -> list[HwpqError]:
         return [HwpqError(error.what, where=f"{variant}: {error.where}", remedy=error.remedy)]
     found: dict[str, HwpqError] = {}
     for layer in layers:
-        own = recipe.for_layer(layer.name)
-        try:
-            if own.selection is not None and own.selection.structure == "2of4":
-                check_columns(layer.shape[1], layer.name)
-            if own.quantization is not None:
-                grid = GRIDS[own.quantization.grid]
-                check_group(layer.shape[1], grid, own.quantization.group_size, layer.name)
-        except HwpqError as error:
-            found.setdefault(error.what, HwpqError(error.what, where=f"{variant}: {layer.name}", remedy=error.remedy))
+        free = recipe.budget is not None and not any(one.means(layer.name) for one in recipe.overrides)
+        parts = replace(recipe, overrides=()).parts if free else [recipe.for_layer(layer.name)]
+        wrong = [misfit(layer, part) for part in parts]
+        if (first := wrong[0]) is not None and all(wrong):
+            found.setdefault(first.what, HwpqError(first.what, where=f"{variant}: {layer.name}", remedy=first.remedy))
     return [*found.values(), *_misfits_of_embeddings(recipe, layers, variant)]
+
+
+def misfit(layer: Layer, own: Recipe) -> HwpqError | None:
+    """Why what a recipe does to all layers does not fit one of them; None if it does."""
+    try:
+        if own.selection is not None and own.selection.structure == "2of4":
+            check_columns(layer.shape[1], layer.name)
+        if own.quantization is not None:
+            check_group(layer.shape[1], GRIDS[own.quantization.grid], own.quantization.group_size, layer.name)
+    except HwpqError as error:
+        return error
+    return None
 
 
 def _misfits_of_embeddings(recipe: Recipe, layers: LayerMap, variant: str) -> list[HwpqError]:
