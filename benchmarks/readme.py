@@ -29,6 +29,7 @@ import yaml
 from benchmarks.claims import claims, headline, metrics, presets
 from benchmarks.inference_tables import decoding_table, layer_table, measured_on, speed
 from benchmarks.machine import machine, processor
+from benchmarks.number_formats import table as formats_table
 from benchmarks.output import RESULTS
 from benchmarks.peers.contest import seconds
 from benchmarks.peers.jobs import TASKS
@@ -152,6 +153,11 @@ def inference() -> str:
     return "\n\n".join(parts)
 
 
+def formats() -> str:
+    """NVFP4 and MXFP4, as the bench of number formats wrote them."""
+    return formats_table(json.loads((RESULTS / "number_formats.json").read_text())).strip()
+
+
 #: Each name's page, and what makes it.
 PAGES: dict[str, tuple[str, Callable[[], str]]] = {
     "headline": ("README.md", headline),
@@ -159,6 +165,7 @@ PAGES: dict[str, tuple[str, Callable[[], str]]] = {
     "claims": ("docs/results.md", claims),
     "peers": ("docs/results.md", peers),
     "selection": ("docs/results.md", selection),
+    "formats": ("docs/results.md", formats),
     "inference": ("docs/results.md", inference),
     "presets": ("docs/choosing-a-variant.md", presets),
 }

@@ -155,7 +155,9 @@ def test_the_first_sentence_tells_how_far_the_sparse_variants_are_from_the_front
     assert [found["variant"] for found in front(far)] == ["int4", "fp8", "dense"]
     said = verdict(far)
     assert said.startswith("No sparse variant is on the front")
-    wanted = "2.22: 2of4-fp8 has 2.420 × the dense perplexity in 163.0 MB, and int4 has 1.090 × the dense perplexity in"
+    wanted = (
+        "2.26: 2of4-int4 has 2.460 × the dense perplexity in 113.0 MB, and int4 has 1.090 × the dense perplexity in"
+    )
     assert wanted in said
     near = [*far, row("2of4-small", 71, 1.9, 0.5)]
     assert "of the sparse variants: 2of4-small has 1.900 ×" in verdict(near)

@@ -5,13 +5,14 @@ If the outputs of a layer move by `e` (out), the next-token distribution moves b
     KL ≈ ½ eᵀ F e,    F = E[g gᵀ],    g = ∂ log p(y) / ∂output,    y drawn from p
 
 (the Fisher information of the outputs; Martens 2020, arXiv 1412.1193). Of a changed weight the errors are `e = Δw x`.
-Rows are taken for independent, tokens are not averaged: in nats a token a change is predicted to cost
+Rows are taken for independent. Tokens are not averaged. In nats a token a change is predicted to cost
 
     ½ Σ_t Σ_r (g_tr · (Δw_r x_t))² / tokens.
 
-So errors of different layers can be compared, which their relative size cannot tell. Averages over tokens would not do:
+So errors of different layers can be compared. Their relative size cannot tell. Averages over tokens would not do:
 a few tokens have inputs of high energy and gradients of another size (docs/decisions.md, 52). What it leaves out: that
-errors of rows, tokens and layers may be correlated, and what the layers after it make good.
+errors of rows, tokens and layers may be correlated, that activations may be rounded too, and what the layers after it
+make good.
 
 The walk goes from the last block to the first. Each runs once more on the hidden states that it had, forward and
 back, so that memory holds one block's activations, and all blocks' hidden states. Labels are drawn for a seed.

@@ -11,6 +11,7 @@ the checkpoint (norms) that have new values here. The reader checks names, shape
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -100,6 +101,9 @@ class CompressedModel:
             raise HwpqError(f"no export for grid {grid!r}", where=where, remedy=remedy)
         if group_size is not None and not isinstance(group_size, int):
             raise HwpqError(f"its group size is {group_size!r}", where=where, remedy=_AGAIN)
+        fixed = grid is not None and GRIDS[grid].stored_as != "model"
+        if fixed and group_size not in GRIDS[str(grid)].group_sizes:
+            raise HwpqError(f"grid {grid} has no groups of {group_size}", where=where, remedy=_AGAIN)
         if group_size is not None and (grid is None or not GRIDS[grid].group_sizes):
             what = f"grid {grid} with groups of {group_size} has no engine"
             raise HwpqError(what, where=where, remedy="Leave the group size out.")
@@ -160,12 +164,18 @@ class CompressedModel:
             raise HwpqError("a scale is not a positive number", where=where, remedy=_AGAIN)
         factor = 1.0
         if grid.stored_as != "model":
-            factor = float(self._tensor(f"{layer}.tensor_scale")) if grid.stored_as == "e4m3" else factor
-            if not stored_numbers(grid, scale.dtype, factor).hold(scale):
+            factor = self._tensor_scale(layer) if grid.stored_as == "e4m3" else factor
+            if scale.dtype != torch.float32 or not stored_numbers(grid, scale.dtype, factor).hold(scale):
                 raise HwpqError(f"a scale is no number that {grid.name} stores", where=where, remedy=_AGAIN)
         if not on_grid(codes, grid):
             raise HwpqError(f"a code is not on grid {grid.name}", where=where, remedy=_AGAIN)
         return Quantized(codes, scale, grid.name, group_size, factor)
+
+    def _tensor_scale(self, layer: str) -> float:
+        found = self._tensor(f"{layer}.tensor_scale")
+        if found.shape != (1,) or not bool((found > 0) & torch.isfinite(found)) or math.frexp(float(found))[0] != 0.5:
+            raise HwpqError("its tensor's scale is no power of two", where=f"{self.path}: {layer}", remedy=_AGAIN)
+        return float(found)
 
     def read_weight(self, layer: str, shape: tuple[int, ...]) -> Tensor:
         """The weight of a layer that was pruned only, checked against the dense one's `shape` (out, in).

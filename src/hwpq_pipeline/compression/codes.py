@@ -1,7 +1,8 @@
 """Codes and scales: a weight on a grid as tensors, `w ≈ scale · code`.
 
 Casts to float8 round half to even, but turn a value that is too large into NaN. So values are clamped to the grid's
-range first. Zero is a code of every grid, and a zero weight gets it, so a mask survives. A group of zeros has scale 1.
+range first. Zero is a code of every grid, and a zero weight gets it, so a mask survives. A group of zeros has scale 1,
+or the nearest that its grid stores.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Size of an export: bytes on disk, how many times smaller than the dense model, coverage, share of zero weights.
 
 `size_bytes` counts the safetensors files, which users download and engines read into memory. Tokenizer, config and card
-are left out: they are the same in every variant. Embeddings are counted, unquantized. In a small model they are a large
-part (SmolLM2-135M: 56.6 of 269 MB), and the ratio shows it.
+are left out: they are the same in every variant. Embeddings are counted, rounded or not. In a small model they are a
+large part (SmolLM2-135M: 56.6 of 269 MB), and the ratio shows it.
 
 `expected_bytes` is the arithmetic: for each quantized layer its codes (fewer than 8 bits are packed in words of 32)
 and a scale for each row or group (and 16 bytes of shape or 4 of a tensor's scale, where there is one), and the dense

@@ -231,13 +231,16 @@ SAVED_AGAIN = (
 
 
 def _how_to_load(info: CardInfo) -> str:
-    needs = "pip install transformers compressed-tensors" if info.grid else "pip install transformers"
+    needs = "pip install transformers" + (" compressed-tensors" if info.grid or info.embeddings else "")
+    vllm = "The layout is the one that vLLM reads too: `vllm serve path/to/this/directory`."
+    if info.embeddings:
+        vllm = "vLLM does not read rounded embeddings: use transformers, or the GGUF or ONNX export."
     return (
         f"```bash\n{needs}\n```\n\n```python\n"
         "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
         'model = AutoModelForCausalLM.from_pretrained("path/to/this/directory")\n'
         'tokenizer = AutoTokenizer.from_pretrained("path/to/this/directory")\n```\n\n'
-        "The layout is the one that vLLM reads too: `vllm serve path/to/this/directory`."
+        f"{vllm}"
     ) + (SAVED_AGAIN if info.grid else "")
 
 

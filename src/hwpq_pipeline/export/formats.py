@@ -67,7 +67,7 @@ class Format:
             return f"{self.name} holds one grid for all layers, and this variant has {len(compressed.formats)}"
         overrides = compressed.recipe.get("overrides") or ()
         pruned = {None if (part := one.get("selection")) is None else part["structure"] for one in overrides}
-        mixed = any("selection" in one and one.get("quantization", 0) is not None for one in overrides)
+        mixed = any("selection" in one and not one["selection"] and one.get("quantization", 0) for one in overrides)
         if self.structures != STRUCTURES and (mixed or not pruned <= {None, *self.structures}):
             return f"{self.name} holds layers of structure {' or '.join(self.structures)} alone"
         grids: list[str | None] = [*sorted({grid for grid, _ in compressed.formats})] or [None]

@@ -63,21 +63,29 @@ def choose_layers(
         raise HwpqError("a budget needs statistics of the inputs", where=where, remedy="Run calibrate first.")
     cost = _Cost(groups, recipe, budget)
     trials = {choice.name: _trial(recipe, budget, choice, groups) for choice in budget.choices}
-    parts = groups.treated_by(next(one for one in trials.values() if one.changes_weights))
+    some = next(choice for choice in budget.choices if choice.selection or choice.quantization)
+    parts = groups.treated_by(trials[some.name])
     free = {name: layers for name, layers in parts.members().items() if cost.is_free(layers[0])}
+    if not free:
+        raise HwpqError("the budget decides on no layer", where=where, remedy="Take layers out of ignore and layers.")
     options: list[Option] = []
+    met: set[str] = set()
+    priced = 0
     chosen_by = tokens[: budget.samples]
     with progress_bar("select: choices, input groups") as bar, torch.no_grad():
         for number, seen in output_gradients(groups.checkpoint.path, chosen_by, device=groups.device):
             for group in parts.of_block(number):
                 if group.name in free:
+                    met |= {layer.name for layer in group.layers if layer.name in seen}
                     seen_by = [seen.get(layer.name, []) for layer in group.layers]
                     for choice, trial in zip(budget.choices, trials.values(), strict=True):
                         if misfit(group.layers[0], trial.for_layer(group.layers[0].name)):
                             continue
                         loss = _loss(group, trial, seen_by) / np.prod(np.shape(chosen_by))
                         options.append(Option(group.name, choice.name, cost.of(group.layers, choice), loss))
-                    bar(len({option.group for option in options}), len(free))
+                    priced += 1
+                    bar(priced, len(free))
+    _warn_of_unseen(free, met, where)
     shared = share_out(options, cost.limit, where)
     _tell(shared, cost, where)
     return {layer.name: shared.chosen[name] for name, layers in free.items() for layer in layers}
@@ -135,6 +143,8 @@ class _Cost:
         return sum(self._bytes(layer, choice) for layer in layers)
 
     def _bytes(self, layer: Layer, choice: Choice) -> int:
+        if not self.read and not layer.packs:  # its values are stored, whatever it is rounded to
+            choice = Choice(choice.name)
         return layer_bytes(layer.shape, choice, packed=self.read, dense=self.groups.checkpoint.torch_dtype.itemsize)
 
     @cached_property
@@ -191,18 +201,24 @@ class _Cost:
         return GRIDS[grid].bytes_of(*table.shape, None, dense) + dense * table.shape[0]
 
 
+def _warn_of_unseen(free: Mapping[str, tuple[Layer, ...]], met: set[str], where: str) -> None:
+    """Of experts that no token of the budget's samples reached, nothing is predicted: they get the smallest choice."""
+    unseen = [layer.name for layers in free.values() for layer in layers if layer.name not in met]
+    if unseen:
+        logger.warning(
+            "%s: no token of the budget's samples reached %d layers, first %s. They get the smallest choice; set "
+            "budget.samples higher.", where, len(unseen), unseen[0],
+        )  # fmt: skip
+
+
 def _tell(shared: Shared, cost: _Cost, where: str) -> None:
     counts: Mapping[str, int] = Counter(shared.chosen.values())
     told = ", ".join(f"{count} × {name}" for name, count in sorted(counts.items(), key=lambda one: -one[1]))
+    logger.info("%s, by input groups: %s.", where, told)
     logger.info(
-        "%s: %s (input groups). %.1f MB of %.1f MB, predicted loss %.4f nats a token, gap to the best sharing %.2g.",
-        where,
-        told,
-        shared.cost / 1e6,
-        cost.limit / 1e6,
-        shared.loss,
-        shared.gap,
-    )
+        "%s: these layers take %.1f MB of the %.1f MB that are left for them. Predicted loss %.4f nats a token, gap to "
+        "the best sharing %.2g.", where, shared.cost / 1e6, cost.limit / 1e6, shared.loss, shared.gap,
+    )  # fmt: skip
     if all(choice.selection is None for choice in cost.budget.choices if choice.name in counts) and any(
         choice.selection is not None for choice in cost.budget.choices
     ):

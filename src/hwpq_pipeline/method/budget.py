@@ -14,7 +14,7 @@ save nothing. The bytes that a token reads count 2:4 layers as the packed export
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -24,6 +24,7 @@ from hwpq_pipeline.method.choices import TWO_OF_FOUR
 from hwpq_pipeline.method.sections import Choice
 
 _SECONDS = 60.0
+_LEAST_BITS = 4  # of a packed code
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,8 @@ def layer_bytes(shape: tuple[int, int], choice: Choice, *, packed: bool, dense: 
     rows, columns = shape
     sparse = choice.selection is not None and choice.selection.structure == TWO_OF_FOUR
     places = 0
+    if choice.quantization is not None and GRIDS[choice.quantization.grid].coarsening:
+        packed = False  # no packed form
     if packed and sparse:
         places, columns = rows * -(-columns // 8), columns // 2
     if choice.quantization is None:
@@ -79,6 +82,8 @@ def layer_bytes(shape: tuple[int, int], choice: Choice, *, packed: bool, dense: 
     grid, size = GRIDS[choice.quantization.grid], choice.quantization.group_size
     if packed and sparse and size is not None:
         size //= 2  # as many scales as before for half the columns
+    if packed and sparse and grid.bits < _LEAST_BITS:
+        grid = replace(grid, bits=_LEAST_BITS)
     return grid.bytes_of(rows, columns, size, dense if grid.stored_as == "model" else None) + places
 
 
@@ -99,7 +104,8 @@ def share_out(options: Sequence[Option], limit: float, where: str) -> Shared:
     groups = {name: number for number, name in enumerate(dict.fromkeys(option.group for option in options))}
     costs, losses = (np.array([getattr(option, part) for option in options]) for part in ("cost", "loss"))
     own = np.array([groups[option.group] for option in options])
-    least = sum(costs[own == number].min() for number in groups.values())
+    smallest = [np.flatnonzero(own == number)[costs[own == number].argmin()] for number in groups.values()]
+    least, total = costs[smallest].sum(), losses[smallest].sum()
     if least > limit:
         raise HwpqError(
             f"the smallest choices take {least / 1e6:,.1f} MB, and the limit leaves {max(limit, 0) / 1e6:,.1f} MB",
@@ -107,22 +113,25 @@ def share_out(options: Sequence[Option], limit: float, where: str) -> Shared:
             remedy="Raise the limit, or add a smaller choice.",
         )
     one_each = csr_array((np.ones(len(options)), (own, np.arange(len(options)))))
-    unit = max(float(losses.max()), np.finfo(np.float64).tiny)
-    found = milp(
-        losses / unit,
-        constraints=[LinearConstraint(one_each, 1, 1), LinearConstraint(costs[None] / limit, -np.inf, 1)],
-        integrality=np.ones(len(options)),
-        bounds=Bounds(0, 1),
-        options={"time_limit": _SECONDS, "mip_rel_gap": 0.0},
-    )
-    if found.x is None:
-        raise HwpqError(
-            f"no sharing was found in {_SECONDS:.0f} s", where=where, remedy="Take fewer choices, or raise the limit."
+    # Scaled by what a sharing loses that is already known, so that the solver's tolerances are small beside it. An
+    # option that loses more by itself is in no better sharing.
+    for _ in range(2):
+        unit = max(float(total), np.finfo(np.float64).tiny)
+        found = milp(
+            np.minimum(losses / unit, 2.0),
+            constraints=[LinearConstraint(one_each, 1, 1), LinearConstraint(costs[None] / limit, -np.inf, 1)],
+            integrality=np.ones(len(options)),
+            bounds=Bounds(0, 1),
+            options={"time_limit": _SECONDS, "mip_rel_gap": 0.0},
         )
-    taken = [option for option, share in zip(options, found.x, strict=True) if share > 0.5]
+        if found.x is None:
+            raise HwpqError(f"no sharing in {_SECONDS:.0f} s", where=where, remedy="Take fewer choices.")
+        taken = [option for option, share in zip(options, found.x, strict=True) if share > 0.5]
+        total = sum(option.loss for option in taken)
+    bound = float(found.mip_dual_bound or 0.0) * unit
     return Shared(
         chosen={option.group: option.choice for option in taken},
         cost=sum(option.cost for option in taken),
-        loss=sum(option.loss for option in taken),
-        gap=float(found.mip_gap or 0.0),
+        loss=total,
+        gap=max(0.0, 1.0 - bound / total) if total > 0 else 0.0,
     )

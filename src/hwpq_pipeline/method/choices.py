@@ -25,8 +25,8 @@ def sections_of(word: str) -> dict[str, dict[str, Any] | None]:
     selection = {"structure": TWO_OF_FOUR} if pruned else None
     if word == TWO_OF_FOUR or (rest == DENSE and not pruned):
         return {"selection": selection, "quantization": None}
-    name, _, size = rest.partition("-")
-    grid = GRIDS.get(name)
+    name, hyphen, size = rest.partition("-")
+    grid = None if hyphen and not size else GRIDS.get(name)
     sizes = [str(one) for one in grid.group_sizes] if grid else []
     if grid is None or (size not in sizes if sizes else size):
         every = [one.name + _told(one.group_sizes) for one in GRIDS.values()]

@@ -86,10 +86,12 @@ class Recipe:
             chosen: names of the budget's choices, by layer name; the variant's own overrides count more.
 
         Raises:
-            HwpqError: a choice that the budget does not have.
+            HwpqError: no choice at all, or one that the budget does not have.
         """
         if self.budget is None:
             return self
+        if not chosen:
+            raise HwpqError("no layer has a choice", where="budget", remedy="Run the select pipeline again.")
         layers: dict[str, list[str]] = {}
         for layer, name in chosen.items():
             layers.setdefault(name, []).append(layer)

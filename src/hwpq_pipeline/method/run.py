@@ -122,7 +122,9 @@ def write_model(
         HwpqError: as `select_model` and `compress_model`.
     """
     groups = open_groups(model, statistics, device)
-    if recipe.budget is not None and tokens is not None:
+    if recipe.budget is not None:
+        if tokens is None:
+            raise HwpqError("a budget needs calibration tokens", where=name, remedy="Give them.")
         recipe = recipe.with_choices(choose_layers(groups, recipe, tokens, where=name))
     masks: dict[str, Tensor] = {}
     selected = select_model(groups, recipe, sink=lambda group: masks.update(group.masks), executor=executor)

@@ -12,6 +12,8 @@ from hwpq_pipeline.figures import QUALITY, SIZE
 
 #: From this share of zeros on a variant counts as sparse. Rounding alone makes a fourth at 3 bits.
 SPARSE = 0.4
+#: Sizes that differ by less than this factor are the same: headers and checksums do.
+SAME = 1.005
 Row = Mapping[str, Any]
 
 
@@ -22,24 +24,36 @@ def front(rows: Sequence[Row]) -> list[Row]:
 
 
 def verdict(rows: Sequence[Row]) -> str:
-    """One sentence: the sparse variants on the front, or how far the nearest one is from it; none without any."""
+    """One sentence: the sparse variants on the front, or how far the nearest one is from it; none without any.
+
+    How far: its perplexity over the best of all variants that are no larger.
+    """
     sparse = [row for row in rows if row["sparsity"] >= SPARSE]
     if not sparse:
         return ""
     if on_it := [row for row in front(rows) if row in sparse]:
         names = " and ".join(_told(row) for row in on_it)
         return f"On the front of quality against size, of the sparse variants: {names}."
-    pairs = [(row, other) for row in sparse for other in rows if other not in sparse and _beats(other, row)]
-    row, other = min(pairs, key=lambda pair: pair[0][QUALITY.name] / pair[1][QUALITY.name])
+    best = {row["variant"]: min((one for one in rows if _as_small(one, row)), key=_quality) for row in sparse}
+    row = min(sparse, key=lambda one: _quality(one) / _quality(best[one["variant"]]))
+    other = best[row["variant"]]
     return (
         f"No sparse variant is on the front of quality against size. The nearest lacks a factor of "
-        f"{row[QUALITY.name] / other[QUALITY.name]:.2f}: {_told(row)}, and {_told(other)}."
+        f"{_quality(row) / _quality(other):.2f}: {_told(row)}, and {_told(other)}."
     )
 
 
 def _beats(one: Row, other: Row) -> bool:
-    pairs = [(one[figure.name], other[figure.name]) for figure in (SIZE, QUALITY)]
-    return all(mine <= theirs for mine, theirs in pairs) and any(mine < theirs for mine, theirs in pairs)
+    smaller = one[SIZE.name] * SAME < other[SIZE.name]
+    return _as_small(one, other) and _quality(one) <= _quality(other) and (smaller or _quality(one) < _quality(other))
+
+
+def _as_small(one: Row, other: Row) -> bool:
+    return bool(one[SIZE.name] <= other[SIZE.name] * SAME)
+
+
+def _quality(row: Row) -> float:
+    return float(row[QUALITY.name])
 
 
 def _told(row: Row) -> str:
