@@ -18,6 +18,7 @@ from hwpq_pipeline.checkpoints.layers import layer_map
 from hwpq_pipeline.checkpoints.reader import Checkpoint
 from hwpq_pipeline.decoder.loading import load_causal_lm
 from hwpq_pipeline.errors import HwpqError
+from hwpq_pipeline.evaluation.quality import evaluate_export, make_reference
 from hwpq_pipeline.evaluation.size import measure_size
 from hwpq_pipeline.export import compressed_tensors, gguf, onnx, semi_structured
 from hwpq_pipeline.export.card import CardInfo
@@ -161,3 +162,22 @@ def test_the_card_tells_of_them(tmp_path: Path) -> None:
     info = CardInfo("v", "d", "o/m", "mit", "int4", "2of4", embeddings="int8")
     compressed_tensors.export_checkpoint(tmp_path / "model", tmp_path / "compressed", tmp_path / "export", card=info)
     assert "the embedding and the head: 8-bit integer weights" in (tmp_path / "export" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_an_export_with_a_rounded_head_is_evaluated_beside_the_dense_one(tmp_path: Path, tied: bool) -> None:
+    """Against the formulas on transformers' own logits, in float64."""
+    dense = tiny_model(tiny_config(**HEADS, tie_word_embeddings=tied))
+    rounded = made(tmp_path, "int8", tied=tied)
+    model, tokens = tmp_path / "model", tiny_tokens(4, 24)
+    export = compressed_tensors.export_checkpoint(model, tmp_path / "compressed", tmp_path / "export")
+    reference = make_reference(model, tokens, tmp_path / "reference")
+    found = evaluate_export(export, reference, tokens, model_dir=model)
+    with torch.inference_mode():
+        p, q = (one(tokens).logits[:, :-1].double().log_softmax(-1) for one in (dense, rounded))
+    assert found.kl_divergence == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean()), rel=1e-3)
+    nll = -q.gather(-1, tokens[:, 1:, None])
+    assert found.perplexity == pytest.approx(float(nll.mean().exp()), rel=1e-4)
+    assert found.top1_agreement == pytest.approx(float((p.argmax(-1) == q.argmax(-1)).double().mean()), abs=0.02)
+    with pytest.raises(HwpqError, match="its lm_head is not the dense model's"):
+        evaluate_export(export, reference, tokens)

@@ -8,7 +8,8 @@ A sample of `length` tokens gives `length − 1` predictions. Softmax is float32
 as a user loads it (`loading`), so FP8 and INT8 exports round their activations here as they do when deployed.
 
 Cost: one forward pass of the body over all tokens, and one product with the head. The dense model's answer is read from
-disk (`reference`).
+disk (`reference`). That answer holds for an export with the dense model's head alone, so where the head was rounded too
+the dense model runs again.
 """
 
 from __future__ import annotations
@@ -16,11 +17,13 @@ from __future__ import annotations
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from hwpq_pipeline.checkpoints.reader import Checkpoint
 from hwpq_pipeline.decoder.dtypes import dtype_name
 from hwpq_pipeline.errors import HwpqError
 from hwpq_pipeline.progress import Progress, no_progress
@@ -76,6 +79,7 @@ def evaluate_export(
     reference: Reference,
     token_ids: Tensor | np.ndarray | None = None,
     *,
+    model_dir: str | Path | None = None,
     batch: int = 1,
     dtype: str = "float32",
     progress: Progress = no_progress,
@@ -86,6 +90,7 @@ def evaluate_export(
         export_dir: a checkpoint that `from_pretrained` loads.
         reference: from `make_reference` or `load_reference`.
         token_ids: (samples, length) integers, which must be the reference's; None takes those.
+        model_dir: the dense checkpoint. It runs again where the export's head was rounded.
         batch: samples in a forward pass; 1 is fastest on a CPU, whose caches hold the activations of one.
         dtype: `float32`, `bfloat16` or `auto`; the same as the reference's.
         progress: called with (batches done, batches).
@@ -98,13 +103,17 @@ def evaluate_export(
     tokens = reference.tokens if token_ids is None else check_tokens(token_ids)
     _check_same(reference, tokens, dtype)
     loaded = open_model(export_dir, dtype, tokens)
-    if loaded.head.digest() != reference.head_digest or loaded.head.linear != reference.linear:
+    dense = None
+    if model_dir is not None and _has_rounded_head(loaded, export_dir):
+        dense = open_model(model_dir, dtype, tokens)
+    head = (dense or loaded).head
+    if head.digest() != reference.head_digest or head.linear != reference.linear:
         raise HwpqError(
             "its lm_head is not the dense model's",
             where=str(export_dir),
             remedy="Export and reference must come from one dense model: run both pipelines again.",
         )
-    nll, divergence, agree = _compare_all(loaded, reference, batch, progress)
+    nll, divergence, agree = _compare_all(loaded, dense, reference, batch, progress)
     if not bool(torch.isfinite(nll).all() & torch.isfinite(divergence).all()):
         raise HwpqError(
             "logits are NaN or infinite",
@@ -126,29 +135,51 @@ def _check_same(reference: Reference, tokens: Tensor, dtype: str) -> None:
         )
 
 
+def _has_rounded_head(loaded: LoadedModel, export_dir: str | Path) -> bool:
+    """Whether the export holds scales of its head, tied or not."""
+    model: Any = loaded.model
+    names = {id(module): name for name, module in model.named_modules()}
+    return f"{names.get(id(model.get_output_embeddings()))}.weight_scale" in Checkpoint(export_dir)
+
+
 def _compare_all(
-    loaded: LoadedModel, reference: Reference, batch: int, progress: Progress
+    loaded: LoadedModel, dense: LoadedModel | None, reference: Reference, batch: int, progress: Progress
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As `_compare`, over all samples: shape (samples, length − 1) each."""
+    """As `_compare`, over all samples: shape (samples, length − 1) each. `dense` is given where its head is another."""
     nll, divergence = torch.empty(reference.nll.shape), torch.empty(reference.nll.shape)
     agree = torch.empty(reference.nll.shape, dtype=torch.bool)
     with torch.inference_mode():
         for rows, hidden in hidden_batches(loaded, reference.tokens, batch, progress):
-            others = (reference.tokens[:, 1:], reference.expected, reference.constant, reference.top1)
-            parts = [_compare(loaded, *part) for part in chunks(hidden, *(other[rows] for other in others))]
+            others = [part[rows] for part in (reference.tokens[:, 1:], reference.constant, reference.top1)]
+            known = reference.expected[rows] if dense is None else dense.hidden(reference.tokens[rows])[:, :-1]
+            parts = [_compare(loaded, dense, *part) for part in chunks(hidden, known, *others)]
             for whole, found in zip((nll, divergence, agree), zip(*parts, strict=True), strict=True):
                 whole[rows] = torch.cat(found).view(whole[rows].shape)
     return nll, divergence, agree
 
 
 def _compare(
-    loaded: LoadedModel, hidden: Tensor, labels: Tensor, expected: Tensor, constant: Tensor, top1: Tensor
+    loaded: LoadedModel,
+    dense: LoadedModel | None,
+    hidden: Tensor,
+    expected: Tensor,
+    labels: Tensor,
+    constant: Tensor,
+    top1: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Negative log-likelihood, divergence and agreement at some positions, shape (positions,) each."""
+    """Negative log-likelihood, divergence and agreement at some positions, shape (positions,) each.
+
+    `expected` is the reference's, or the hidden states of `dense`.
+    """
     logits = loaded.head.logits(hidden)
     log_sum = logits.logsumexp(-1).double()
     nll = log_sum - logits.gather(-1, labels[:, None])[:, 0].double()
-    if loaded.head.linear:
+    if dense is not None:
+        theirs = dense.head.logits(expected)
+        log_p = theirs - theirs.logsumexp(-1, keepdim=True)
+        p = log_p.exp()
+        constant, answer = (p * log_p).sum(-1), (p * logits).sum(-1).double()
+    elif loaded.head.linear:
         answer = (expected.double() * hidden.double()).sum(-1)
     else:
         answer = (loaded.head.logits(expected).softmax(-1) * logits).sum(-1).double()

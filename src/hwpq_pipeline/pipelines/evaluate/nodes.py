@@ -30,6 +30,7 @@ def evaluate(
             export,
             load_reference(reference),
             token_matrix(samples),
+            model_dir=model,
             batch=evaluation.batch,
             dtype=evaluation.dtype,
             progress=progress,
