@@ -2,7 +2,7 @@
 
 With n weights in the compressible layers, m other parameters and T tokens:
 
-    export        n·bits/8, a scale of two bytes a row or group, 2·m
+    export        n·bits/8, a scale of one or two bytes a row or group, 2·m; under a budget what that allows
     statistics    Σ in² · 4 bytes over distinct layer inputs
     on disk       the export, masks of n/8 bytes, the neutral form of about n bytes
     memory        4·(n + m) bytes for the model in float32, and about as much again
@@ -182,6 +182,7 @@ def making_operations(shapes: Shapes, recipe: Recipe, tokens: int) -> float:
     if recipe.budget is not None:  # a trial of each choice, and one of them for good
         plain = replace(recipe, budget=None, sequence=None)
         choices = [replace(plain, selection=c.selection, quantization=c.quantization) for c in recipe.budget.choices]
+        choices = [one if one.selection else replace(one, recovery=None) for one in choices]
         passes = sum(map(_passes, choices)) + max(map(_passes, choices))
         return total + passes * sum(cost for _, cost in squares)
     return total + sum(_passes(recipe.for_layer(name)) * cost for name, cost in squares)
