@@ -10,7 +10,7 @@ import pytest
 
 from hwpq_pipeline import variant
 from hwpq_pipeline.errors import HwpqError
-from hwpq_pipeline.method import recipe as module
+from hwpq_pipeline.method import entries as module
 from hwpq_pipeline.method.presets import GAIN, PRESETS
 from hwpq_pipeline.method.recipe import Recipe
 from hwpq_pipeline.variant import Variant
