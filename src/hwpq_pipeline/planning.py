@@ -28,6 +28,7 @@ import torch
 
 from hwpq_pipeline.checkpoints.layers import Layer, LayerMap, layer_map, meta_model
 from hwpq_pipeline.compression.grids import GRIDS
+from hwpq_pipeline.method.budget import tables_bytes
 from hwpq_pipeline.method.presets import PRESETS, ROUNDING_COST
 from hwpq_pipeline.method.recipe import Recipe
 from hwpq_pipeline.method.sections import Budget
@@ -147,10 +148,9 @@ def export_bytes(shapes: Shapes, recipe: Recipe) -> int:
     """Bytes of a variant's safetensors files, without their headers; under a budget, what that allows."""
     if recipe.budget is not None:
         return _allowed_bytes(shapes, recipe, recipe.budget)
-    total = 2 * shapes.others
-    if recipe.embeddings is not None:
-        bits = GRIDS[recipe.embeddings].bits - UNROUNDED_BITS
-        total += sum(bits * rows * columns // 8 + 2 * rows for rows, columns in shapes.tables)
+    dense, embeddings = UNROUNDED_BITS // 8, recipe.embeddings
+    total = dense * shapes.others
+    total += tables_bytes(shapes.tables, embeddings, dense) - tables_bytes(shapes.tables, None, dense)
     for layer in shapes.layers:
         own, weights = recipe.for_layer(layer.name).quantization, layer.shape[0] * layer.shape[1]
         if own is None:

@@ -96,7 +96,7 @@ print(len(seen))
 
 
 def test_a_machine_with_a_gpu_needs_neither_numba_nor_frameworks(root: Path) -> None:
-    cpu = ("cpu", "lanes", "contracted", "recurrence", "search")
+    cpu = ("cpu", "lanes", "contracted", "e2m1", "recurrence", "search")
     probe = PROBE.format(cpu=cpu, triton=devices.has_triton())
     done = subprocess.run(
         [sys.executable, "-c", f"import sys; sys.path[:0] = [{str(root)!r}, {str(root / 'src')!r}]\n{probe}"],

@@ -1,12 +1,12 @@
 """A variant's compressed model between our stages (`06_models`), in no engine's format.
 
-`recipe.json` says how to read the tensors: `grid` (null where
-nothing is rounded), `group_size`, `structure` and `layers`, and in `others` the grid and group size of layers that have
-other ones. It also says how they were made: `variant`, and the `recipe` in plain numbers. Beside it is a safetensors
-file for each input group. For each layer it holds `<layer>.codes` (out, in) and `<layer>.scale` (out, groups), and
-`<layer>.tensor_scale` (1) if its grid has one, or `<layer>.weight` (out, in) where the layer was pruned only.
-`embeddings` has the grid of the embedding and the head, which are held as layers are. `replaced` names other tensors of
-the checkpoint (norms) that have new values here. The reader checks names, shapes, ranges and finiteness.
+`recipe.json` says how to read the tensors: `grid` (null where nothing is rounded), `group_size`, `structure` and
+`layers`, and in `others` the grid and group size of layers that have other ones. It also says how they were made:
+`variant`, and the `recipe` in plain numbers. Beside it is a safetensors file for each input group. For each layer it
+holds `<layer>.codes` (out, in) and `<layer>.scale` (out, groups), and `<layer>.tensor_scale` (1) if its grid has one,
+or `<layer>.weight` (out, in) where the layer was pruned only. `embeddings` has the grid of the embedding and the head,
+which are held as layers are. `replaced` names other tensors of the checkpoint (norms) that have new values here. The
+reader checks names, shapes, ranges and finiteness.
 """
 
 from __future__ import annotations

@@ -9,9 +9,9 @@ For each 2:4 layer, `packed.safetensors` holds (`compression.packing` has the bi
     all of these   weight_positions (out, ⌈in/8⌉) uint8
 
 Scales are (out, groups). Other tensors are those of the dense model; a rounded embedding or head is `weight` in codes
-and `weight_scale` (out, 1). `packed.json` holds the version, the grid and the
-layers' shapes (out, in). The weights are not in `model.safetensors`, so a loader that does not know the format finds no
-weights. Otherwise it would find a model that lacks half of them.
+and `weight_scale` (out, 1). `packed.json` holds the version, the grid and the layers' shapes (out, in). The weights are
+not in `model.safetensors`, so a loader that does not know the format finds no weights. Otherwise it would find a model
+that lacks half of them.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ from torch import nn
 
 from hwpq_pipeline.checkpoints.matrices import Matrix
 
-#: Inputs of the narrowest layer that is compressed: the smallest group of columns that shares a scale.
+#: Inputs of the narrowest layer that is compressed. Below, scales and headers would outweigh what is saved.
 NARROWEST = 32
 #: Attributes in which modules hold their number of experts.
 _EXPERTS = ("num_experts", "moe_num_experts", "num_local_experts")

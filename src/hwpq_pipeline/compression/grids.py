@@ -20,7 +20,7 @@ are integers: `±12` stands for the float ±6. NVFP4 has scales of 8-bit floats 
 Ours is a power of two, `2⁻ᵏ`. So every scale stays a number of 4 significant bits, and the weights are bfloat16
 numbers. Layers that read one input share it, as engines that fuse them want. MXFP4 has scales that are powers of two.
 
-At 2 to 4 bits the scale that fits the largest weight wastes codes, so the scale is searched (`codes.search_scale`).
+At 2 to 4 bits the scale that fits the largest weight wastes codes, so the scale is searched (`scales.search_scale`).
 
 A grid's facts are here and nowhere else. What an engine calls a grid is in that engine's module of `export`; its test
 holds each format complete: it stores a grid, or it refuses the grid by name. The arithmetic is in `codes`. This module

@@ -20,11 +20,11 @@ of m/127 in a block whose largest weight is m, so the second rounding moves a we
 than the first one, except for weights below m/16. `gguf-f16` avoids it at twice the bytes. A GGUF file does not say
 how activations are rounded: llama.cpp rounds them to 8 bits for each block of 32, whatever the weights.
 
-Layers may have several types, and rounded embeddings are Q8_0. Everything else is copied: embeddings and an untied head
-as F16 (bfloat16 weights are float16 numbers within 2⁻²⁵), norms and biases as F32.
+Layers may have several types. An embedding and a head that the variant rounds are Q8_0. Everything else is copied: an
+embedding and a head in 16 bits as F16 (bfloat16 weights are float16 numbers within 2⁻²⁵), norms and biases as F32.
 
-llama.cpp rotates neighbouring pairs where transformers rotates halves, so the rows of queries and keys,
-and their biases, are put in its order. Rows move whole, and no code changes.
+llama.cpp rotates neighbouring pairs where transformers rotates halves, so the rows of queries and keys, and their
+biases, are put in its order. Rows move whole, and no code changes.
 
 Rope scaling, as llama.cpp's own converter writes it:
 

@@ -22,9 +22,8 @@ from torch import Tensor
 
 from hwpq_pipeline.calibration.sensitivity import output_gradients
 from hwpq_pipeline.checkpoints.layers import Layer
-from hwpq_pipeline.compression.grids import GRIDS
 from hwpq_pipeline.errors import HwpqError
-from hwpq_pipeline.method.budget import Option, Shared, layer_bytes, share_out
+from hwpq_pipeline.method.budget import Option, Shared, layer_bytes, share_out, table_bytes, tables_bytes
 from hwpq_pipeline.method.fitting import misfit
 from hwpq_pipeline.method.groups import Group, Groups
 from hwpq_pipeline.method.recipe import Recipe
@@ -65,7 +64,7 @@ def choose_layers(
     trials = {choice.name: _trial(recipe, budget, choice, groups) for choice in budget.choices}
     some = next(choice for choice in budget.choices if choice.selection or choice.quantization)
     parts = groups.treated_by(trials[some.name])
-    free = {name: layers for name, layers in parts.members().items() if cost.is_free(layers[0])}
+    free = {name: layers for name, layers in parts.members().items() if recipe.leaves_open(layers[0].name)}
     if not free:
         raise HwpqError("the budget decides on no layer", where=where, remedy="Take layers out of ignore and layers.")
     options: list[Option] = []
@@ -134,10 +133,6 @@ class _Cost:
         """Whether it is the bytes that a token reads which count, and not those of the export."""
         return self.budget.kind == "decode_speed_ratio"
 
-    def is_free(self, layer: Layer) -> bool:
-        """Whether the budget decides on a layer, and none of the variant's own overrides."""
-        return not any(one.means(layer.name) for one in self.recipe.overrides)
-
     def of(self, layers: tuple[Layer, ...], choice: Choice) -> int:
         """Of a group's layers after a choice."""
         return sum(self._bytes(layer, choice) for layer in layers)
@@ -145,12 +140,16 @@ class _Cost:
     def _bytes(self, layer: Layer, choice: Choice) -> int:
         if not self.read and not layer.packs:  # its values are stored, whatever it is rounded to
             choice = Choice(choice.name)
-        return layer_bytes(layer.shape, choice, packed=self.read, dense=self.groups.checkpoint.torch_dtype.itemsize)
+        return layer_bytes(layer.shape, choice, packed=self.read, dense=self._dense)
+
+    @property
+    def _dense(self) -> int:
+        return self.groups.checkpoint.torch_dtype.itemsize
 
     @cached_property
     def free(self) -> list[Layer]:
         """The layers that the budget decides on."""
-        return [layer for layer in self.groups.layers if self.is_free(layer)]
+        return [layer for layer in self.groups.layers if self.recipe.leaves_open(layer.name)]
 
     @property
     def limit(self) -> float:
@@ -174,15 +173,15 @@ class _Cost:
     @property
     def _fixed(self) -> int:
         """Of the layers that overrides decide on."""
-        fixed = [layer for layer in self.groups.layers if not self.is_free(layer)]
+        fixed = [layer for layer in self.groups.layers if not self.recipe.leaves_open(layer.name)]
         parts = [(layer, self.recipe.for_layer(layer.name)) for layer in fixed]
         return sum(self._bytes(layer, Choice("", own.selection, own.quantization)) for layer, own in parts)
 
     @property
     def _others(self) -> int:
         """Of what is no compressible layer, embedding and head after their rounding."""
-        tables = self.groups.layers.tables
-        saved = sum(self._table(table, None) - self._table(table, self.recipe.embeddings) for table in tables)
+        shapes = [table.shape for table in self.groups.layers.tables]
+        saved = tables_bytes(shapes, None, self._dense) - tables_bytes(shapes, self.recipe.embeddings, self._dense)
         return self._dense_total - self._dense_layers - saved
 
     @property
@@ -190,15 +189,7 @@ class _Cost:
         return _HEADER_BYTES * (len(self.groups.checkpoint.names) + _TENSORS_OF_A_LAYER * len(self.free))
 
     def _head(self, grid: str | None) -> int:
-        tables = self.groups.layers.tables
-        return self._table(tables[-1], grid) if tables else 0
-
-    def _table(self, table: Layer, grid: str | None) -> int:
-        """Of the embedding or the head; a tied head has scales of its own."""
-        dense = self.groups.checkpoint.torch_dtype.itemsize
-        if grid is None:
-            return self._bytes(table, Choice("dense"))
-        return GRIDS[grid].bytes_of(*table.shape, None, dense) + dense * table.shape[0]
+        return sum(table_bytes(table.shape, grid, self._dense) for table in self.groups.layers.tables[-1:])
 
 
 def _warn_of_unseen(free: Mapping[str, tuple[Layer, ...]], met: set[str], where: str) -> None:

@@ -13,6 +13,7 @@ save nothing. The bytes that a token reads count 2:4 layers as the packed export
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -85,6 +86,17 @@ def layer_bytes(shape: tuple[int, int], choice: Choice, *, packed: bool, dense: 
     if packed and sparse and grid.bits < _LEAST_BITS:
         grid = replace(grid, bits=_LEAST_BITS)
     return grid.bytes_of(rows, columns, size, dense if grid.stored_as == "model" else None) + places
+
+
+def table_bytes(shape: tuple[int, int], grid: str | None, dense: int) -> int:
+    """Bytes of an embedding or a head (rows, columns) on a grid; None leaves it in the dense checkpoint's dtype."""
+    return math.prod(shape) * dense if grid is None else GRIDS[grid].bytes_of(*shape, None, dense)
+
+
+def tables_bytes(shapes: Sequence[tuple[int, int]], grid: str | None, dense: int) -> int:
+    """Bytes of the embedding and the head as exported. A single one is tied, and its scales are there twice."""
+    twice = dense * shapes[0][0] if grid is not None and len(shapes) == 1 else 0
+    return sum(table_bytes(shape, grid, dense) for shape in shapes) + twice
 
 
 def share_out(options: Sequence[Option], limit: float, where: str) -> Shared:

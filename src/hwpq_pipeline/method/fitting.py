@@ -28,8 +28,9 @@ def misfits(recipe: Recipe, layers: LayerMap, variant: str) -> list[HwpqError]:
         return [HwpqError(error.what, where=f"{variant}: {error.where}", remedy=error.remedy)]
     found: dict[str, HwpqError] = {}
     for layer in layers:
-        free = recipe.budget is not None and not any(one.means(layer.name) for one in recipe.overrides)
-        parts = replace(recipe, overrides=()).parts if free else [recipe.for_layer(layer.name)]
+        parts = (
+            replace(recipe, overrides=()).parts if recipe.leaves_open(layer.name) else [recipe.for_layer(layer.name)]
+        )
         wrong = [misfit(layer, part) for part in parts]
         if (first := wrong[0]) is not None and all(wrong):
             found.setdefault(first.what, HwpqError(first.what, where=f"{variant}: {layer.name}", remedy=first.remedy))

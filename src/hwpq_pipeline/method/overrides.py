@@ -13,13 +13,14 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
+from functools import cached_property
 from typing import Any
 
 import regex
 
 from hwpq_pipeline.errors import HwpqError
 
-EVERY = "Linear"
+EVERY, EXPRESSION = "Linear", "re:"
 _SECONDS = 1.0
 
 
@@ -35,9 +36,15 @@ class Override:
     match: tuple[str, ...]
     sections: Mapping[str, Any]
 
+    @cached_property
+    def _names(self) -> frozenset[str]:
+        return frozenset(self.match)
+
     def means(self, layer: str) -> bool:
-        """Whether a pattern matches the layer's name."""
-        return any(matches(pattern, layer) for pattern in self.match)
+        """Whether a pattern matches the layer's name; a budget's entries may name thousands of layers."""
+        if layer in self._names or EVERY in self._names:
+            return True
+        return any(matches(pattern, layer) for pattern in self.match if pattern.startswith(EXPRESSION))
 
 
 def matches(pattern: str, layer: str) -> bool:
@@ -46,9 +53,9 @@ def matches(pattern: str, layer: str) -> bool:
     Raises:
         HwpqError: it is an expression that finds no end.
     """
-    if pattern.startswith("re:"):
+    if pattern.startswith(EXPRESSION):
         try:
-            return regex.match(pattern.removeprefix("re:"), layer, timeout=_SECONDS) is not None
+            return regex.match(pattern.removeprefix(EXPRESSION), layer, timeout=_SECONDS) is not None
         except TimeoutError as error:
             raise HwpqError(
                 f"{pattern!r} takes more than {_SECONDS:.0f} s for the name {layer}",
@@ -60,10 +67,10 @@ def matches(pattern: str, layer: str) -> bool:
 
 def problem_of(pattern: str) -> str | None:
     """What is wrong with a pattern, None if nothing is."""
-    if not pattern.startswith("re:"):
+    if not pattern.startswith(EXPRESSION):
         return None if pattern.strip() else "an empty pattern"
     try:
-        regex.compile(pattern.removeprefix("re:"))
+        regex.compile(pattern.removeprefix(EXPRESSION))
     except (regex.error, RecursionError, OverflowError) as error:
         return f"{pattern!r} is no regular expression ({error})"
     return None
@@ -79,10 +86,11 @@ def check_patterns(overrides: Iterable[Override], layers: Sequence[str]) -> None
     Raises:
         HwpqError: one matches nothing; the nearest names are told.
     """
+    known = frozenset(layers) | {EVERY}
     for override in overrides:
         for pattern in override.match:
-            if not any(matches(pattern, layer) for layer in layers):
-                plain = re.sub(r"[\\^$.*+?()\[\]{}|]+", ".", pattern.removeprefix("re:")).strip(".")
+            if pattern not in known and not any(matches(pattern, layer) for layer in layers):
+                plain = re.sub(r"[\\^$.*+?()\[\]{}|]+", ".", pattern.removeprefix(EXPRESSION)).strip(".")
                 ends = {layer.rpartition(".")[2]: layer for layer in layers}
                 nearest = get_close_matches(plain, layers, n=3) or [
                     ends[end] for end in get_close_matches(plain.rpartition(".")[2], list(ends), n=3)

@@ -63,6 +63,10 @@ class Recipe:
         own = replace(self, overrides=(), healing=None, embeddings=None, budget=None, **sections)
         return own if own.selection is not None or own.recovery is None else replace(own, recovery=None)
 
+    def leaves_open(self, layer: str) -> bool:
+        """Whether the budget decides on a layer, and none of the overrides does."""
+        return self.budget is not None and not any(one.means(layer) for one in self.overrides)
+
     @property
     def without_search(self) -> Recipe:
         """The recipe for layers that few tokens reached: the mask as it is selected, and rounding to nearest."""

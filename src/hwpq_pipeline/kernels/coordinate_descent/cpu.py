@@ -25,6 +25,7 @@ from hwpq_pipeline.kernels import over_rows
 from hwpq_pipeline.kernels.contracted import jit_contracted
 from hwpq_pipeline.kernels.coordinate_descent import TIE, Descended, Walk
 from hwpq_pipeline.kernels.coordinate_descent.blocks import WIDEST_REFIT, begin, block_columns, objective
+from hwpq_pipeline.kernels.e2m1 import nearest_code
 
 
 @jit_contracted
@@ -32,9 +33,7 @@ def _moved(code: np.float32, target: np.float32, coarsening: bool) -> np.float32
     """The code nearest `target`, halves to even; the present one if that is hardly farther."""
     if not coarsening:
         return np.rint(target) if abs(target - code) > np.float32(0.5 + TIE) else code
-    size = abs(target)
-    step = np.float32(1.0) if size <= 4 else np.float32(2.0) if size <= 8 else np.float32(4.0)
-    fresh = step * np.rint(target / step)
+    fresh = nearest_code(target)
     return fresh if abs(target - code) - abs(target - fresh) > np.float32(2 * TIE) else code
 
 

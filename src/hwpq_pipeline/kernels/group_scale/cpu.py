@@ -9,6 +9,7 @@ from torch import Tensor
 
 from hwpq_pipeline.kernels import over_rows
 from hwpq_pipeline.kernels.contracted import jit_contracted
+from hwpq_pipeline.kernels.e2m1 import nearest_code
 from hwpq_pipeline.kernels.group_scale import CANDIDATES, LARGEST_CODE, REFITS, SMALLEST
 
 
@@ -91,8 +92,7 @@ def _error_of_halves(
     total = np.float32(0.0)
     for j in range(weights.shape[0]):
         ratio = min(abs(weights[j]) * inverse, most)
-        step = np.float32(1.0) if ratio <= 4 else np.float32(2.0) if ratio <= 8 else np.float32(4.0)
-        miss = step * np.rint(ratio / step) * scale - abs(weights[j])
+        miss = nearest_code(ratio) * scale - abs(weights[j])
         total += importance[j] * (miss * miss)
     return total
 
