@@ -31,7 +31,7 @@ UI_PORT  ?= 5000
 BASE     ?= main
 
 .PHONY: help install run repro ci sweep ui lint check format dvc-dependencies test coverage test-fast test-browser screenshots test-postgres test-sweep test-architectures test-damage \
-	engines test-engines viz pipeline-picture bench-selection bench-selection-quality bench-number-formats bench-peers bench-inference bench-gpu lock clean
+	engines test-engines viz pipeline-picture bench-selection bench-selection-quality bench-number-formats bench-healing bench-peers bench-inference bench-gpu lock clean
 
 help:  ## what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 26
@@ -187,6 +187,10 @@ bench-selection-quality: $(STAMP) data/03_primary/reference  ## perplexity after
 
 bench-number-formats: $(STAMP) data/03_primary/reference  ## NVFP4 and MXFP4 by the library's rounding to nearest, by ours and by our descent
 	python -m benchmarks.number_formats $(ARGS)
+
+HEALED ?= 2of4-fp8 2of4-int4 ewma50-fp8
+bench-healing: $(STAMP) | data/07_export/paper-2of4-fp8  ## sparse variants before and after healing, on three texts (HEALED narrows it; 20 minutes each)
+	python -m benchmarks.healing --variants $(HEALED) $(ARGS)
 
 data/03_primary/reference: | $(STAMP)
 	kedro run --pipelines fetch,calibrate,reference

@@ -5,6 +5,8 @@
     results     README.md                   data/08_reporting/*/metrics.json (`make run` or `make repro`)
     claims      docs/results.md             data/08_reporting/*/metrics.json and benchmarks/results/*.json
     peers       docs/results.md             benchmarks/results/peers.json (`make bench-peers`)
+    bits        docs/results.md             benchmarks/results/peers.json and healing.json
+    healing     docs/results.md             benchmarks/results/healing.json (`make bench-healing`)
     selection   docs/results.md             benchmarks/results/selection.json (`make bench-selection`)
     inference   docs/results.md             benchmarks/results/inference.json (`make bench-inference`)
     presets     docs/choosing-a-variant.md  benchmarks/results/peers.json and the presets themselves
@@ -26,7 +28,9 @@ from typing import Any
 import transformers
 import yaml
 
+from benchmarks import by_bits
 from benchmarks.claims import claims, headline, metrics, presets
+from benchmarks.healing import table as healing_table
 from benchmarks.inference_tables import decoding_table, layer_table, measured_on, speed
 from benchmarks.machine import machine, processor
 from benchmarks.number_formats import table as formats_table
@@ -158,12 +162,25 @@ def formats() -> str:
     return formats_table(json.loads((RESULTS / "number_formats.json").read_text())).strip()
 
 
+def bits() -> str:
+    """The best model by bits a weight."""
+    peers, healing = (json.loads((RESULTS / f"{name}.json").read_text()) for name in ("peers", "healing"))
+    return by_bits.table(peers, healing)
+
+
+def healing() -> str:
+    """Sparse variants before and after healing, as its bench wrote them."""
+    return healing_table(json.loads((RESULTS / "healing.json").read_text())).strip()
+
+
 #: Each name's page, and what makes it.
 PAGES: dict[str, tuple[str, Callable[[], str]]] = {
     "headline": ("README.md", headline),
     "results": ("README.md", results),
     "claims": ("docs/results.md", claims),
     "peers": ("docs/results.md", peers),
+    "bits": ("docs/results.md", bits),
+    "healing": ("docs/results.md", healing),
     "selection": ("docs/results.md", selection),
     "formats": ("docs/results.md", formats),
     "inference": ("docs/results.md", inference),

@@ -7,9 +7,11 @@ from typing import Any
 
 import torch
 
+from benchmarks.peers.tasks import BITS
 from hwpq_pipeline.decoder.dtypes import dtype_name, resolve_dtype
 
-TASKS = ("2of4", "50", "int4", "2of4-int4", "fp8", "seven")
+TASKS = ("2of4", "50", "int4", "int3", "int2", "2of4-int4", "fp8", "seven")
+TUNERS = ("autoround", "autoround-light")
 #: Largest first: the samples of a smaller run are the first ones of a larger.
 SAMPLES = (32, 8, 128)
 LENGTH, SEED, EVALUATION_SAMPLES = 512, 0, 16
@@ -33,8 +35,10 @@ class Job:
     @property
     def settings(self) -> dict[str, Any]:
         """What tells this row from others of the same method."""
-        if self.side == "ours" or self.method == "nearest":
-            return {"observer": self.observer} if (self.side, self.task) == ("peer", "int4") else {}
+        if self.side == "ours" or self.method in TUNERS:
+            return {}
+        if self.method == "nearest":
+            return {"observer": self.observer} if self.task in BITS else {}
         rounds = self.method.endswith("gptq")
         extra = {"observer": self.observer, "actorder": self.actorder} if rounds else {}
         return {"propagate_error": self.propagate_error, **extra}
@@ -66,6 +70,8 @@ def _our_methods(task: str) -> tuple[str, ...]:
         "2of4": ("hwpq-fast", "hwpq-quality", "hwpq-balanced", "hwpq-admm", "hwpq-fixed_mask"),
         "50": ("hwpq-fast", "hwpq-quality", "hwpq-balanced", "hwpq-admm", "hwpq-fixed_mask"),
         "int4": ("hwpq", "hwpq-sequential", "nearest"),
+        "int3": ("hwpq-sequential", "hwpq-budget", "hwpq"),
+        "int2": ("hwpq-sequential", "hwpq-budget"),
         "2of4-int4": ("hwpq-fast", "hwpq-quality", "hwpq-balanced", "hwpq-admm"),
         "fp8": ("nearest",),
     }[task]
@@ -90,7 +96,10 @@ def _peer_jobs(task: str, samples: int) -> list[Job]:
             peer("nearest", observer="memoryless-mse"),
             peer("gptq", observer="mse", propagate_error=False),
             peer("gptq", observer="mse", actorder="weight"),
+            *(peer(method) for method in TUNERS),
         ][: None if samples == 32 else 3]
+    if task in ("int3", "int2"):
+        return [peer("gptq", observer="mse"), peer("autoround-light")]
     if task == "2of4-int4":
         return [peer("sparsegpt-gptq", observer="mse")]
     return [peer("nearest")]

@@ -22,18 +22,21 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from benchmarks.judge import broken_fours, judge, linears, zeros_by_layer
+from benchmarks.peers.tasks import BITS, GROUP
 from hwpq_pipeline.calibration.statistics import collect_statistics
 from hwpq_pipeline.checkpoints.compressed import CompressedModel
 from hwpq_pipeline.compression.codes import dequantize
 from hwpq_pipeline.method.recipe import Recipe
 from hwpq_pipeline.method.run import write_model
 
-INT4 = {"grid": "int4", "group_size": 64}
+#: Of a 16-bit scale, for each weight of its group.
+SCALE_BITS = 16 / GROUP
+CHOICES = ["int8", "int4-32", "int4-64", "int3-32", "int3-64", "int2-32", "int2-64"]
 VARIANTS = Path(__file__).parents[2] / "conf" / "base" / "parameters_variants.yml"
 
 
 def recipe_of(task: str, method: str) -> Recipe:
-    """The recipe that answers a task: `hwpq-<preset>`, or what only rounds: `hwpq`, `hwpq-sequential`, `nearest`."""
+    """The recipe that answers a task: `hwpq-<preset>`, or what rounds only, as `nearest`."""
     variant: dict[str, Any] = {"sequential": method == "hwpq-sequential"}
     if task.startswith("2of4"):
         variant["selection"] = {"structure": "2of4"}
@@ -43,8 +46,12 @@ def recipe_of(task: str, method: str) -> Recipe:
         variant["recovery"] = {"preset": method.removeprefix("hwpq-")}
     if task == "fp8":
         variant["quantization"] = {"grid": "fp8_e4m3"}
-    elif task.endswith("int4"):
-        variant["quantization"] = {**INT4, "method": "nearest" if method == "nearest" else "coordinate_descent"}
+    elif method == "hwpq-budget":
+        bits = {"bits_per_weight": BITS[task] + SCALE_BITS, "choices": CHOICES}
+        variant |= {"sequential": True, "budget": bits}
+    elif task in BITS:
+        rounding = "nearest" if method == "nearest" else "coordinate_descent"
+        variant["quantization"] = {"grid": f"int{BITS[task]}", "group_size": GROUP, "method": rounding}
     return Recipe.from_variant(variant)
 
 
@@ -57,6 +64,8 @@ def put(compressed: Path, model: nn.Module) -> None:
             weight.data.copy_(dequantize(source.read_quantized(layer, tuple(weight.shape))))
         else:
             weight.data.copy_(source.read_weight(layer, tuple(weight.shape)))
+    for name, tensor in source.replaced().items():
+        model.get_parameter(name).data.copy_(tensor)
 
 
 def round_activations(model: nn.Module) -> None:

@@ -9,6 +9,7 @@ import pytest
 from benchmarks.peers.contest import check, key, table
 from benchmarks.peers.jobs import TASKS, jobs_of
 from benchmarks.peers.ours import recipe_of
+from benchmarks.peers.tasks import BITS
 
 REPORT = {"machine": {"cores": 2, "torch": "t"}, "model": "m", "peers": "x", "dense_perplexity": 20.0}
 ROW = {
@@ -55,7 +56,7 @@ def test_both_sides_play_and_no_row_twice(task: str, samples: int) -> None:
         if job.side == "ours":
             recipe = recipe_of(task, job.method)
             assert (recipe.selection is not None) == (task in ("2of4", "50", "2of4-int4"))
-            assert (recipe.quantization is not None) == (task in ("int4", "2of4-int4", "fp8"))
+            assert bool([part for part in recipe.parts if part.quantization]) == (task in (*BITS, "fp8"))
 
 
 def test_a_failed_row_shows_its_reason_and_no_figure() -> None:
