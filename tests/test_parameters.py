@@ -10,6 +10,7 @@ import pytest
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from hwpq_pipeline.configuration import mistakes
 from hwpq_pipeline.method.recipe import Recipe
 from hwpq_pipeline.parameters import Calibration, Compute, Corpus, Evaluation, Export, Model, Prompts, Track
 from hwpq_pipeline.pipelines.gate.limits import Gate, QualityGates
@@ -125,3 +126,28 @@ def test_shared_parameters_are_written_out_in_full(root, env):
 def test_contradictions_are_refused(model, values, message):
     with pytest.raises(ValidationError, match=message):
         model.model_validate(values)
+
+
+@pytest.mark.parametrize("value", [{"tokens": True}, {"minutes": False}, {"seed": True}])
+def test_true_and_false_are_no_numbers(value: dict[str, bool]) -> None:
+    """YAML's `yes` and `on` are true, which would be the number 1."""
+    with pytest.raises(ValidationError, match="stands where something else is wanted"):
+        Variant.model_validate({"description": "d", "quantization": {"grid": "int8"}, "healing": value})
+    assert Variant.model_validate({"description": "d", "quantization": {"grid": "int8"}, "sequential": True}).sequential
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        ({"healing": True}, "variants.mine.healing: true stands where something else is wanted"),
+        ({"healing": "yes please"}, "variants.mine.healing: not a section. Write its keys below it, or `{}` for all"),
+        ({"ignore": "re:.*"}, "variants.mine.ignore: not a list. Write it in brackets: `[…]`"),
+        (
+            {"budget": {"ratio": 0.5, "choices": "int8"}},
+            "variants.mine.budget.choices: not a list. Write it in brackets",
+        ),
+    ],
+)
+def test_a_wrong_shape_is_told_in_the_words_of_yaml(changes: dict[str, Any], line: str) -> None:
+    entry = {"description": "d", "quantization": {"grid": "int8"}, **changes}
+    assert any(line in str(error) for error in mistakes({"variants": {"mine": entry}}, "base"))

@@ -15,7 +15,6 @@ import tempfile
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -104,12 +103,21 @@ def compress(  # noqa: PLR0913 (each is a choice of the user)
             mode = "gram" if made.needs_gram else "diagonal"
             statistics = scratch / "statistics"
             collect_statistics(model_dir, tokens, target=statistics, mode=mode, dtype=dtype, device=place)
+        healing_text = None
+        if made.healing is not None:
+            healing_text = _tokens(
+                model_dir,
+                calibration,
+                scratch,
+                samples=samples_needed(made, length),
+                length=length,
+                seed=made.healing.seed,
+            )
         neutral = scratch / "compressed"
         neutral.mkdir()
         facts = write_model(model_dir, statistics, made, neutral, name=target.name, tokens=tokens, device=place)
-        if made.healing is not None:
-            text = partial(_tokens, model_dir, calibration, scratch, length=length, seed=made.healing.seed)
-            neutral = _healed(model_dir, neutral, made, text(samples=samples_needed(made, length)), place)
+        if healing_text is not None:
+            neutral = _healed(model_dir, neutral, made, healing_text, place)
         export_checkpoint(model_dir, neutral, target)
         done = Recipe.from_json(CompressedModel(neutral).recipe)
     return Compressed(target, done, facts, time.perf_counter() - begun)

@@ -17,6 +17,7 @@ from hwpq_pipeline.errors import HwpqError
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from hwpq_pipeline.method.recipe import Recipe
     from hwpq_pipeline.method.sections import Quantization, Selection
     from hwpq_pipeline.planning import Row
 
@@ -62,7 +63,7 @@ def variants(env: str | None) -> None:
             (recipe.recovery.preset if recipe.recovery else "none")
             + (", sequential" if recipe.sequence else "")
             + (", healed" if recipe.healing else ""),
-            " / ".join(dict.fromkeys(_grid(part.quantization) for part in recipe.parts)),
+            _grids(recipe),
             escape(plain(entry["description"])),
         )
     console().print(table)
@@ -73,6 +74,13 @@ def _weights_kept(selection: Selection | None) -> str:
         return "all"
     fraction = f", {selection.sparsity:.0%} dropped" if selection.sparsity else ""
     return f"{selection.structure} by {selection.metric}{fraction}"
+
+
+def _grids(recipe: Recipe) -> str:
+    words = " / ".join(dict.fromkeys(_grid(part.quantization) for part in recipe.parts))
+    if recipe.budget is not None:
+        words = f"{recipe.budget.kind} {recipe.budget.limit:.9g} of {words}"
+    return f"{words}; embeddings {recipe.embeddings}" if recipe.embeddings else words
 
 
 def _grid(quantization: Quantization | None) -> str:

@@ -156,6 +156,15 @@ def mistakes(parameters: Mapping[str, Any], env: str | None) -> list[HwpqError]:
     return found
 
 
+#: What the validator's words on a wrong shape mean in YAML, and the remedy.
+_MEANT = {
+    "model_type": ("not a section", "Write its keys below it, or `{}` for all defaults."),
+    "model_attributes_type": ("not a section", "Write its keys below it, or `{}` for all defaults."),
+    "tuple_type": ("not a list", "Write it in brackets: `[…]`."),
+    "list_type": ("not a list", "Write it in brackets: `[…]`."),
+}
+
+
 def _validated(path: tuple[str, ...], section: type[BaseModel], values: Any, env: str | None) -> Iterator[HwpqError]:
     try:
         section.model_validate(values)
@@ -165,6 +174,8 @@ def _validated(path: tuple[str, ...], section: type[BaseModel], values: Any, env
             message, remedy = problem["msg"].removeprefix("Value error, "), ""
             if problem["type"] == "extra_forbidden":
                 message, remedy = "no such key", near(loc[-1], _fields(section, loc[:-1]))
+            elif problem["type"] in _MEANT:
+                message, remedy = _MEANT[problem["type"]]
             yield located((*path, *loc), message, env, remedy)
 
 

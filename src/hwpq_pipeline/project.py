@@ -99,16 +99,19 @@ def unfitting(model: Path, entries: Mapping[str, Any]) -> list[HwpqError]:
     from hwpq_pipeline.checkpoints.layers import layer_map
     from hwpq_pipeline.method.fitting import misfits
     from hwpq_pipeline.method.recipe import Recipe
+    from hwpq_pipeline.planning import out_of_reach, read_shapes
 
     try:
-        layers = layer_map(model)
+        layers, shapes = layer_map(model), read_shapes(model)
     except HwpqError:
         return []
-    return [
-        error
-        for name, entry in entries.items()
-        for error in misfits(Recipe.from_variant(entry), layers, f"variants.{name}")
-    ]
+    found: list[HwpqError] = []
+    for name, entry in entries.items():
+        recipe, where = Recipe.from_variant(entry), f"variants.{name}"
+        wrong = misfits(recipe, layers, where)
+        beyond = None if wrong else out_of_reach(shapes, recipe, where)
+        found += wrong if beyond is None else [beyond]
+    return found
 
 
 def load_parameters(env: str | None = None) -> dict[str, Any]:

@@ -178,7 +178,7 @@ class Budget(Parameters):
     ratio: Fraction | None = None
     bits_per_weight: Annotated[float, Field(gt=0, le=16)] | None = None
     decode_speed_ratio: Annotated[float, Field(ge=1, le=16)] | None = None
-    choices: Annotated[tuple[Annotated[str, AfterValidator(_check_choice)], ...], Field(min_length=2)]
+    choices: tuple[Annotated[str, AfterValidator(_check_choice)], ...]
     embeddings: Annotated[str, one_of(EMBEDDINGS)] = "none"
     samples: Annotated[int, Field(ge=1)] | None = None
 
@@ -187,6 +187,8 @@ class Budget(Parameters):
         given = [name for name in LIMITS if getattr(self, name) is not None]
         if len(given) != 1:
             raise ValueError(f"exactly one of {', '.join(LIMITS)}; given: {' and '.join(given) or 'none'}")
+        if len(self.choices) < 2:
+            raise ValueError("choices needs two words or more")
         if len(set(self.choices)) != len(self.choices):
             raise ValueError("a choice stands there twice")
         return self

@@ -102,3 +102,17 @@ def test_bad_cards_are_refused(text: str, what: str) -> None:
 def test_bad_licence_is_refused_when_the_card_is_made() -> None:
     with pytest.raises(HwpqError, match="Apache License"):
         render_card(replace(INFO, license="Apache License"), STORAGE)
+
+
+def test_what_only_some_layers_have_and_what_was_learnt_is_said() -> None:
+    mixed = render_card(replace(INFO, others=("int4",), partly=True), STORAGE)
+    for line in ("(2:4)", GRIDS["int4"].words, GRIDS["fp8_e5m2"].words):
+        (found,) = [part for part in mixed.splitlines() if part.startswith("- ") and line in part]
+        assert found.endswith("(in the layers that *Parameters* names)")
+    healed = render_card(replace(INFO, healed_tokens=122_880), STORAGE)
+    assert "(besides, the norms of these blocks learnt as well)" in healed
+    assert "on at most 122,880 tokens" in healed
+    assert "nothing else is changed" in render_card(INFO, STORAGE)
+    tables = render_card(replace(INFO, grid=None, structure="dense", embeddings="int8"), STORAGE)
+    assert "here unchanged" not in tables
+    assert "the embedding and the head" in tables

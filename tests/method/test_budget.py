@@ -29,6 +29,7 @@ from hwpq_pipeline.method.groups import open_groups
 from hwpq_pipeline.method.recipe import Recipe
 from hwpq_pipeline.method.run import write_model
 from hwpq_pipeline.method.sections import Choice, Quantization, Selection
+from hwpq_pipeline.planning import export_bytes, out_of_reach, read_shapes, tightest
 from hwpq_pipeline.variant import Variant
 from tests.export.making import layer_shapes, make_compressed, make_two_of_four
 from tests.tiny import tiny_checkpoint, tiny_config, tiny_tokens
@@ -91,7 +92,10 @@ def test_one_huge_loss_does_not_hide_the_others(huge: float) -> None:
 
 def test_a_limit_that_nothing_fits_in_is_one_line() -> None:
     options = [Option("g", "a", 2e6, 0.0), Option("g", "b", 1e6, 1.0)]
-    with pytest.raises(HwpqError, match=r"v: the smallest choices take 1.0 MB, and the limit leaves 0.5 MB"):
+    with pytest.raises(
+        HwpqError,
+        match=r"v: budget: the smallest choices take [\d,]+ bytes, and the limit leaves [\d,]+ bytes for them",
+    ):
         share_out(options, 5e5, "v")
     assert share_out(options, 1e6, "v").chosen == {"g": "b"}
 
@@ -151,7 +155,7 @@ def test_other_words_are_refused(word: str) -> None:
     [
         ({"budget": {"choices": CHOICES}}, "exactly one of size_bytes"),
         ({"budget": {"choices": CHOICES, "ratio": 0.5, "size_bytes": 9}}, "given: size_bytes and ratio"),
-        ({"budget": {"choices": ["int8"], "ratio": 0.5}}, "at least 2 items"),
+        ({"budget": {"choices": ["int8"], "ratio": 0.5}}, "two words or more"),
         ({"budget": {"choices": ["int8", "int8"], "ratio": 0.5}}, "stands there twice"),
         ({"budget": {"choices": ["int8", "int4"], "ratio": 0.5}}, "'int4' is no choice"),
         ({"budget": {"choices": CHOICES, "ratio": 0.5}, "quantization": {"grid": "int8"}}, "remove these"),
@@ -266,3 +270,72 @@ def test_a_choice_that_does_not_fit_a_layer_is_none_for_it(tmp_path: Path) -> No
     alone = replace(plan, budget=replace(plan.budget, choices=plan.budget.choices[1:]))
     (told, *_) = misfits(alone, groups.layers, "v")
     assert "96 columns do not divide into groups of 128" in str(told)
+
+
+def test_layers_that_an_override_decides_on_are_no_part_of_the_budget(root: Path) -> None:
+    """Even where the override equals one of the choices, which makes its layer a member of its siblings' group."""
+    groups = open_groups(root / "model", root / "statistics")
+    for own in ("q_proj", "k_proj"):
+        entry = {
+            "budget": {"choices": ["int8", "int4-32"], "bits_per_weight": 7},
+            "layers": [{"match": [f"re:.*{own}"], "quantization": {"grid": "int8"}}],
+        }
+        plan = Recipe.from_variant(entry)
+        chosen = choose_layers(groups, plan, TOKENS, where="v")
+        assert set(chosen) == {name for name in groups.layers.names if own not in name}
+        made = plan.with_choices(chosen)
+        assert all(made.for_layer(name).quantization is not None for name in groups.layers.names)
+        sizes = {layer.name: layer.shape[0] * layer.shape[1] for layer in groups.layers if layer.name in chosen}
+        bits = {"int8": 8 + 16 / 64, "int4-32": 4.5}  # a scale a row of 64 and more columns
+        assert sum(bits[word] * sizes[name] for name, word in chosen.items()) <= 7.02 * sum(sizes.values())
+
+
+@pytest.mark.parametrize(
+    ("limit", "kind"),
+    [(1, "size_bytes"), (0.01, "ratio"), (1, "bits_per_weight"), (16, "decode_speed_ratio")],
+)
+def test_a_limit_out_of_reach_is_told_from_shapes_and_the_bound_itself_is_not(
+    root: Path, limit: float, kind: str
+) -> None:
+    plan, shapes = recipe(**{kind: limit}), read_shapes(root / "model")
+    told = str(out_of_reach(shapes, plan, "variants.v"))
+    assert f"variants.v: budget.{kind}: {limit:g} cannot be reached: with the smallest choices it is" in told
+    bound = tightest(shapes, plan)
+    assert bound is not None
+    assert plan.budget is not None
+    assert out_of_reach(shapes, replace(plan, budget=replace(plan.budget, limit=bound)), "v") is None
+
+
+def test_what_is_planned_for_lies_between_the_smallest_and_the_largest_choices(root: Path) -> None:
+    shapes = read_shapes(root / "model")
+    small, large = (
+        export_bytes(shapes, Recipe.from_variant({"quantization": {"grid": grid, "group_size": size}}))
+        for grid, size in (("int4", 64), ("int8", None))
+    )
+    entry = {"choices": ["int8", "int4-64"]}
+    for limit in (1, 10**12):
+        planned = export_bytes(shapes, Recipe.from_variant({"budget": {**entry, "size_bytes": limit}}))
+        assert planned == (small if limit == 1 else large)
+
+
+def test_codes_that_the_export_cannot_hold_beside_others_are_refused(root: Path) -> None:
+    layers = open_groups(root / "model", root / "statistics").layers
+    mixed = Recipe.from_variant({"budget": {"choices": ["mxfp4-32", "int8"], "ratio": 0.66}})
+    assert "unpacks grid mxfp4 when it loads, and no further grid beside it" in str(misfits(mixed, layers, "v")[0])
+    alone = Recipe.from_variant({"budget": {"choices": ["mxfp4-32", "dense"], "ratio": 0.66}})
+    assert misfits(alone, layers, "v") == []
+
+
+def test_a_budget_that_decides_on_nothing_and_healing_of_nothing_are_told(root: Path) -> None:
+    layers = open_groups(root / "model", root / "statistics").layers
+    for entry, words in (
+        ({"budget": {"choices": ["int8", "dense"], "ratio": 0.9}, "ignore": ["Linear"]}, "it decides on no layer"),
+        ({"quantization": {"grid": "int8"}, "ignore": ["Linear"], "healing": {}}, "there is nothing to heal"),
+    ):
+        assert [words in str(error) for error in misfits(Recipe.from_variant(entry), layers, "v")] == [True]
+
+
+def test_more_samples_than_there_are_is_told(root: Path, caplog: pytest.LogCaptureFixture) -> None:
+    groups = open_groups(root / "model", root / "statistics")
+    choose_layers(groups, recipe(bits_per_weight=6), TOKENS[:3], where="v")
+    assert "v: budget.samples is 8, and there are 3 calibration samples." in caplog.text

@@ -45,6 +45,9 @@ class CardInfo:
         calibration: what the statistics were taken from (text, samples, length, seed); empty if none was used.
         command: the command that makes this export again.
         embeddings: the grid of the embedding and the head, or None.
+        others: the other grids of its layers; then `parameters` say which layer has which.
+        partly: whether some layers are treated otherwise than the rest.
+        healed_tokens: how many tokens it was healed on at most; None if it was not.
     """
 
     variant: str
@@ -57,6 +60,9 @@ class CardInfo:
     calibration: Mapping[str, Any] = field(default_factory=dict)
     command: str = ""
     embeddings: str | None = None
+    others: tuple[str, ...] = ()
+    partly: bool = False
+    healed_tokens: int | None = None
 
 
 @dataclass(frozen=True)
@@ -213,18 +219,35 @@ def _body(info: CardInfo, storage: Storage) -> str:
 
 def _method(info: CardInfo) -> str:
     changed = bool(info.grid) or info.structure != "dense"
-    return (
-        f"From {markdown(info.base_model)}, in the linear layers of its decoder blocks "
-        f"({_elsewhere(info) if changed else 'here unchanged'}):\n\n"
-        f"- {_STRUCTURES.get(info.structure, info.structure)}\n"
-        f"- {_grid(info.grid) if info.grid else 'weights keep their number format'}"
+    some = " (in the layers that *Parameters* names)" if info.partly else ""
+    pruned, rounded = info.structure != "dense", [_grid(grid) for grid in (info.grid, *info.others) if grid]
+    return "\n".join(
+        [
+            (
+                f"From {markdown(info.base_model)}, in the linear layers of its decoder blocks "
+                f"({_elsewhere(info) if changed or info.embeddings else 'here unchanged'}):\n"
+            ),
+            f"- {_STRUCTURES.get(info.structure, info.structure)}{some if pruned else ''}",
+            *(f"- {words}{some}" for words in rounded or ["weights keep their number format"]),
+            *([_healed(info.healed_tokens)] if info.healed_tokens else []),
+        ]
     )
 
 
 def _elsewhere(info: CardInfo) -> str:
-    if info.embeddings is None:
-        return "nothing else is changed"
-    return f"besides, the embedding and the head: {GRIDS[info.embeddings].words}, a row being a channel"
+    found = []
+    if info.healed_tokens:
+        found.append("the norms of these blocks learnt as well")
+    if info.embeddings is not None:
+        found.append(f"the embedding and the head: {GRIDS[info.embeddings].words}, a row being a channel")
+    return f"besides, {'; '.join(found)}" if found else "nothing else is changed"
+
+
+def _healed(tokens: int) -> str:
+    return (
+        "- healed: with mask and scales fixed, the weights that are left learnt the dense model's next-token "
+        f"distributions, on at most {tokens:,} tokens of the calibration text"
+    )
 
 
 def _grid(name: str) -> str:

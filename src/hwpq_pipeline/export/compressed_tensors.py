@@ -35,6 +35,7 @@ One shard's tensors are in memory at a time, since safetensors writes a file who
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,8 @@ from hwpq_pipeline.compression.grids import GRIDS
 from .card import CardInfo, Storage
 from .formats import Format
 from .stored_layers import StoredLayers, module_of
+
+logger = logging.getLogger(__name__)
 
 #: By grid: the library's preset for weights and activations, and its name for how the codes are stored.
 _SCHEMES = {
@@ -96,6 +99,7 @@ def export_checkpoint(
     dense.check_dense()
     FORMAT.check(compressed.structure, compressed.grid, str(compressed_dir))
     stored = StoredLayers(layer_map(model_dir), compressed)
+    _tell_of_values(stored, compressed.variant)
     config = dict(dense.config)
     if stored.packed or stored.tables:
         config["quantization_config"] = quantization_config(
@@ -106,6 +110,14 @@ def export_checkpoint(
         write_weights(partial, _tensors(dense, compressed, stored), shard_bytes=shard_bytes)
         copy_side_files(Path(model_dir), partial)
     return Path(target_dir)
+
+
+def _tell_of_values(stored: StoredLayers, variant: str) -> None:
+    if stored.demoted:
+        logger.warning(
+            "%s: %d rounded layers are stored as values, first %s: transformers unpacks this model when it loads, by "
+            "one grid. They take as many bytes as unrounded ones.", variant, len(stored.demoted), stored.demoted[0],
+        )  # fmt: skip
 
 
 def quantization_config(

@@ -20,6 +20,7 @@ class StoredLayers:
     Attributes:
         packed: the layers that are stored in codes, by the name of their tensor.
         valued: the others that were compressed, by the name of the tensor that they lie in.
+        demoted: names of those among them whose codes could not be stored beside the others'.
         tables: the embedding and the head where they are rounded, by the name of their tensor.
         tied: modules that share each table, by the name of its tensor.
         unpacked: whether transformers must unpack the codes when it loads them: the model does not call all of these
@@ -43,10 +44,12 @@ class StoredLayers:
         }
         self.unpacked = any(not layer.called or _four_bits(compressed, layer) for layer in self.packed.values())
         self.formats = {layer.name: compressed.format_of(layer.name) for layer in self.packed.values()}
+        self.demoted: list[str] = []
         if self.unpacked and compressed.formats:  # transformers unpacks all layers by one scheme
             for tensor, layer in list(self.packed.items()):
                 if self.formats[layer.name] != compressed.formats[0]:
                     self.valued[tensor] = [self.packed.pop(tensor)]
+                    self.demoted.append(layer.name)
 
     def schemes(self) -> dict[tuple[str, int | None], list[str]]:
         """The modules of each pair of grid and group size; `Linear` where there is one pair alone."""

@@ -26,6 +26,7 @@ from hwpq_pipeline.errors import HwpqError
 from hwpq_pipeline.method.budget import Option, Shared, layer_bytes, share_out, table_bytes, tables_bytes
 from hwpq_pipeline.method.fitting import misfit
 from hwpq_pipeline.method.groups import Group, Groups
+from hwpq_pipeline.method.overrides import NOTHING, Override
 from hwpq_pipeline.method.recipe import Recipe
 from hwpq_pipeline.method.sections import Budget, Choice
 from hwpq_pipeline.method.select import select_group
@@ -64,13 +65,15 @@ def choose_layers(
     trials = {choice.name: _trial(recipe, budget, choice, groups) for choice in budget.choices}
     some = next(choice for choice in budget.choices if choice.selection or choice.quantization)
     parts = groups.treated_by(trials[some.name])
-    free = {name: layers for name, layers in parts.members().items() if recipe.leaves_open(layers[0].name)}
-    if not free:
-        raise HwpqError("the budget decides on no layer", where=where, remedy="Take layers out of ignore and layers.")
+    free = parts.members()
     options: list[Option] = []
     met: set[str] = set()
     priced = 0
     chosen_by = tokens[: budget.samples]
+    if len(chosen_by) < budget.samples:
+        logger.warning(
+            "%s: budget.samples is %d, and there are %d calibration samples.", where, budget.samples, len(chosen_by)
+        )
     with progress_bar("select: choices, input groups") as bar, torch.no_grad():
         for number, seen in output_gradients(groups.checkpoint.path, chosen_by, device=groups.device):
             for group in parts.of_block(number):
@@ -93,13 +96,17 @@ def choose_layers(
 def _trial(recipe: Recipe, budget: Budget, choice: Choice, groups: Groups) -> Recipe:
     """The recipe in which every layer takes one choice, each layer for itself; the descent sweeps once.
 
-    Further sweeps lower the errors of all grids alike, so that they would not change what is chosen.
+    Further sweeps lower the errors of all grids alike, so that they would not change what is chosen. Layers that the
+    variant's own overrides decide on stay as they are, and so in groups of their own.
     """
     rounding = choice.quantization
     if rounding is not None and rounding.sweeps is not None:
         choice = replace(choice, quantization=replace(rounding, sweeps=1))
     alone = replace(recipe, budget=replace(budget, choices=(choice,)), sequence=None, healing=None)
-    return alone.with_choices(dict.fromkeys(groups.layers.names, choice.name))
+    names = groups.layers.names
+    fixed = tuple(name for name in names if not recipe.leaves_open(name))
+    trial = alone.with_choices(dict.fromkeys(names, choice.name))
+    return replace(trial, overrides=(*trial.overrides, *((Override(fixed, NOTHING),) if fixed else ())))
 
 
 def _loss(group: Group, trial: Recipe, seen: Sequence[Sequence[tuple[Tensor, Tensor]]]) -> float:
@@ -210,6 +217,12 @@ def _tell(shared: Shared, cost: _Cost, where: str) -> None:
         "%s: these layers take %.1f MB of the %.1f MB that are left for them. Predicted loss %.4f nats a token, gap to "
         "the best sharing %.2g.", where, shared.cost / 1e6, cost.limit / 1e6, shared.loss, shared.gap,
     )  # fmt: skip
+    taken = [choice for choice in cost.budget.choices if choice.name in counts]
+    if cost.read and len(taken) > 1 and any(choice.selection is not None for choice in taken):
+        logger.warning(
+            "%s: 2:4 layers count as packed, and no export packs them beside others: this speed is a prediction for an "
+            "engine to come.", where,
+        )  # fmt: skip
     if all(choice.selection is None for choice in cost.budget.choices if choice.name in counts) and any(
         choice.selection is not None for choice in cost.budget.choices
     ):

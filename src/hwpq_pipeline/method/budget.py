@@ -120,9 +120,9 @@ def share_out(options: Sequence[Option], limit: float, where: str) -> Shared:
     least, total = costs[smallest].sum(), losses[smallest].sum()
     if least > limit:
         raise HwpqError(
-            f"the smallest choices take {least / 1e6:,.1f} MB, and the limit leaves {max(limit, 0) / 1e6:,.1f} MB",
-            where=where,
-            remedy="Raise the limit, or add a smaller choice.",
+            f"the smallest choices take {least:,.0f} bytes, and the limit leaves {limit:,.0f} bytes for them",
+            where=f"{where}: budget",
+            remedy=f"Give the layers {least - limit:,.0f} bytes more, or add a smaller choice.",
         )
     one_each = csr_array((np.ones(len(options)), (own, np.arange(len(options)))))
     # Scaled by what a sharing loses that is already known, so that the solver's tolerances are small beside it. An

@@ -12,7 +12,7 @@ from typing import Any
 from hwpq_pipeline.compression.grids import EMBEDDINGS
 from hwpq_pipeline.errors import HwpqError
 from hwpq_pipeline.method.choices import sections_of
-from hwpq_pipeline.method.overrides import Override
+from hwpq_pipeline.method.overrides import NOTHING, Override
 from hwpq_pipeline.method.presets import (
     BUDGET_SAMPLES,
     CORRECTION_STEPS,
@@ -59,7 +59,7 @@ def _overrides(variant: Mapping[str, Any], damping: float) -> tuple[Override, ..
         for entry in variant.get("layers") or ()
     ]
     if ignored := tuple(variant.get("ignore") or ()):
-        found.append(Override(ignored, {"selection": None, "quantization": None}))
+        found.append(Override(ignored, NOTHING))
     return tuple(found)
 
 

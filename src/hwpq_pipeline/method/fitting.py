@@ -34,7 +34,12 @@ def misfits(recipe: Recipe, layers: LayerMap, variant: str) -> list[HwpqError]:
         wrong = [misfit(layer, part) for part in parts]
         if (first := wrong[0]) is not None and all(wrong):
             found.setdefault(first.what, HwpqError(first.what, where=f"{variant}: {layer.name}", remedy=first.remedy))
-    return [*found.values(), *_misfits_of_embeddings(recipe, layers, variant)]
+    return [
+        *found.values(),
+        *_misfits_of_embeddings(recipe, layers, variant),
+        *_misfits_of_budget(recipe, layers, variant),
+        *_misfits_of_healing(recipe, layers, variant),
+    ]
 
 
 def misfit(layer: Layer, own: Recipe) -> HwpqError | None:
@@ -65,3 +70,33 @@ def _misfits_of_embeddings(recipe: Recipe, layers: LayerMap, variant: str) -> li
         what = f"transformers unpacks this model when it loads ({lost[0]} is no module of its own), by one grid"
         return [HwpqError(what, where=variant, remedy=remedy)]
     return []
+
+
+def _misfits_of_budget(recipe: Recipe, layers: LayerMap, variant: str) -> list[HwpqError]:
+    """Codes of several kinds that the export could not store as codes, and a budget that decides on nothing."""
+    if recipe.budget is None:
+        return []
+    where = f"{variant}: budget"
+    if not any(recipe.leaves_open(layer.name) for layer in layers):
+        return [HwpqError("it decides on no layer", where=where, remedy="Take layers out of ignore and layers.")]
+    parts = [part.quantization for part in recipe.parts if part.quantization is not None]
+    if len({(part.grid, part.group_size) for part in parts}) < 2:
+        return []
+    remedy = "Leave one kind of codes among the choices."
+    if found := [part.grid for part in parts if GRIDS[part.grid].coarsening]:
+        what = f"transformers unpacks grid {found[0]} when it loads, and no further grid beside it"
+        return [HwpqError(what, where=where, remedy=remedy)]
+    if lost := [layer.name for layer in layers if layer.packs and not layer.called]:
+        what = f"transformers unpacks this model when it loads ({lost[0]} is no module of its own), by one grid"
+        return [HwpqError(what, where=where, remedy=remedy)]
+    return []
+
+
+def _misfits_of_healing(recipe: Recipe, layers: LayerMap, variant: str) -> list[HwpqError]:
+    """Healing of a model in which nothing is changed."""
+    if recipe.healing is None or recipe.budget is not None:
+        return []
+    if any(recipe.for_layer(layer.name).changes_weights for layer in layers):
+        return []
+    what = "ignore and layers leave every layer as it is, so there is nothing to heal"
+    return [HwpqError(what, where=variant, remedy="Remove healing, or take layers out of ignore.")]

@@ -24,6 +24,10 @@ EVERY, EXPRESSION = "Linear", "re:"
 _SECONDS = 1.0
 
 
+#: Sections of layers that stay as they are.
+NOTHING: dict[str, None] = {"selection": None, "quantization": None}
+
+
 @dataclass(frozen=True)
 class Override:
     """An entry for some layers.

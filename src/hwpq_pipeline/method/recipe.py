@@ -46,7 +46,7 @@ class Recipe:
 
     @classmethod
     def from_variant(cls, variant: Mapping[str, Any]) -> Self:
-        """The recipe of a variant whose entry is valid (`parameters.Variant`), every number written out.
+        """The recipe of a variant whose entry is valid (`variant.Variant`), every number written out.
 
         Args:
             variant: `selection`, `recovery`, `quantization`, `sequential`, `layers`, `ignore`, `budget` and `healing`;

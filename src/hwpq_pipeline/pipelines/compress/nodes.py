@@ -12,6 +12,7 @@ import pandas as pd
 from hwpq_pipeline.checkpoints.compressed_writer import CompressedWriter
 from hwpq_pipeline.checkpoints.masks import Masks
 from hwpq_pipeline.corpus.samples import draw_samples, token_matrix
+from hwpq_pipeline.errors import HwpqError
 from hwpq_pipeline.kernels.devices import choose_device
 from hwpq_pipeline.layer_columns import COMPRESSED
 from hwpq_pipeline.method.groups import open_groups
@@ -61,21 +62,25 @@ def compress_weights(
 
 
 def draw_healing(
-    documents: pd.DataFrame, model: Path, calibration: Calibration, variant: Variant
+    documents: pd.DataFrame, model: Path, calibration: Calibration, variant: Variant, name: str
 ) -> np.ndarray[Any, np.dtype[np.int64]]:
     """The tokens that the variant is healed on, (samples, length); no samples for a variant that is not."""
     recipe = Recipe.from_variant(variant.model_dump())
     if recipe.healing is None:
         return np.empty((0, calibration.length), dtype=np.int64)
     samples = samples_needed(recipe, calibration.length)
-    drawn = draw_samples(
-        documents,
-        model,
-        split="calibration",
-        samples=samples,
-        length=calibration.length,
-        seed=recipe.healing.seed,
-    )
+    try:
+        drawn = draw_samples(
+            documents,
+            model,
+            split="calibration",
+            samples=samples,
+            length=calibration.length,
+            seed=recipe.healing.seed,
+        )
+    except HwpqError as error:
+        remedy = "Lower healing.tokens or healing.held_out, or take a larger corpus."
+        raise HwpqError(error.what, where=f"variants.{name}: text to heal on", remedy=remedy) from error
     return token_matrix(drawn)
 
 

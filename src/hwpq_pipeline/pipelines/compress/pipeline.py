@@ -24,7 +24,7 @@ def create_pipeline(names: Iterable[str]) -> Pipeline:
             ),
             node(
                 draw_healing,
-                ["documents", "model", "params:calibration", "params:variant"],
+                ["documents", "model", "params:calibration", "params:variant", "name"],
                 "healing_tokens",
                 name="draw_healing",
             ),
