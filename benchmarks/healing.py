@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import tempfile
 import time
 from pathlib import Path
@@ -96,6 +97,18 @@ def healed(variant: str, data: Path, scratch: Path) -> tuple[Path, float | None]
     return target, time.perf_counter() - begun
 
 
+class Said(logging.Handler):
+    """What the healing said of itself: that its minutes ended it, for one."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Keep a line."""
+        self.lines.append(record.getMessage())
+
+
 def table(report: dict[str, Any]) -> str:
     """The rows as Markdown."""
     names = list(report["dense"])
@@ -110,7 +123,8 @@ def table(report: dict[str, Any]) -> str:
         cells = " | ".join(f"{row['texts'][name]['times_dense']:.3f}" for name in names)
         minutes = f"{row['seconds'] / 60:.0f}" if row.get("seconds") else ""
         lines.append(f"| {row['variant']} | {cells} | {minutes} |")
-    return "\n".join([*lines, "", f"{processor(report['machine'])}.", ""])
+    said = [f"`{row['variant']}`: {line}" for row in report["rows"] for line in row.get("said", ())]
+    return "\n".join([*lines, "", *said, f"{processor(report['machine'])}.", ""])
 
 
 def main() -> None:
@@ -132,11 +146,18 @@ def main() -> None:
     report: dict[str, Any] = {"machine": machine(), "dense": perplexities, "rows": old}
     for variant in options.variants:
         plain = options.data / "06_models" / variant / "model"
+        said = Said()
+        logging.getLogger("hwpq_pipeline.method.healing").addHandler(said)
         with tempfile.TemporaryDirectory(dir=options.data) as folder:
             path, seconds = healed(variant, options.data, Path(folder))
             made = {variant: (plain, None), f"{variant}-healed": (path, seconds)}
             rows = [
-                {"variant": name, "seconds": spent, "texts": judged(where, options.data, tokens, dense)}
+                {
+                    "variant": name,
+                    "seconds": spent,
+                    "texts": judged(where, options.data, tokens, dense),
+                    "said": said.lines if spent else [],
+                }
                 for name, (where, spent) in made.items()
             ]
         report["rows"] = [row for row in report["rows"] if row["variant"] not in made] + rows
