@@ -156,10 +156,11 @@ def main() -> None:
                     "variant": name,
                     "seconds": spent,
                     "texts": judged(where, options.data, tokens, dense),
-                    "said": said.lines if spent else [],
+                    "said": list(said.lines) if spent else [],
                 }
                 for name, (where, spent) in made.items()
             ]
+        logging.getLogger("hwpq_pipeline.method.healing").removeHandler(said)
         report["rows"] = [row for row in report["rows"] if row["variant"] not in made] + rows
         write_results(options.out, "healing", report, table(report))
     print(table(report))
