@@ -13,7 +13,7 @@ import torch
 from hwpq_pipeline.checkpoints.compressed import CompressedModel, open_compressed
 from hwpq_pipeline.checkpoints.layers import layer_map
 from hwpq_pipeline.checkpoints.reader import Checkpoint
-from hwpq_pipeline.compression.codes import on_grid
+from hwpq_pipeline.compression.codes import dequantize, on_grid
 from hwpq_pipeline.compression.grids import GRIDS
 from hwpq_pipeline.decoder.head import Head
 from hwpq_pipeline.decoder.loading import load_causal_lm
@@ -109,7 +109,8 @@ def test_healing_helps_and_keeps_mask_and_grid(model: Path, tmp_path: Path, grid
         assert not bool(new[layer.name][old[layer.name] == 0].any())
         if grid:
             found = held.read_quantized(layer.name, layer.shape)
-            assert torch.equal(found.scale, CompressedModel(before).read_quantized(layer.name, layer.shape).scale)
+            given = CompressedModel(before).read_quantized(layer.name, layer.shape)
+            assert torch.equal(found.scale, given.scale) == GRIDS[found.grid].is_float  # those of integers learn
             assert on_grid(found.codes, GRIDS[found.grid])
     assert any(not torch.equal(old[name], new[name]) for name in old)
     export_checkpoint(model, before, tmp_path / "export-before")
@@ -118,6 +119,48 @@ def test_healing_helps_and_keeps_mask_and_grid(model: Path, tmp_path: Path, grid
     models = [load_causal_lm(path, torch.float32, remedy="r") for path in paths]
     held_out = TOKENS[-4:]
     assert divergence(models[0], models[2], held_out) < 0.95 * divergence(models[0], models[1], held_out)
+
+
+def test_the_gradient_of_a_scale_is_the_formulas(model: Path, tmp_path: Path) -> None:
+    """Against differences of `Σ g · w` in float64, the codes holding still; the weights get `m` times theirs."""
+    student = Student(model, CompressedModel(compressed(model, tmp_path / "before", recipe(**INT4))), CPU)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for factor in student.factors:
+            factor.copy_(1 + 0.1 * torch.randn(factor.shape, generator=generator))
+    parameters = dict(student.model.named_parameters())
+    given = {}
+    for layer in student.layers:
+        parameter = parameters[layer.place.tensor]
+        given[layer.name] = torch.randn(parameter.shape, generator=generator)
+        parameter.grad = given[layer.name].clone()
+    student.take_gradients()
+    masters = dict(zip((layer.place.tensor for layer in student.layers), student.masters, strict=False))
+    for layer, factor in zip(student.layers, student.factors, strict=True):
+        held = CompressedModel(tmp_path / "before").read_quantized(layer.name, layer.shape)
+        steps = (held.codes.double() * held.scale.double().repeat_interleave(32, 1)).unflatten(1, (-1, 32))
+        own = given[layer.name].double().unflatten(1, (-1, 32))
+        assert factor.grad is not None
+        torch.testing.assert_close(factor.grad.double(), (own * steps).sum(-1), rtol=1e-4, atol=1e-6)
+        kept = steps.flatten(1) != 0
+        expected = given[layer.name] * factor.detach().repeat_interleave(32, 1) * kept
+        gradient = masters[layer.place.tensor].grad
+        assert gradient is not None
+        torch.testing.assert_close(gradient, expected, rtol=1e-6, atol=0)
+
+
+def test_scales_that_learnt_are_numbers_of_the_checkpoints_dtype(tmp_path: Path) -> None:
+    from hwpq_pipeline.calibration.statistics import collect_statistics
+
+    tiny_checkpoint(tmp_path / "model", tiny_config(hidden_size=64), dtype=torch.bfloat16)
+    collect_statistics(tmp_path / "model", TOKENS[:8], target=tmp_path / "statistics")
+    after = healed(tmp_path / "model", tmp_path, recipe(healing=SHORT, **INT4))
+    held, export = CompressedModel(after), export_checkpoint(tmp_path / "model", after, tmp_path / "export")
+    stored = Checkpoint(export)
+    for layer in layer_map(tmp_path / "model"):
+        scale = held.read_quantized(layer.name, layer.shape).scale
+        assert torch.equal(scale, scale.bfloat16().float())
+        assert torch.equal(stored.tensor(f"{layer.name}.weight_scale").float(), scale)
 
 
 def test_norms_learn_and_are_exported_and_the_rest_is_untouched(model: Path, tmp_path: Path) -> None:
@@ -161,8 +204,9 @@ def test_a_seed_gives_the_same_bytes(model: Path, tmp_path: Path) -> None:
     assert any((one / name).read_bytes() != (three / name).read_bytes() for name in files)
 
 
-def test_one_that_was_killed_goes_on_and_ends_the_same(model: Path, tmp_path: Path) -> None:
-    made = recipe(healing=SHORT)
+@pytest.mark.parametrize("grid", [{}, INT4], ids=["values", "int4"])
+def test_one_that_was_killed_goes_on_and_ends_the_same(model: Path, tmp_path: Path, grid: dict[str, Any]) -> None:
+    made = recipe(healing=SHORT, **grid)
     whole = healed(model, tmp_path, made, "whole")
     held, settings = CompressedModel(tmp_path / "before"), made.healing
     assert settings is not None
@@ -185,9 +229,8 @@ def test_one_that_was_killed_goes_on_and_ends_the_same(model: Path, tmp_path: Pa
     expected = weights(model, whole)
     found = {layer.name: made for layer, made in again.results()}
     for name, weight in expected.items():
-        made_again = found[name]
-        assert isinstance(made_again, torch.Tensor)
-        assert torch.equal(made_again, weight)
+        again_made = found[name]
+        assert torch.equal(again_made if isinstance(again_made, torch.Tensor) else dequantize(again_made), weight)
 
 
 def test_a_damaged_state_is_as_good_as_none(model: Path, tmp_path: Path) -> None:

@@ -245,7 +245,7 @@ def _elsewhere(info: CardInfo) -> str:
 
 def _healed(tokens: int) -> str:
     return (
-        "- healed: with mask and scales fixed, the weights that are left learnt the dense model's next-token "
+        "- healed: with the mask fixed, the weights that are left learnt the dense model's next-token "
         f"distributions, on at most {tokens:,} tokens of the calibration text"
     )
 

@@ -11,9 +11,9 @@ the compressed layers learn, and the norms of the decoder blocks, by Adam in one
 **The mask** holds because a weight that is zero in a pruned layer gets no gradient: Adam's step is zero where all its
 gradients were. A kept weight that was rounded to zero gets none either, and stays zero.
 
-**A grid.** The model computes with `s · round(w / s)` at fixed scales, and the gradient there is taken for that of
-`w` (straight-through, Bengio et al., arXiv 1308.3432). So it is the rounded model that is healed. Activations are not
-rounded here.
+**A grid.** The model computes with `s · round(w / s)`, and the gradient there is taken for that of `w`
+(straight-through, Bengio et al., arXiv 1308.3432). So it is the rounded model that is healed. Scales of integers learn
+too (`method.student`), those of 8-bit floats stay. Activations are not rounded here.
 
 **The budget** is in tokens and in minutes, and the cycle ends with the one that ends first. As long as the minutes are
 enough, at the pace so far, a seed gives the same weights each time. Where they are not, the cycle is made as short as
@@ -56,6 +56,8 @@ logger = logging.getLogger(__name__)
 PIECE = 256
 #: Of the cycle, the share in which the learning rate rises.
 RISE = 0.1
+#: The learning rate of the scales' factors, in units of the weights': a weight is some hundredths, a factor is one.
+FACTOR_UNIT = 5.0
 #: How often in a cycle the held-out samples are asked, and the state is written.
 CHECKS = 4
 #: The least root mean square that Adafactor takes a tensor for.
@@ -192,7 +194,10 @@ def _optimizer(student: Student, learning_rate: float) -> torch.optim.Optimizer:
     """
     needed = 4 * sum(master.nbytes for master in student.masters)
     if needed <= _free_bytes(student.device) / 2:
-        groups = [{"params": student.masters, "unit": 1.0}]
+        weights = student.masters[: len(student.masters) - len(student.factors)]
+        groups: list[dict[str, Any]] = [{"params": weights, "unit": 1.0}]
+        if student.factors:
+            groups.append({"params": student.factors, "unit": FACTOR_UNIT})
         return torch.optim.Adam(groups, lr=learning_rate, betas=(0.9, 0.95), fused=True)
     logger.info("Adam's moments do not fit in memory: the second one is factored.")
     groups = [

@@ -2,8 +2,13 @@
 
 For each parameter of the module tree that holds compressed layers there is a **master**, float32, in which Adam takes
 its small steps. The parameter itself holds what the compressed model would: the master, or where the layer has a grid,
-`s · round(master / s)` with the scales that it came with. Parameters of another module form (a stack of experts, a
-transposed weight) hold their layers as views, so no form is special here.
+`s · round(master / s)`, `s` being the scales that it came with. Parameters of another module form (a stack of experts,
+a transposed weight) hold their layers as views, so no form is special here.
+
+**Scales of integers learn too.** A code of few bits moves only when its weight has gone half a step, which Adam's small
+steps take long for. So a layer of integers computes with `m · s · round(master / s)`, where the factor `m` of each
+group of columns begins at one. Its gradient is `Σ g · s · round(master / s)` over the group: the codes hold still there
+(learned step sizes: Esser et al., arXiv 1902.08153). What is computed with is `m · s` as the export stores it.
 """
 
 from __future__ import annotations
@@ -37,7 +42,8 @@ class Student:
         model: the causal LM.
         layers: that were compressed.
         tables: the embedding and the head, where they were rounded.
-        masters: what learns, float32: of the layers' parameters, then of the blocks' norms.
+        masters: what learns, float32: of the layers' parameters, then of the blocks' norms, then `factors`.
+        factors: of the scales, (out, groups), of layers of integers.
         device: where it runs.
     """
 
@@ -61,16 +67,27 @@ class Student:
             self._view(layer, self._parameters).copy_(weight)
         self.norms = norms_of(self.model, Checkpoint(model_dir).names)
         self._names = [*dict.fromkeys(layer.place.tensor for layer in self.layers), *self.norms]
-        self.masters = [self._parameters[name].detach().clone().contiguous() for name in self._names]
+        self._stored = Checkpoint(model_dir).torch_dtype
+        self._scaled = [layer for layer in self.layers if self._learns_scales(layer)]
+        self.factors = [torch.ones_like(self._scales[layer.name].scale) for layer in self._scaled]
+        self.masters = [self._parameters[name].detach().clone().contiguous() for name in self._names] + self.factors
         recipe = Recipe.from_json(compressed.recipe)
         pruned = [layer for layer in self.layers if recipe.for_layer(layer.name).selection is not None]
         self._kept = {layer.name: self._view(layer, self._by_name) != 0 for layer in pruned}
         for name in self._names:
             self._parameters[name].requires_grad_()
 
+    def _learns_scales(self, layer: Layer) -> bool:
+        grid = GRIDS[self._scales[layer.name].grid] if layer.name in self._scales else None
+        return grid is not None and not grid.is_float and grid.stored_as == "model"
+
     @property
     def _by_name(self) -> dict[str, Tensor]:
-        return dict(zip(self._names, self.masters, strict=True))
+        return dict(zip(self._names, self.masters, strict=False))
+
+    @property
+    def _factor(self) -> dict[str, Tensor]:
+        return {layer.name: factor for layer, factor in zip(self._scaled, self.factors, strict=True)}
 
     @staticmethod
     def _view(layer: Layer, tensors: dict[str, Tensor] | dict[str, nn.Parameter]) -> Tensor:
@@ -79,10 +96,18 @@ class Student:
     @torch.no_grad()
     def take_gradients(self) -> None:
         """Hand the parameters' gradients to the masters; a weight that is zero in a pruned layer gets none."""
-        for name, master in zip(self._names, self.masters, strict=True):
+        for name, master in self._by_name.items():
             parameter = self._parameters[name]
             master.grad, parameter.grad = parameter.grad, None
         gradients = {name: master.grad for name, master in self._by_name.items() if master.grad is not None}
+        masters, factors = self._by_name, self._factor
+        for layer in self._scaled:
+            if layer.place.tensor in gradients:
+                factor, kept = factors[layer.name], self._scales[layer.name]
+                own = self._view(layer, gradients)
+                plain = scaled(self._codes(layer, self._view(layer, masters)), kept.scale)
+                factor.grad = (own * plain).reshape(*factor.shape, -1).sum(-1)
+                own.mul_(factor.repeat_interleave(own.shape[1] // factor.shape[1], dim=1))
         for layer in self.layers:
             if layer.name in self._kept and layer.place.tensor in gradients:
                 self._view(layer, gradients).mul_(self._kept[layer.name])
@@ -98,11 +123,19 @@ class Student:
             found = self._rounded(layer, weight)
             self._view(layer, self._parameters).copy_(weight if found is None else scaled(found.codes, found.scale))
 
+    def _codes(self, layer: Layer, weight: Tensor) -> Tensor:
+        kept = self._scales[layer.name]
+        return round_to(weight.contiguous(), kept.scale, GRIDS[kept.grid])
+
     def _rounded(self, layer: Layer, weight: Tensor) -> Quantized | None:
         if layer.name not in self._scales:
             return None
-        kept = self._scales[layer.name]
-        return replace(kept, codes=round_to(weight.contiguous(), kept.scale, GRIDS[kept.grid]))
+        kept, factor = self._scales[layer.name], self._factor.get(layer.name)
+        scale = kept.scale
+        if factor is not None:  # a number that the export can store; a factor that fell to nothing leaves it as it was
+            found = (scale * factor).to(self._stored).float()
+            scale = torch.where((found > 0) & found.isfinite(), found, scale)
+        return replace(kept, codes=self._codes(layer, weight), scale=scale)
 
     def results(self) -> Iterator[tuple[Layer, Tensor | Quantized]]:
         """The layers, each with its weight (out, in), float32, or its codes and scales."""
