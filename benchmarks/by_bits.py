@@ -36,8 +36,8 @@ def rows(peers: Mapping[str, Any], healing: Mapping[str, Any]) -> Iterator[tuple
     for (task, side), (times, method) in best.items():
         yield STORED[task], task, side, method, times
     for row in healing["rows"]:
-        if (task := HEALED.get(row["variant"])) is not None:
-            yield STORED[task], task, "ours", "hwpq-quality, healed", row["texts"]["evaluation"]["times_dense"]
+        if (healed := HEALED.get(row["variant"])) is not None:
+            yield STORED[healed], healed, "ours", "hwpq-quality, healed", row["texts"]["evaluation"]["times_dense"]
 
 
 def table(peers: Mapping[str, Any], healing: Mapping[str, Any]) -> str:
