@@ -46,7 +46,7 @@ WAYS = ("glibc", "kept", "jemalloc")
 def one(data: Path, way: str) -> dict[str, float]:
     """Seconds a step (median without the first), the share of them in the kernel of the system, and peak memory."""
     if way != "kept":
-        loading.keep_freed_memory = lambda: False  # type: ignore[assignment]
+        vars(loading)["keep_freed_memory"] = lambda: False
     model_dir = data / "01_raw" / "model"
     samples = token_matrix(pd.read_parquet(data / "02_intermediate" / "calibration.parquet"))[: STEPS + HELD_OUT]
     ids, ends = torch.from_numpy(samples), [time.perf_counter()]
