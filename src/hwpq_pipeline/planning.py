@@ -27,14 +27,12 @@ from typing import Any
 import torch
 
 from hwpq_pipeline.checkpoints.layers import Layer, LayerMap, layer_map, meta_model
-from hwpq_pipeline.compression.grids import GRIDS
+from hwpq_pipeline.checkpoints.reader import Checkpoint
 from hwpq_pipeline.errors import HwpqError
 from hwpq_pipeline.method.budget import layer_bytes, table_bytes, tables_bytes
 from hwpq_pipeline.method.presets import PRESETS, ROUNDING_COST
 from hwpq_pipeline.method.recipe import Recipe
 from hwpq_pipeline.method.sections import Budget, Choice
-
-UNROUNDED_BITS = 16
 
 
 @dataclass(frozen=True)
@@ -46,12 +44,14 @@ class Shapes:
         others: parameters outside of them.
         tables: rows and columns of the embedding, and of the head if it is not tied to it.
         head: parameters of the product that gives the logits.
+        item: bytes of a number that is not rounded.
     """
 
     layers: tuple[Layer, ...]
     others: int
     head: int
     tables: tuple[tuple[int, int], ...] = ()
+    item: int = 2
 
     @property
     def weights(self) -> int:
@@ -95,7 +95,7 @@ class Row:
 
 
 def read_shapes(model: str | Path) -> Shapes:
-    """A checkpoint's shapes, from its `config.json` alone.
+    """A checkpoint's shapes, from its `config.json`; its numbers are taken for 16 bits where there are no weights yet.
 
     Raises:
         HwpqError: the file is missing, or the model is not a causal LM.
@@ -109,7 +109,15 @@ def read_shapes(model: str | Path) -> Shapes:
         others=sum(parameters.values()) - sum(layer.shape[0] * layer.shape[1] for layer in found),
         head=head.weight.numel() if head is not None else 0,
         tables=tuple(table.shape for table in found.tables),
+        item=_item(model),
     )
+
+
+def _item(model: str | Path) -> int:
+    try:
+        return Checkpoint(model).torch_dtype.itemsize
+    except HwpqError:
+        return Shapes.item
 
 
 def plan_rows(
@@ -132,13 +140,13 @@ def plan_rows(
     calibrate = 2.0 * calibration_tokens * (shapes.weights + shapes.inputs)
     evaluate = 2.0 * evaluation_tokens * (shapes.weights + 2 * shapes.head)
     rows = [
-        Row("fetch", 0, 2 * shapes.parameters, 0.0),
+        Row("fetch", 0, shapes.item * shapes.parameters, 0.0),
         Row("calibrate, reference", 0, 4 * shapes.inputs, (calibrate + evaluate) / speed),
     ]
     for name, recipe in recipes.items():
         export = export_bytes(shapes, recipe)
         masks = shapes.weights // 8 if recipe.selects else 0
-        neutral = shapes.weights * (1 if any(part.quantization for part in recipe.parts) else 2)
+        neutral = shapes.weights * (1 if any(part.quantization for part in recipe.parts) else shapes.item)
         seconds = (making_operations(shapes, recipe, calibration_tokens) + evaluate) / speed
         seconds += healing_seconds(shapes, recipe, speed)
         rows.append(Row(name, export, export + masks + neutral, seconds))
@@ -149,15 +157,12 @@ def export_bytes(shapes: Shapes, recipe: Recipe) -> int:
     """Bytes of a variant's safetensors files, without their headers; under a budget, what that allows."""
     if recipe.budget is not None:
         return _allowed_bytes(shapes, recipe, recipe.budget)
-    dense, embeddings = UNROUNDED_BITS // 8, recipe.embeddings
-    total = dense * shapes.others
-    total += tables_bytes(shapes.tables, embeddings, dense) - tables_bytes(shapes.tables, None, dense)
+    total = shapes.item * shapes.others
+    total += tables_bytes(shapes.tables, recipe.embeddings, shapes.item) - tables_bytes(
+        shapes.tables, None, shapes.item
+    )
     for layer in shapes.layers:
-        own, weights = recipe.for_layer(layer.name).quantization, layer.shape[0] * layer.shape[1]
-        if own is None:
-            total += weights * UNROUNDED_BITS // 8
-        else:
-            total += GRIDS[own.grid].bytes_of(*layer.shape, own.group_size)
+        total += _layer(shapes, layer, Choice("", None, recipe.for_layer(layer.name).quantization), packed=False)
     return total
 
 
@@ -178,25 +183,30 @@ class Bounds:
 
 
 def _bounds(shapes: Shapes, recipe: Recipe, budget: Budget) -> Bounds:
-    dense, packed = UNROUNDED_BITS // 8, budget.kind == "decode_speed_ratio"
-    fixed = dense * shapes.others + tables_bytes(shapes.tables, recipe.embeddings, dense)
-    fixed -= tables_bytes(shapes.tables, None, dense)
+    packed = budget.kind == "decode_speed_ratio"
+    fixed = shapes.item * shapes.others + tables_bytes(shapes.tables, recipe.embeddings, shapes.item)
+    fixed -= tables_bytes(shapes.tables, None, shapes.item)
     if packed:  # what a token reads
-        fixed = sum(table_bytes(shape, recipe.embeddings, dense) for shape in shapes.tables[-1:])
+        fixed = sum(table_bytes(shape, recipe.embeddings, shapes.item) for shape in shapes.tables[-1:])
     least = most = weights = 0
     for layer in shapes.layers:
         if recipe.leaves_open(layer.name):
-            costs = [layer_bytes(layer.shape, choice, packed=packed, dense=dense) for choice in budget.choices]
+            costs = [_layer(shapes, layer, choice, packed=packed) for choice in budget.choices]
             least, most, weights = least + min(costs), most + max(costs), weights + layer.shape[0] * layer.shape[1]
         else:
             own = recipe.for_layer(layer.name)
-            choice = Choice("", own.selection, own.quantization)
-            fixed += layer_bytes(layer.shape, choice, packed=packed, dense=dense)
+            fixed += _layer(shapes, layer, Choice("", own.selection, own.quantization), packed=packed)
     return Bounds(fixed, least, most, weights)
 
 
+def _layer(shapes: Shapes, layer: Layer, choice: Choice, *, packed: bool) -> int:
+    if not packed and not layer.packs:  # its values are stored, whatever it is rounded to
+        choice = Choice(choice.name)
+    return layer_bytes(layer.shape, choice, packed=packed, dense=shapes.item)
+
+
 def _read_when_dense(shapes: Shapes) -> int:
-    return UNROUNDED_BITS // 8 * (shapes.weights + shapes.head)
+    return shapes.item * (shapes.weights + shapes.head)
 
 
 def tightest(shapes: Shapes, recipe: Recipe) -> float | None:
@@ -207,7 +217,7 @@ def tightest(shapes: Shapes, recipe: Recipe) -> float | None:
     whole = found.fixed + found.least
     return {
         "size_bytes": float(whole),
-        "ratio": whole / (UNROUNDED_BITS // 8 * shapes.parameters),
+        "ratio": whole / (shapes.item * shapes.parameters),
         "bits_per_weight": 8 * found.least / max(1, found.weights),
         "decode_speed_ratio": _read_when_dense(shapes) / max(1, whole),
     }[budget.kind]
@@ -234,10 +244,10 @@ def _allowed_bytes(shapes: Shapes, recipe: Recipe, budget: Budget) -> int:
 
     For a decode speed the layers shrink by as much as what a token reads; zeros are left out.
     """
-    found, dense = _bounds(shapes, recipe, budget), UNROUNDED_BITS // 8
+    found = _bounds(shapes, recipe, budget)
     layers = {
         "size_bytes": budget.limit - found.fixed,
-        "ratio": budget.limit * dense * shapes.parameters - found.fixed,
+        "ratio": budget.limit * shapes.item * shapes.parameters - found.fixed,
         "bits_per_weight": budget.limit * found.weights / 8,
         "decode_speed_ratio": _read_when_dense(shapes) / budget.limit - found.fixed,
     }

@@ -318,6 +318,15 @@ def test_what_is_planned_for_lies_between_the_smallest_and_the_largest_choices(r
         assert planned == (small if limit == 1 else large)
 
 
+def test_a_model_in_32_bits_is_planned_in_32_bits(tmp_path: Path) -> None:
+    tiny_checkpoint(tmp_path / "model", tiny_config(hidden_size=64, intermediate_size=128), dtype=torch.float32)
+    shapes = read_shapes(tmp_path / "model")
+    assert export_bytes(shapes, Recipe()) == 4 * shapes.parameters
+    for kind, limit in (("decode_speed_ratio", 2.5), ("ratio", 0.45)):
+        entry = {"budget": {"choices": ["dense", "int8"], "embeddings": "int8", kind: limit}}
+        assert out_of_reach(shapes, Recipe.from_variant(entry), "v") is None
+
+
 def test_codes_that_the_export_cannot_hold_beside_others_are_refused(root: Path) -> None:
     layers = open_groups(root / "model", root / "statistics").layers
     mixed = Recipe.from_variant({"budget": {"choices": ["mxfp4-32", "int8"], "ratio": 0.66}})
