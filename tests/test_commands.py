@@ -91,7 +91,8 @@ def test_compare_shows_what_was_evaluated(small):
 def test_plan_knows_the_bytes_before_they_are_there(small_project):
     from hwpq_pipeline.checkpoints.reader import Checkpoint
     from hwpq_pipeline.method.recipe import Recipe
-    from hwpq_pipeline.planning import export_bytes, read_shapes
+    from hwpq_pipeline.planning.shapes import read_shapes
+    from hwpq_pipeline.planning.sizes import export_bytes
 
     shown = ok(hwpq(small_project, "plan")).stdout
     shapes = read_shapes(small_project / "data" / "01_raw" / "model")

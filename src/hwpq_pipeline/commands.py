@@ -111,8 +111,10 @@ def compare(env: str | None) -> None:
 @ENVIRONMENT
 def plan(env: str | None) -> None:
     """Estimate what a run would cost: bytes on disk, memory, and seconds on this machine."""
-    from hwpq_pipeline import planning
     from hwpq_pipeline.method.recipe import Recipe
+    from hwpq_pipeline.planning import plan_rows
+    from hwpq_pipeline.planning.costs import operations_a_second
+    from hwpq_pipeline.planning.shapes import read_shapes
     from hwpq_pipeline.project import load_parameters, open_catalog, unfitting
     from hwpq_pipeline.reporting.comparison import console
 
@@ -126,16 +128,16 @@ def plan(env: str | None) -> None:
         model = catalog.load("model")
         if found := unfitting(model, entries):
             raise PlainError(map(str, found))
-        shapes = planning.read_shapes(model)
+        shapes = read_shapes(model)
     calibration, evaluation = (
         parameters[part]["samples"] * parameters[part]["length"] for part in ("calibration", "evaluation")
     )
-    rows = planning.plan_rows(
+    rows = plan_rows(
         shapes,
         {name: Recipe.from_variant(entry) for name, entry in entries.items()},
         calibration_tokens=calibration,
         evaluation_tokens=evaluation,
-        speed=planning.operations_a_second(),
+        speed=operations_a_second(),
     )
     console().print(_plan_table(rows))
     console().print(

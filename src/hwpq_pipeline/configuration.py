@@ -157,12 +157,10 @@ def mistakes(parameters: Mapping[str, Any], env: str | None) -> list[HwpqError]:
 
 
 #: What the validator's words on a wrong shape mean in YAML, and the remedy.
-_MEANT = {
-    "model_type": ("not a section", "Write its keys below it, or `{}` for all defaults."),
-    "model_attributes_type": ("not a section", "Write its keys below it, or `{}` for all defaults."),
-    "tuple_type": ("not a list", "Write it in brackets: `[…]`."),
-    "list_type": ("not a list", "Write it in brackets: `[…]`."),
-}
+_NO_SECTION = ("not a section", "Write its keys below it, or `{}` for all defaults.")
+_NO_LIST = ("not a list", "Write it in brackets: `[…]`.")
+_MEANT = dict.fromkeys(("model_type", "model_attributes_type"), _NO_SECTION)
+_MEANT |= dict.fromkeys(("tuple_type", "list_type"), _NO_LIST)
 
 
 def _validated(path: tuple[str, ...], section: type[BaseModel], values: Any, env: str | None) -> Iterator[HwpqError]:

@@ -99,7 +99,8 @@ def unfitting(model: Path, entries: Mapping[str, Any]) -> list[HwpqError]:
     from hwpq_pipeline.checkpoints.layers import layer_map
     from hwpq_pipeline.method.fitting import misfits
     from hwpq_pipeline.method.recipe import Recipe
-    from hwpq_pipeline.planning import out_of_reach, read_shapes
+    from hwpq_pipeline.planning.shapes import read_shapes
+    from hwpq_pipeline.planning.sizes import out_of_reach
 
     try:
         layers, shapes = layer_map(model), read_shapes(model)

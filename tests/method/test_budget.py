@@ -29,7 +29,8 @@ from hwpq_pipeline.method.groups import open_groups
 from hwpq_pipeline.method.recipe import Recipe
 from hwpq_pipeline.method.run import write_model
 from hwpq_pipeline.method.sections import Choice, Quantization, Selection
-from hwpq_pipeline.planning import export_bytes, out_of_reach, read_shapes, tightest
+from hwpq_pipeline.planning.shapes import read_shapes
+from hwpq_pipeline.planning.sizes import export_bytes, out_of_reach, tightest
 from hwpq_pipeline.variant import Variant
 from tests.export.making import layer_shapes, make_compressed, make_two_of_four
 from tests.tiny import tiny_checkpoint, tiny_config, tiny_tokens

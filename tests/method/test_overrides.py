@@ -24,7 +24,8 @@ from hwpq_pipeline.method.fitting import misfits
 from hwpq_pipeline.method.overrides import Override, check_patterns, matches
 from hwpq_pipeline.method.recipe import Recipe
 from hwpq_pipeline.method.run import write_model
-from hwpq_pipeline.planning import export_bytes, read_shapes
+from hwpq_pipeline.planning.shapes import read_shapes
+from hwpq_pipeline.planning.sizes import export_bytes
 from hwpq_pipeline.variant import Variant
 from tests.tiny import tiny_checkpoint, tiny_config, tiny_tokens
 

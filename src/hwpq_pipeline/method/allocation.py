@@ -23,7 +23,7 @@ from torch import Tensor
 from hwpq_pipeline.calibration.sensitivity import output_gradients
 from hwpq_pipeline.checkpoints.layers import Layer
 from hwpq_pipeline.errors import HwpqError
-from hwpq_pipeline.method.budget import Option, Shared, layer_bytes, share_out, table_bytes, tables_bytes
+from hwpq_pipeline.method.budget import Option, Shared, share_out, stored_bytes, table_bytes, tables_bytes
 from hwpq_pipeline.method.fitting import misfit
 from hwpq_pipeline.method.groups import Group, Groups
 from hwpq_pipeline.method.overrides import NOTHING, Override
@@ -145,9 +145,7 @@ class _Cost:
         return sum(self._bytes(layer, choice) for layer in layers)
 
     def _bytes(self, layer: Layer, choice: Choice) -> int:
-        if not self.read and not layer.packs:  # its values are stored, whatever it is rounded to
-            choice = Choice(choice.name)
-        return layer_bytes(layer.shape, choice, packed=self.read, dense=self._dense)
+        return stored_bytes(layer, choice, packed=self.read, dense=self._dense)
 
     @property
     def _dense(self) -> int:

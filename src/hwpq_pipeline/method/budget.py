@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from hwpq_pipeline.checkpoints.layers import Layer
 from hwpq_pipeline.compression.grids import GRIDS
 from hwpq_pipeline.errors import HwpqError
 from hwpq_pipeline.method.choices import TWO_OF_FOUR
@@ -86,6 +87,13 @@ def layer_bytes(shape: tuple[int, int], choice: Choice, *, packed: bool, dense: 
     if packed and sparse and grid.bits < _LEAST_BITS:
         grid = replace(grid, bits=_LEAST_BITS)
     return grid.bytes_of(rows, columns, size, dense if grid.stored_as == "model" else None) + places
+
+
+def stored_bytes(layer: Layer, choice: Choice, *, packed: bool, dense: int) -> int:
+    """`layer_bytes` of a model's layer. One that transformers reads no codes of is stored by its values."""
+    if not packed and not layer.packs:
+        choice = Choice(choice.name)
+    return layer_bytes(layer.shape, choice, packed=packed, dense=dense)
 
 
 def table_bytes(shape: tuple[int, int], grid: str | None, dense: int) -> int:

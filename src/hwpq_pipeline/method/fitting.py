@@ -10,6 +10,7 @@ from hwpq_pipeline.compression.structured import check_columns
 from hwpq_pipeline.errors import HwpqError
 from hwpq_pipeline.method.overrides import check_patterns
 from hwpq_pipeline.method.recipe import Recipe
+from hwpq_pipeline.method.sections import Quantization
 
 
 def misfits(recipe: Recipe, layers: LayerMap, variant: str) -> list[HwpqError]:
@@ -55,21 +56,14 @@ def misfit(layer: Layer, own: Recipe) -> HwpqError | None:
 
 
 def _misfits_of_embeddings(recipe: Recipe, layers: LayerMap, variant: str) -> list[HwpqError]:
-    """Transformers unpacks codes of several kinds only where the model calls all layers as modules of their own."""
+    """An embedding in codes, beside the layers' own."""
     if recipe.embeddings is None:
         return []
     remedy = "Set quantization.embeddings to none."
     if not layers.tables or not all(table.packs for table in layers.tables):
         what = "transformers finds no codes of this model's embedding"
         return [HwpqError(what, where=variant, remedy=remedy)]
-    used = {part.quantization.grid for part in recipe.parts if part.quantization is not None}
-    if found := [grid for grid in used if GRIDS[grid].coarsening]:
-        what = f"transformers unpacks grid {found[0]} when it loads, and no further grid beside it"
-        return [HwpqError(what, where=variant, remedy=remedy)]
-    if lost := [layer.name for layer in layers if layer.packs and not layer.called]:
-        what = f"transformers unpacks this model when it loads ({lost[0]} is no module of its own), by one grid"
-        return [HwpqError(what, where=variant, remedy=remedy)]
-    return []
+    return _misfits_of_mixtures(recipe, layers, where=variant, remedy=remedy)
 
 
 def _misfits_of_budget(recipe: Recipe, layers: LayerMap, variant: str) -> list[HwpqError]:
@@ -79,17 +73,23 @@ def _misfits_of_budget(recipe: Recipe, layers: LayerMap, variant: str) -> list[H
     where = f"{variant}: budget"
     if not any(recipe.leaves_open(layer.name) for layer in layers):
         return [HwpqError("it decides on no layer", where=where, remedy="Take layers out of ignore and layers.")]
-    parts = [part.quantization for part in recipe.parts if part.quantization is not None]
-    if len({(part.grid, part.group_size) for part in parts}) < 2:
+    if len({(part.grid, part.group_size) for part in _quantizations(recipe)}) < 2:
         return []
-    remedy = "Leave one kind of codes among the choices."
-    if found := [part.grid for part in parts if GRIDS[part.grid].coarsening]:
+    return _misfits_of_mixtures(recipe, layers, where=where, remedy="Leave one kind of codes among the choices.")
+
+
+def _misfits_of_mixtures(recipe: Recipe, layers: LayerMap, *, where: str, remedy: str) -> list[HwpqError]:
+    """Transformers unpacks codes of several kinds only where the model calls all layers as modules of their own."""
+    what = None
+    if found := [part.grid for part in _quantizations(recipe) if GRIDS[part.grid].coarsening]:
         what = f"transformers unpacks grid {found[0]} when it loads, and no further grid beside it"
-        return [HwpqError(what, where=where, remedy=remedy)]
-    if lost := [layer.name for layer in layers if layer.packs and not layer.called]:
+    elif lost := [layer.name for layer in layers if layer.packs and not layer.called]:
         what = f"transformers unpacks this model when it loads ({lost[0]} is no module of its own), by one grid"
-        return [HwpqError(what, where=where, remedy=remedy)]
-    return []
+    return [] if what is None else [HwpqError(what, where=where, remedy=remedy)]
+
+
+def _quantizations(recipe: Recipe) -> list[Quantization]:
+    return [part.quantization for part in recipe.parts if part.quantization is not None]
 
 
 def _misfits_of_healing(recipe: Recipe, layers: LayerMap, variant: str) -> list[HwpqError]:

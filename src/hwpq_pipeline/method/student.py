@@ -43,7 +43,6 @@ class Student:
         layers: that were compressed.
         tables: the embedding and the head, where they were rounded.
         masters: what learns, float32: of the layers' parameters, then of the blocks' norms, then `factors`.
-        factors: of the scales, (out, groups), of layers of integers.
         device: where it runs.
     """
 
@@ -69,8 +68,9 @@ class Student:
         self._names = [*dict.fromkeys(layer.place.tensor for layer in self.layers), *self.norms]
         self._stored = Checkpoint(model_dir).torch_dtype
         self._scaled = [layer for layer in self.layers if self._learns_scales(layer)]
-        self.factors = [torch.ones_like(self._scales[layer.name].scale) for layer in self._scaled]
-        self.masters = [self._parameters[name].detach().clone().contiguous() for name in self._names] + self.factors
+        self._factor = {layer.name: torch.ones_like(self._scales[layer.name].scale) for layer in self._scaled}
+        self.masters = [self._parameters[name].detach().clone().contiguous() for name in self._names]
+        self.masters += self.factors
         recipe = Recipe.from_json(compressed.recipe)
         pruned = [layer for layer in self.layers if recipe.for_layer(layer.name).selection is not None]
         self._kept = {layer.name: self._view(layer, self._by_name) != 0 for layer in pruned}
@@ -83,11 +83,12 @@ class Student:
 
     @property
     def _by_name(self) -> dict[str, Tensor]:
-        return dict(zip(self._names, self.masters, strict=False))
+        return dict(zip(self._names, self.masters[: len(self._names)], strict=True))
 
     @property
-    def _factor(self) -> dict[str, Tensor]:
-        return {layer.name: factor for layer, factor in zip(self._scaled, self.factors, strict=True)}
+    def factors(self) -> list[Tensor]:
+        """Of the scales of layers of integers, (out, groups) each; the last of the masters."""
+        return list(self._factor.values())
 
     @staticmethod
     def _view(layer: Layer, tensors: dict[str, Tensor] | dict[str, nn.Parameter]) -> Tensor:
@@ -100,10 +101,10 @@ class Student:
             parameter = self._parameters[name]
             master.grad, parameter.grad = parameter.grad, None
         gradients = {name: master.grad for name, master in self._by_name.items() if master.grad is not None}
-        masters, factors = self._by_name, self._factor
+        masters = self._by_name
         for layer in self._scaled:
             if layer.place.tensor in gradients:
-                factor, kept = factors[layer.name], self._scales[layer.name]
+                factor, kept = self._factor[layer.name], self._scales[layer.name]
                 own = self._view(layer, gradients)
                 plain = scaled(self._codes(layer, self._view(layer, masters)), kept.scale)
                 factor.grad = (own * plain).reshape(*factor.shape, -1).sum(-1)

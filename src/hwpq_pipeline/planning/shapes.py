@@ -1,0 +1,79 @@
+"""A model's shapes, read from its `config.json` alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hwpq_pipeline.checkpoints.layers import Layer, LayerMap, layer_map, meta_model
+from hwpq_pipeline.checkpoints.reader import Checkpoint
+from hwpq_pipeline.errors import HwpqError
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """A model's shapes.
+
+    Attributes:
+        layers: the compressible ones.
+        others: parameters outside of them.
+        tables: rows and columns of the embedding, and of the head if it is not tied to it.
+        head: parameters of the product that gives the logits.
+        item: bytes of a number that is not rounded.
+    """
+
+    layers: tuple[Layer, ...]
+    others: int
+    head: int
+    tables: tuple[tuple[int, int], ...] = ()
+    item: int = 2
+
+    @property
+    def weights(self) -> int:
+        """Weights of the compressible layers."""
+        return sum(layer.shape[0] * layer.shape[1] for layer in self.layers)
+
+    @property
+    def parameters(self) -> int:
+        """All parameters."""
+        return self.weights + self.others
+
+    @property
+    def inputs(self) -> int:
+        """Σ in² over distinct inputs, four a block as in today's transformers.
+
+        The projections of attention share an input, its output has another, and the two halves of the feed-forward part
+        have one each. Shapes cannot tell two inputs of equal width apart, so a block's widest input counts once and its
+        narrowest three times.
+        """
+        widths: dict[int, set[int]] = {}
+        for layer in self.layers:
+            widths.setdefault(layer.block, set()).add(layer.shape[1])
+        return sum(max(found) ** 2 + 3 * min(found) ** 2 for found in widths.values())
+
+
+def read_shapes(model: str | Path) -> Shapes:
+    """A checkpoint's shapes, from its `config.json`; its numbers are taken for 16 bits where there are no weights yet.
+
+    Raises:
+        HwpqError: the file is missing, or the model is not a causal LM.
+    """
+    built = meta_model(model)
+    found: LayerMap = layer_map(model)
+    parameters: dict[str, Any] = {name: tensor.numel() for name, tensor in built.named_parameters()}
+    head = built.get_output_embeddings()
+    return Shapes(
+        layers=found.layers,
+        others=sum(parameters.values()) - sum(layer.shape[0] * layer.shape[1] for layer in found),
+        head=head.weight.numel() if head is not None else 0,
+        tables=tuple(table.shape for table in found.tables),
+        item=_item(model),
+    )
+
+
+def _item(model: str | Path) -> int:
+    try:
+        return Checkpoint(model).torch_dtype.itemsize
+    except HwpqError:
+        return Shapes.item
