@@ -41,7 +41,7 @@ from hwpq_pipeline.compression.packing import pack_two_of_four
 from hwpq_pipeline.export import semi_structured
 from hwpq_pipeline.export.gguf import export_gguf
 from hwpq_pipeline.export.onnx import export_onnx
-from hwpq_pipeline.kernels.packed_matvec import KINDS, arrange, packed_matvec
+from hwpq_pipeline.kernels.packed_linear import KINDS, KINDS_OF_INTEGERS, Packed, arrange, packed_linear
 from hwpq_pipeline.runtime import load_packed
 from hwpq_pipeline.runtime.onnx_session import Array, Session
 
@@ -112,15 +112,12 @@ def layer(rows: int, columns: int) -> dict[str, Any]:
         linear.weight = torch.nn.Parameter(weight.to(dtype), requires_grad=False)
         methods[name], read[name] = partial(linear, given), linear.weight.nbytes
     for kind in KINDS:
-        scaled = (32 * weight).round().clamp(-127, 127) if kind == "int8" else weight
-        stored = scaled.to(getattr(torch, kind))
-        scale = torch.full((rows, 1), 1 / 32 if kind == "int8" else 1.0)
-        arranged = arrange(*pack_two_of_four(stored), scale)
-        wanted = (stored.float() * scale) @ x[0]
-        if float((packed_matvec(arranged, x[0]) - wanted).abs().max()) > 1e-3 * float(wanted.abs().max()):
-            raise SystemExit(f"packed {kind} is wrong at {rows} x {columns}: no time for it")
-        name = f"2:4 {kind}"
-        methods[name], read[name] = partial(packed_matvec, arranged, x[0]), arranged.nbytes
+        arranged, wanted = packed(weight, kind, x)
+        for by, product in (("", by_numba), (", native", by_native)):
+            coarse = 0.02 if by_native is product and kind in KINDS_OF_INTEGERS else 1e-3  # its inputs are INT8
+            if float((product(arranged, x) - wanted).abs().max()) > coarse * float(wanted.abs().max()):
+                raise SystemExit(f"packed {kind}{by} is wrong at {rows} x {columns}: no time for it")
+            methods[f"2:4 {kind}{by}"], read[f"2:4 {kind}{by}"] = partial(product, arranged, x), arranged.nbytes
     times: dict[str, list[float]] = {name: [] for name in methods}
     with torch.inference_mode():
         for repeat in range(REPEATS + 1):
@@ -132,6 +129,29 @@ def layer(rows: int, columns: int) -> dict[str, Any]:
                     times[name].append(time.perf_counter() - begun)
     median = {name: 1000 * statistics.median(values) for name, values in times.items()}
     return {"shape": [rows, columns], "milliseconds": median, "megabytes": {k: v / 1e6 for k, v in read.items()}}
+
+
+def packed(weight: torch.Tensor, kind: str, x: torch.Tensor) -> tuple[Packed, torch.Tensor]:
+    """A 2:4 weight packed as a kind, and what it makes of `x`."""
+    steps = {"int8": 32.0, "int4": 2.0}.get(kind, 1.0)
+    most = {"int8": 127, "int4": 7}.get(kind, float("inf"))
+    codes = (steps * weight).round().clamp(-most, most) if kind in KINDS_OF_INTEGERS else weight
+    stored = codes.to(getattr(torch, "int8" if kind == "int4" else kind))
+    scale = torch.full((weight.shape[0], 1), 1 / steps)
+    arranged = arrange(*pack_two_of_four(stored), scale, four_bits=kind == "int4")
+    return arranged, x @ (stored.float() * scale).T
+
+
+def by_numba(weight: Packed, x: torch.Tensor) -> torch.Tensor:
+    """The product by numba's kernel."""
+    arguments = (weight.values, weight.places, weight.scale, None, KINDS.index(weight.kind), weight.shape[0])
+    result: torch.Tensor = torch.ops.hwpq.packed_linear(x, *arguments)
+    return result
+
+
+def by_native(weight: Packed, x: torch.Tensor) -> torch.Tensor:
+    """The product by the native kernel."""
+    return packed_linear(weight, x, kernel="native")
 
 
 def evict() -> None:

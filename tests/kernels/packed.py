@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
+import shutil
+
+import pytest
 import torch
+
+#: The native kernel is an option; a machine without a compiler does without it.
+needs_compiler = pytest.mark.skipif(
+    not (shutil.which("g++") and shutil.which("ninja")), reason="the native kernel needs g++ and ninja"
+)
 
 
 def two_of_four(rows: int, columns: int, generator: torch.Generator) -> torch.Tensor:
@@ -14,7 +22,9 @@ def two_of_four(rows: int, columns: int, generator: torch.Generator) -> torch.Te
 
 
 def codes(kind: str, weight: torch.Tensor) -> torch.Tensor:
-    """A weight as the packed formats store it: a name in `packed_matvec.KINDS`."""
+    """A weight as the packed formats store it: a name in `packed_linear.KINDS`."""
+    if kind == "int4":
+        return (3 * weight).round().clamp(-8, 7).to(torch.int8)
     if kind == "int8":
         return (40 * weight).round().clamp(-127, 127).to(torch.int8)
     if kind == "float8_e4m3fn":  # some of them subnormal, one in a hundred beyond the largest

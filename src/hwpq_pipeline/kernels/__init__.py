@@ -2,7 +2,7 @@
 
 Callers use the functions of an operation's `__init__` alone: its door. The door chooses by the device that the tensors
 are on, and imports no more than it needs: a machine that works on a GPU needs no numba, and one without a GPU no
-Triton. Three operations lack a file. `mask_descent` and `packed_matvec` have no `cuda` yet: their doors copy tensors on
+Triton. Three operations lack a file. `mask_descent` and `packed_linear` have no `cuda` yet: their doors copy tensors on
 a GPU to the CPU and the result back (`devices.on_the_cpu`). `fp8` has no `cpu`: the CPU runs its reference, which is
 plain torch.
 

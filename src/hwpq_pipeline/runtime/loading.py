@@ -1,6 +1,7 @@
 """Opening a packed 2:4 export (`checkpoints.packed`).
 
-**CPU.** Packed layers become `PackedLinear`. The rest of the model runs in float32.
+**CPU.** Packed layers become `PackedLinear`. The rest of the model runs in float32. `native=True` compiles the C++
+kernel once for this machine (`kernels.packed_linear.native`) and uses it.
 
 **CUDA.** Each weight is unpacked and given to torch's own `to_sparse_semi_structured`, which packs it into what the
 sparse tensor cores read. The layers stay `nn.Linear`. torch multiplies 16-bit semi-structured weights there, so codes
@@ -21,28 +22,36 @@ from hwpq_pipeline.checkpoints.buffers import compute_buffers
 from hwpq_pipeline.checkpoints.layers import meta_model
 from hwpq_pipeline.checkpoints.packed import AGAIN, PackedCheckpoint, PackedLayer
 from hwpq_pipeline.errors import HwpqError
+from hwpq_pipeline.kernels.packed_linear import Kernel
+from hwpq_pipeline.kernels.packed_linear import native as native_kernel
 
 from .packed_linear import PackedLinear, dense_weight
 
 
-def load_packed(directory: str | Path, device: str = "cpu", dtype: torch.dtype = torch.bfloat16) -> Any:
+def load_packed(
+    directory: str | Path, device: str = "cpu", dtype: torch.dtype = torch.bfloat16, *, native: bool = False
+) -> Any:
     """The causal LM of a packed export, in evaluation mode; `generate` works as with any other.
 
     Args:
         directory: the export.
         device: `cpu` or a CUDA device.
         dtype: bfloat16 or float16, for CUDA; on the CPU everything except the packed weights is float32.
+        native: whether to use the C++ kernel on the CPU; it wants g++ and ninja.
 
     Raises:
-        HwpqError: not a packed export, a damaged one, or no CUDA device of that name.
+        HwpqError: not a packed export, a damaged one, no CUDA device of that name, or no compiler.
     """
     directory = Path(directory)
     packed = PackedCheckpoint(directory)
     on_cuda = torch.device(device).type == "cuda"
     if on_cuda and not torch.cuda.is_available():
         raise HwpqError("there is no CUDA device", where=f"device {device!r}", remedy="Load it with device='cpu'.")
+    kernel: Kernel = "native" if native else "numba"
+    if native and not on_cuda:
+        native_kernel.build()
     model: Any = meta_model(directory)
-    for layer in packed.layers:
+    for layer in packed.form.layers:
         linear, found = _linear(model, layer), packed.take(layer)
         _check_shape(found, linear, layer)
         if on_cuda:
@@ -50,7 +59,7 @@ def load_packed(directory: str | Path, device: str = "cpu", dtype: torch.dtype =
         else:
             parent, _, name = layer.rpartition(".")
             bias = packed.tensors.pop(f"{layer}.bias", None)
-            setattr(model.get_submodule(parent), name, PackedLinear(found, bias, name=layer))
+            setattr(model.get_submodule(parent), name, PackedLinear(found, bias, name=layer, kernel=kernel))
     rest = {name: tensor.to(device, dtype if on_cuda else torch.float32) for name, tensor in packed.rest().items()}
     _fill(model, rest, device, str(directory))
     return model.eval()

@@ -1,9 +1,10 @@
-"""A linear layer whose 2:4 weight stays packed on the CPU.
+"""A linear layer whose 2:4 weight stays packed on the CPU (`kernels.packed_linear`).
 
-Up to `FEW` rows of inputs (decoding, short prompts) go through the packed kernel, which reads the packed bytes once.
-For more rows it is worth unpacking the weight: it is made dense, used and dropped. That costs about as much as the
-kernel's product of some hundreds of tokens, and no lasting memory. The inputs are float32. Activations are not
-rounded to FP8 or INT8, so results are a little closer to the dense model than those of the compressed-tensors export.
+Few rows of inputs (decoding, short prompts) go through a packed kernel, which reads the packed bytes once. For more
+rows it is worth unpacking the weight: it is made dense, used and dropped, which costs no lasting memory.
+
+Activations are not rounded to FP8 or INT8, so results are a little closer to the dense model than those of the
+compressed-tensors export. The native kernel rounds the inputs of integer weights, with a scale for each 32 of them.
 """
 
 from __future__ import annotations
@@ -14,10 +15,7 @@ from torch import Tensor, nn
 from hwpq_pipeline.checkpoints.packed import PackedLayer
 from hwpq_pipeline.compression.codes import scaled
 from hwpq_pipeline.compression.packing import unpack_two_of_four
-from hwpq_pipeline.kernels import packed_matvec
-
-#: Largest number of rows of inputs for the packed kernel.
-FEW = 256
+from hwpq_pipeline.kernels.packed_linear import Kernel, Packed, arrange, packed_linear
 
 
 def dense_weight(packed: PackedLayer, *, where: str) -> Tensor:
@@ -41,27 +39,25 @@ class PackedLinear(nn.Module):
         packed: the layer; several groups of scales are whole 32 inputs each.
         bias: (out,) or None.
         name: the layer's name, for errors.
+        kernel: which; `native` is built beforehand.
     """
 
-    def __init__(self, packed: PackedLayer, bias: Tensor | None = None, *, name: str = "layer") -> None:
+    def __init__(
+        self, packed: PackedLayer, bias: Tensor | None = None, *, name: str = "layer", kernel: Kernel = "numba"
+    ) -> None:
         super().__init__()
+        self.kernel = kernel
         kept, scale = packed.kept, packed.scale
         rows = kept.shape[0]
         self.name, self.in_features, self.out_features = name, 2 * kept.shape[1], rows
         self.bias = None if bias is None else bias.float()
-        self._arranged = packed_matvec.arrange(kept, packed.positions, torch.ones(rows, 1) if scale is None else scale)
+        ones = torch.ones(rows, 1) if scale is None else scale
+        self.weight: Packed = arrange(kept, packed.positions, ones, four_bits=packed.four_bits)
 
     def forward(self, x: Tensor) -> Tensor:
         """(…, in) to (…, out), with the dtype of `x`."""
-        rows = x.reshape(-1, self.in_features).float()
-        if rows.shape[0] <= FEW:
-            result = packed_matvec.packed_matvec(self._arranged, rows)
-        else:
-            result = rows @ dense_weight(PackedLayer(*packed_matvec.disarrange(self._arranged)), where=self.name).T
-        if self.bias is not None:
-            result += self.bias
-        return result.view(*x.shape[:-1], self.out_features).to(x.dtype)
+        return packed_linear(self.weight, x, self.bias, kernel=self.kernel)
 
     def extra_repr(self) -> str:
         """What is printed."""
-        return f"in_features={self.in_features}, out_features={self.out_features}, kind={self._arranged.kind}"
+        return f"in_features={self.in_features}, out_features={self.out_features}, kind={self.weight.kind}"

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 
-def packed_matvec(kept: Tensor, positions: Tensor, scale: Tensor, x: Tensor) -> Tensor:
+def packed_linear(kept: Tensor, positions: Tensor, scale: Tensor, x: Tensor) -> Tensor:
     """(out,) float64.
 
     Args:
