@@ -12,8 +12,10 @@ from hwpq_pipeline.checkpoints.layers import layer_map
 from hwpq_pipeline.errors import HwpqError
 from hwpq_pipeline.export.card import CardInfo
 from hwpq_pipeline.export.semi_structured import export_semi_structured
-from hwpq_pipeline.runtime import PackedLinear, load_packed, packed_linear
+from hwpq_pipeline.kernels import packed_linear
+from hwpq_pipeline.runtime import PackedLinear, load_packed
 from tests.export.making import make_two_of_four
+from tests.kernels.packed import needs_compiler
 from tests.tiny import tiny_checkpoint, tiny_config, tiny_model, tiny_tokens
 
 CASES = [("fp8_e4m3", None), ("int8", None), ("int4", 32), (None, None)]
@@ -42,6 +44,21 @@ def test_the_runtime_computes_with_the_packed_weights(
             torch.testing.assert_close(model(part).logits, dense(part).logits, rtol=1e-4, atol=1e-4)
         generated = model.generate(tokens[:1], max_new_tokens=5, do_sample=False)
         assert torch.equal(generated, dense.generate(tokens[:1], max_new_tokens=5, do_sample=False))
+
+
+@needs_compiler
+@pytest.mark.parametrize(("grid", "group_size"), CASES)
+def test_the_native_kernel_computes_nearly_the_same(tmp_path: Path, grid: str | None, group_size: int | None) -> None:
+    """It rounds the inputs of integer weights to INT8."""
+    directory, _ = exported(tmp_path, grid, group_size)
+    tokens = tiny_tokens()
+    with torch.inference_mode():
+        wanted = load_packed(directory)(tokens).logits
+        model = load_packed(directory, native=True)
+        loose = grid in ("int8", "int4")
+        close = (model(tokens).logits - wanted).abs().max() / wanted.abs().max()
+        assert float(close) < 0.02
+        assert loose == (float(close) > 1e-5)  # the other kernel's inputs are not rounded
 
 
 @pytest.mark.parametrize(("grid", "group_size"), CASES)

@@ -9,16 +9,17 @@ For each 2:4 layer, `packed.safetensors` holds (`compression.packing` has the bi
     all of these   weight_positions (out, ⌈in/8⌉) uint8
 
 Scales are (out, groups). Other tensors are those of the dense model; a rounded embedding or head is `weight` in codes
-and `weight_scale` (out, 1). `packed.json` holds the version, the grid and the layers' shapes (out, in). The weights are
-not in `model.safetensors`, so a loader that does not know the format finds no weights. Otherwise it would find a model
-that lacks half of them.
+and `weight_scale` (out, 1). `quantization_config` in `config.json` says what the file holds (`PackedForm`), with
+`quant_method: hwpq`, by which vLLM finds the plugin. The weights are not in `model.safetensors`, so a loader that does
+not know the format finds no weights. Otherwise it would find a model that lacks half of them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,8 +32,9 @@ from hwpq_pipeline.compression.grids import GRIDS
 from hwpq_pipeline.compression.packing import pack_nibbles, pack_two_of_four, unpack_nibbles
 from hwpq_pipeline.errors import HwpqError
 
-VERSION = 1
-HEADER, WEIGHTS = "packed.json", "packed.safetensors"
+VERSION = 2
+METHOD, SECTION = "hwpq", "quantization_config"
+WEIGHTS = "packed.safetensors"
 AGAIN = "Export the variant again with format semi-structured."
 _NIBBLE_BITS = 4
 
@@ -45,11 +47,74 @@ class PackedLayer:
         kept: (out, in / 2) weights or codes; codes of at most 4 bits as int8.
         positions: (out, ⌈in / 8⌉) uint8.
         scale: (out, groups), or None for weights.
+        four_bits: whether the codes are stored as two a byte.
     """
 
     kept: Tensor
     positions: Tensor
     scale: Tensor | None
+    four_bits: bool = False
+
+
+@dataclass(frozen=True)
+class PackedForm:
+    """What a packed checkpoint holds, so that its tensors' shapes and dtypes are known before they are read.
+
+    Attributes:
+        layers: names of the packed layers.
+        kept_dtype: torch's name of the kept values' dtype; uint8 for codes of at most 4 bits, two a byte.
+        scale_dtype: of the scales, None for weights without a grid.
+        group_size: inputs that share a scale, None for a scale a row.
+        grid: of the codes, None for weights; for people.
+        tables: names of the embedding and the head, where they are in codes.
+        table_dtype: of their codes.
+    """
+
+    layers: tuple[str, ...]
+    kept_dtype: str
+    scale_dtype: str | None = None
+    group_size: int | None = None
+    grid: str | None = None
+    tables: tuple[str, ...] = ()
+    table_dtype: str | None = None
+
+    def section(self) -> dict[str, Any]:
+        """The section of `config.json`."""
+        return {"quant_method": METHOD, "version": VERSION, **asdict(self)}
+
+    @classmethod
+    def of(cls, section: Mapping[str, Any], *, where: str) -> PackedForm:
+        """Of a section of `config.json`.
+
+        Raises:
+            HwpqError: it is of another version, or no such section.
+        """
+        if (found := section.get("version")) != VERSION:
+            raise HwpqError(f"packed format {found!r}, and this is the code for {VERSION}", where=where, remedy=AGAIN)
+        given = {name: section.get(name) for name in cls.__dataclass_fields__}
+        wrong = [name for name, value in given.items() if not _is_such(name, value)]
+        if wrong:
+            raise HwpqError(f"{SECTION}.{wrong[0]} does not describe packed layers", where=where, remedy=AGAIN)
+        values: dict[str, Any] = {n: tuple(value) if isinstance(value, list) else value for n, value in given.items()}
+        return cls(**values)
+
+    @property
+    def four_bits(self) -> bool:
+        """Whether the kept values are codes, two a byte."""
+        return self.kept_dtype == "uint8"
+
+
+def _is_such(name: str, value: object) -> bool:
+    """Whether a value in JSON may be the attribute of a `PackedForm`."""
+    if name in ("layers", "tables"):
+        return isinstance(value, list) and all(isinstance(entry, str) for entry in value)
+    if value is None:
+        return name != "kept_dtype"
+    if name == "group_size":
+        return type(value) is int and value > 0
+    return isinstance(value, str) and (
+        not name.endswith("_dtype") or isinstance(getattr(torch, value, None), torch.dtype)
+    )
 
 
 class PackedCheckpoint:
@@ -59,7 +124,7 @@ class PackedCheckpoint:
         directory: where it is.
 
     Attributes:
-        layers: names of the packed layers.
+        form: what it holds.
         tensors: all tensors by name.
 
     Raises:
@@ -68,10 +133,7 @@ class PackedCheckpoint:
 
     def __init__(self, directory: str | Path) -> None:
         directory = Path(directory)
-        header = read_json(directory / HEADER)
-        if header.get("version") != VERSION:
-            raise HwpqError(f"packed format {header.get('version')!r}", where=f"{directory}/{HEADER}", remedy=AGAIN)
-        self.layers: list[str] = list(header["layers"])
+        self.form = PackedForm.of(_section(directory) or {}, where=f"{directory}/config.json")
         self.tensors = read_tensors(directory / WEIGHTS)
 
     def take(self, layer: str) -> PackedLayer:
@@ -85,7 +147,8 @@ class PackedCheckpoint:
         )
         if kept is None or positions is None:
             raise HwpqError("its packed tensors are missing", where=layer, remedy=AGAIN)
-        return PackedLayer(unpack_nibbles(kept) if kept.dtype == torch.uint8 else kept, positions, scale)
+        four_bits = kept.dtype == torch.uint8
+        return PackedLayer(unpack_nibbles(kept) if four_bits else kept, positions, scale, four_bits)
 
     def rest(self) -> dict[str, Tensor]:
         """What is left once the layers are taken; rounded tables as float32 values."""
@@ -98,7 +161,12 @@ class PackedCheckpoint:
 
 def is_packed(directory: str | Path) -> bool:
     """Whether a directory holds a packed checkpoint."""
-    return (Path(directory) / HEADER).is_file()
+    return (Path(directory) / WEIGHTS).is_file()
+
+
+def _section(directory: Path) -> dict[str, Any] | None:
+    found = read_json(directory / "config.json").get(SECTION)
+    return found if isinstance(found, dict) else None
 
 
 def pack_weight(layer: str, weight: Tensor, dtype: torch.dtype, *, where: str) -> dict[str, Tensor]:
@@ -139,17 +207,14 @@ def pack_codes(layer: str, quantized: Quantized, scale_dtype: torch.dtype, *, wh
     }
 
 
-def write_packed(
-    directory: Path, grid: str | None, shapes: Mapping[str, tuple[int, ...]], tensors: Mapping[str, Tensor]
-) -> None:
-    """Write `packed.json` and `packed.safetensors`.
+def write_packed(directory: Path, config: Mapping[str, Any], form: PackedForm, tensors: Mapping[str, Tensor]) -> None:
+    """Write `config.json` and `packed.safetensors`.
 
     Args:
         directory: an existing directory.
-        grid: of the codes, None for weights.
-        shapes: (out, in) of each packed layer, by name.
+        config: of the dense model.
+        form: what the tensors are.
         tensors: by name: those of `pack_weight` and `pack_codes`, and the rest of the model.
     """
-    layers = {layer: list(shape) for layer, shape in shapes.items()}
-    write_json(directory / HEADER, {"version": VERSION, "grid": grid, "layers": layers})
+    write_json(directory / "config.json", {**config, SECTION: form.section()})
     write_tensors(directory / WEIGHTS, tensors)

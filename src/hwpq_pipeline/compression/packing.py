@@ -63,15 +63,33 @@ def unpack_two_of_four(kept: Tensor, positions: Tensor, *, where: str = "unpack_
             where=where,
             remedy="The packed file is damaged: export the variant again.",
         )
-    nibbles = torch.stack([positions & 15, positions >> 4], dim=2).view(rows, -1)[:, :groups]
-    place = torch.stack([nibbles & 3, nibbles >> 2], dim=2).long()
-    if bool((place[..., 0] == place[..., 1]).any()):
-        raise HwpqError(
-            "a group of four names one column twice", where=where, remedy="The packed file is damaged: export it again."
-        )
+    place = _places(positions, groups)
+    _check_places(place, where)
     bits = _as_bits(kept).view(rows, groups, KEPT)
     whole = bits.new_zeros(rows, groups, GROUP).scatter_(2, place, bits)
     return whole.view(rows, groups * GROUP).view(kept.dtype)
+
+
+def check_positions(positions: Tensor, half: int, *, where: str) -> None:
+    """That positions (out, ⌈in / 8⌉) of ``half`` = in / 2 kept values a row are such.
+
+    Raises:
+        HwpqError: a group that names one column twice.
+    """
+    _check_places(_places(positions, half // KEPT), where)
+
+
+def _places(positions: Tensor, groups: int) -> Tensor:
+    """(out, groups, 2) int64: the columns of a group's values."""
+    nibbles = torch.stack([positions & 15, positions >> 4], dim=2).view(positions.shape[0], -1)[:, :groups]
+    return torch.stack([nibbles & 3, nibbles >> 2], dim=2).long()
+
+
+def _check_places(places: Tensor, where: str) -> None:
+    if bool((places[..., 0] == places[..., 1]).any()):
+        raise HwpqError(
+            "a group of four names one column twice", where=where, remedy="The packed file is damaged: export it again."
+        )
 
 
 def _as_bits(values: Tensor) -> Tensor:

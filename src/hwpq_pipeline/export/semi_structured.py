@@ -7,17 +7,16 @@ the 2:4 layers is copied. The scales keep their values, as in the compressed-ten
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from torch import Tensor
 
 from hwpq_pipeline.checkpoints.compressed import CompressedModel, open_compressed
 from hwpq_pipeline.checkpoints.layers import layer_map
-from hwpq_pipeline.checkpoints.packed import pack_codes, pack_weight, write_packed
+from hwpq_pipeline.checkpoints.packed import PackedForm, pack_codes, pack_weight, write_packed
 from hwpq_pipeline.checkpoints.reader import Checkpoint
 from hwpq_pipeline.checkpoints.side_files import copy_side_files
-from hwpq_pipeline.checkpoints.writer import write_json
 from hwpq_pipeline.compression.grids import GRIDS
 from hwpq_pipeline.errors import HwpqError
 from hwpq_pipeline.runtime import load_packed
@@ -58,11 +57,29 @@ def export_semi_structured(
                 remedy="Use another export format for this model.",
             )
     with FORMAT.directory(dense, compressed, target_dir, card) as partial:
-        write_json(partial / "config.json", dense.config)
-        shapes = {layer: dense.shape(f"{layer}.weight") for layer in compressed.layers}
-        write_packed(partial, compressed.grid, shapes, dict(_tensors(dense, compressed)))
+        tensors = dict(_tensors(dense, compressed))
+        write_packed(partial, dense.config, _form(compressed, tensors), tensors)
         copy_side_files(Path(model_dir), partial)
     return Path(target_dir)
+
+
+def _form(compressed: CompressedModel, tensors: Mapping[str, Tensor]) -> PackedForm:
+    """What the tensors are; all packed layers are of one kind."""
+    layer, tables = min(compressed.layers), tuple(sorted(compressed.embeddings))
+    scale = tensors.get(f"{layer}.weight_scale")
+    return PackedForm(
+        layers=tuple(sorted(compressed.layers)),
+        kept_dtype=_name(tensors[f"{layer}.weight_kept"]),
+        scale_dtype=None if scale is None else _name(scale),
+        group_size=compressed.group_size,
+        grid=compressed.grid,
+        tables=tables,
+        table_dtype=_name(tensors[f"{tables[0]}.weight"]) if tables else None,
+    )
+
+
+def _name(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
 
 
 def _tensors(dense: Checkpoint, compressed: CompressedModel) -> Iterator[tuple[str, Tensor]]:
@@ -91,7 +108,7 @@ def _open(folder: Path) -> Logits:
 
 def _how_to_load(_info: CardInfo) -> str:
     return (
-        "No other engine reads this format.\n\n"
+        "vLLM serves it with this project's plugin (docs/engines.md); no other engine reads it.\n\n"
         "```bash\npip install .   # in a checkout of hwpq-pipeline\n```\n\n```python\n"
         "from hwpq_pipeline.runtime import load_packed\n"
         "from transformers import AutoTokenizer\n\n"
