@@ -131,13 +131,15 @@ test-fast: $(STAMP)  ## the tests that take seconds
 
 # Users' engines, each in an environment of its own: vLLM needs another transformers, and llama.cpp is compiled (g++,
 # cmake; some minutes, once). Their locks name every package. vLLM's leaves out torchvision, torchaudio and torchcodec:
-# their builds do not match this torch, and language models do not need them.
+# their builds do not match this torch, and language models do not need them. The project is installed into vLLM's for
+# its plugin, without its dependencies: vLLM wants other versions of some.
 ENGINES := .engines
 
 $(ENGINES)/%/.installed: benchmarks/engines/%.lock
 	@echo "Installing the engine $* into $(ENGINES)/$*; this takes some minutes, once."
 	@test -x $(ENGINES)/$*/bin/python || $(PYTHON) -m venv $(ENGINES)/$*
 	@$(ENGINES)/$*/bin/python -m pip install --quiet --no-deps -r $<
+	@test $* != vllm || $(ENGINES)/vllm/bin/python -m pip install --quiet --no-deps --editable .
 	@touch $@
 
 engines: $(ENGINES)/vllm/.installed $(ENGINES)/llama/.installed  ## vLLM and llama.cpp, to check exports with

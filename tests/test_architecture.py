@@ -85,7 +85,8 @@ def test_imports_are_declared(root: Path) -> None:
         for file, line, name in imported_names(root / "src" / PACKAGE)
         # triton comes with the CUDA builds of torch, and is imported behind a check. vLLM imports its plugin, in an
         # environment of its own.
-        if name not in {PACKAGE, "triton", "vllm"} and not declared & {normal(owner) for owner in owners.get(name, [name])}
+        if name not in {PACKAGE, "triton", "vllm"}
+        and not declared & {normal(owner) for owner in owners.get(name, [name])}
     }
     assert not undeclared, sorted(undeclared)
 

@@ -9,9 +9,12 @@ and llama.cpp is compiled; a runner beside this file is started there and import
     {"model": path, "chat": [messages], "new_tokens": n}        → {"replies": [text]}                     (llama.cpp)
     {"model": path, "batches": [n], "prompt_tokens": p, "new_tokens": n, "threads": t}
                                                                 → {"speed": [{batch, prefill, decode}]}, tokens a second
+    {"model": path, "runs": [[batch, prompt, new]], "repeats": n}
+                                                                → {"seconds": [[seconds, n times]]}       (vLLM)
     {"codes": [largest]}                                        → {"wrong": [share of INT8 products]}     (vLLM)
 
-The first two may be asked of vLLM at once. An engine that cannot load the model answers {"error": its message}.
+The first two may be asked of vLLM at once, with `"compiled": true` for the mode that it takes by default and a mapping
+`options` of further arguments. An engine that cannot load the model answers {"error": its message}.
 """
 
 from __future__ import annotations

@@ -36,7 +36,8 @@ def main(request: dict[str, Any]) -> dict[str, Any]:
             model=request["model"],
             dtype=request.get("dtype", "float32"),
             max_model_len=1024,
-            enforce_eager=True,
+            enforce_eager=not request.get("compiled", False),
+            **request.get("options", {}),
             enable_prefix_caching=False,
             seed=0,
         )
@@ -57,6 +58,8 @@ def main(request: dict[str, Any]) -> dict[str, Any]:
                 "nll": sum(nll(engine, ids) for ids in request["samples"]),
                 "predictions": sum(len(ids) - 1 for ids in request["samples"]),
             }
+        if "runs" in request:
+            answer["seconds"] = [seconds(run, *given, repeats=request["repeats"]) for given in request["runs"]]
         if "batches" in request:
             answer["speed"] = [
                 measure(run, batch, request["prompt_tokens"], request["new_tokens"]) for batch in request["batches"]
@@ -91,9 +94,24 @@ def nll(engine: Any, ids: list[int]) -> float:
     return -sum(entry[token].logprob for entry, token in zip(found, ids[1:], strict=True))
 
 
+def seconds(run: Any, batch: int, prompt_tokens: int, new_tokens: int, *, repeats: int) -> list[float]:
+    """What `batch` prompts and so many new tokens after each take, every time; once more beforehand, uncounted."""
+    prompts, found = prompts_of(batch, prompt_tokens), []
+    for _ in range(repeats + 1):
+        begun = time.perf_counter()
+        run(prompts, new_tokens)
+        found.append(time.perf_counter() - begun)
+    return found[1:]
+
+
+def prompts_of(batch: int, tokens: int) -> list[list[int]]:
+    """Prompts of so many tokens, each another."""
+    return [[(7 * i + 13 * j) % 1000 + 100 for i in range(tokens)] for j in range(batch)]
+
+
 def measure(run: Any, batch: int, prompt_tokens: int, new_tokens: int) -> dict[str, Any]:
     """Tokens a second: prefill from a run of one new token, decode from what more of them take beyond it."""
-    prompts = [[(7 * i + 13 * j) % 1000 + 100 for i in range(prompt_tokens)] for j in range(batch)]
+    prompts = prompts_of(batch, prompt_tokens)
     run(prompts, 2)
     first: list[float] = []
     longer: list[float] = []

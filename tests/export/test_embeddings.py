@@ -28,7 +28,10 @@ from hwpq_pipeline.method.embeddings import rounded_embeddings
 from hwpq_pipeline.method.fitting import misfits
 from hwpq_pipeline.method.recipe import Recipe
 from hwpq_pipeline.method.sections import Quantization
+from hwpq_pipeline.runtime import load_packed
+from hwpq_pipeline.runtime.tables import Int8Embedding, Int8Head
 from tests.export.making import HEADS, make_two_of_four, random_codes
+from tests.kernels.packed import needs_compiler
 from tests.tiny import VOCABULARY, tiny_checkpoint, tiny_config, tiny_model, tiny_tokens
 
 TABLES = ("model.embed_tokens", "lm_head")
@@ -86,6 +89,22 @@ def test_the_formats_runtime_computes_with_the_rounded_tables(tmp_path: Path, na
     rounded_again = name == "gguf" and grid != "int8"
     far = (got - wanted).norm(dim=1) / wanted.norm(dim=1)
     assert float(far.max()) < (0.1 if rounded_again else 1e-3)
+
+
+@needs_compiler
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_native_runtime_keeps_the_codes(tmp_path: Path, tied: bool) -> None:
+    """It rounds the inputs of layers to INT8, and those of the head to bfloat16."""
+    dense = made(tmp_path, "int8", tied=tied)
+    semi_structured.export_semi_structured(tmp_path / "model", tmp_path / "compressed", tmp_path / "export")
+    model = load_packed(tmp_path / "export", native=True)
+    assert isinstance(model.get_input_embeddings(), Int8Embedding)
+    assert isinstance(model.get_output_embeddings(), Int8Head)
+    tokens = tiny_tokens()[:1]
+    with torch.inference_mode():
+        wanted, got = dense(tokens).logits, model(tokens).logits
+        assert model.generate(tokens, max_new_tokens=3, do_sample=False).shape == (1, tokens.shape[1] + 3)
+    assert float((got - wanted).norm() / wanted.norm()) < 0.03
 
 
 @pytest.mark.parametrize("tied", [True, False])

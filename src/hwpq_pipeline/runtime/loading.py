@@ -1,7 +1,8 @@
 """Opening a packed 2:4 export (`checkpoints.packed`).
 
 **CPU.** Packed layers become `PackedLinear`. The rest of the model runs in float32. `native=True` compiles the C++
-kernel once for this machine (`kernels.packed_linear.native`) and uses it.
+kernel once for this machine (`kernels.packed_linear.native`) and uses it. An embedding and a head in INT8 stay codes
+then, and the head's products are bfloat16.
 
 **CUDA.** Each weight is unpacked and given to torch's own `to_sparse_semi_structured`, which packs it into what the
 sparse tensor cores read. The layers stay `nn.Linear`. torch multiplies 16-bit semi-structured weights there, so codes
@@ -26,6 +27,7 @@ from hwpq_pipeline.kernels.packed_linear import Kernel
 from hwpq_pipeline.kernels.packed_linear import native as native_kernel
 
 from .packed_linear import PackedLinear, dense_weight
+from .tables import Int8Embedding, Int8Head
 
 
 def load_packed(
@@ -60,9 +62,28 @@ def load_packed(
             parent, _, name = layer.rpartition(".")
             bias = packed.tensors.pop(f"{layer}.bias", None)
             setattr(model.get_submodule(parent), name, PackedLinear(found, bias, name=layer, kernel=kernel))
+    codes = _tables(packed) if native and not on_cuda else {}
     rest = {name: tensor.to(device, dtype if on_cuda else torch.float32) for name, tensor in packed.rest().items()}
     _fill(model, rest, device, str(directory))
+    for name, (table, scale) in codes.items():
+        _keep_codes(model, name, table, scale)
     return model.eval()
+
+
+def _tables(packed: PackedCheckpoint) -> dict[str, tuple[Tensor, Tensor]]:
+    """Codes (rows, in) and scales (rows, 1) of an embedding and a head in INT8, by name."""
+    names = packed.form.tables if packed.form.table_dtype == "int8" else ()
+    parts = {name: (f"{name}.weight", f"{name}.weight_scale") for name in names}
+    return {name: (packed.tensors[one], packed.tensors[two]) for name, (one, two) in parts.items()}
+
+
+def _keep_codes(model: Any, name: str, codes: Tensor, scale: Tensor) -> None:
+    """Let an embedding or a head, and the head that is tied to it, compute with codes."""
+    weight = model.get_submodule(name).weight
+    for path, module in list(model.named_modules()):
+        if getattr(module, "weight", None) is weight:
+            kind = Int8Embedding if isinstance(module, nn.Embedding) else Int8Head
+            model.set_submodule(path, kind(codes, scale))
 
 
 def _linear(model: nn.Module, layer: str) -> Any:

@@ -16,6 +16,7 @@ from vllm.model_executor.utils import set_weight_attrs
 from hwpq_pipeline.checkpoints.packed import AGAIN, PackedForm
 from hwpq_pipeline.compression.codes import scaled
 from hwpq_pipeline.errors import HwpqError
+from hwpq_pipeline.kernels.int8_linear import int8_linear, int8_rows
 
 
 class HwpqTableMethod(UnquantizedEmbeddingMethod):  # type: ignore[misc]
@@ -63,8 +64,7 @@ class HwpqTableMethod(UnquantizedEmbeddingMethod):  # type: ignore[misc]
         if not bool(layer.weight_scale.isfinite().all()):
             raise HwpqError("no tensor weight_scale of an embedding or head", where="packed.safetensors", remedy=AGAIN)
         if layer.weight.dtype == torch.int8:
-            layer.weight_scale.data = layer.weight_scale.data.to(self.computed)
-            layer.packed_scale = layer.weight_scale.data.flatten()
+            layer.packed_scale = layer.weight_scale.data.flatten().to(torch.bfloat16)
         else:
             if layer.weight.dtype == self.dtype:  # else the tied one has done it
                 layer.weight.data = scaled(layer.weight.data, layer.weight_scale.data).to(self.computed)
@@ -75,18 +75,14 @@ class HwpqTableMethod(UnquantizedEmbeddingMethod):  # type: ignore[misc]
         if layer.weight.dtype != torch.int8:
             result: Tensor = super().apply(layer, x, bias)
             return result
-        given = x.reshape(-1, x.shape[-1]).contiguous()
-        found = torch._weight_int8pack_mm(given, layer.weight.data, layer.packed_scale)  # noqa: SLF001 (torch has no other)
-        found = found.view(*x.shape[:-1], -1)
+        found = int8_linear(x, layer.weight.data, layer.packed_scale)
         return found if bias is None else found + bias
 
     def embedding(self, layer: Any, input_: Tensor) -> Tensor:
         """Rows (…, in) of ids."""
         if layer.weight.dtype != torch.int8:
             return torch.nn.functional.embedding(input_, layer.weight)
-        codes = torch.nn.functional.embedding(input_, layer.weight)
-        scale = torch.nn.functional.embedding(input_, layer.weight_scale)
-        return codes.to(self.computed) * scale
+        return int8_rows(input_, layer.weight, layer.packed_scale, self.computed)
 
     def tie_weights(self, layer: Any, embed_tokens: Any) -> Any:
         """A head that has the embedding's weight."""

@@ -1,0 +1,108 @@
+"""Packed 2:4 in vLLM beside vLLM's own: what decoding and a prompt take, on this machine.
+
+    python -m benchmarks.serving
+
+**decode**: tokens a second of one sequence and of eight, after prompts of 32 tokens: what 65 new tokens take beyond
+one. **prefill**: a prompt of 512 tokens. Each is taken several times; the median is told, and how far the fastest and
+the slowest are apart. vLLM runs in the mode that it takes by default (compiled), in the model's own bfloat16, with all
+cores, in one process. Its own formats are measured where it has a kernel for this processor; where it has none, its
+message is in the table. Quality is the evaluation's, from `data/08_reporting`.
+
+Every variant is measured in a process of its own, one after the other. Writes `results/serving.{json,md}`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+from pathlib import Path
+from typing import Any
+
+from benchmarks.engines import ask
+from benchmarks.machine import machine
+from benchmarks.output import RESULTS, write_results
+
+DATA = Path(__file__).resolve().parents[1] / "data"
+REPEATS, NEW_TOKENS, SHORT, LONG = 5, 65, 32, 512
+BATCHES = (1, 8)
+#: What is asked, in order: (batch, prompt, new tokens).
+RUNS = [[1, LONG, 1], *([batch, SHORT, new] for batch in BATCHES for new in (1, NEW_TOKENS))]
+#: Variants, and whether the packed export is meant or the one that vLLM reads by itself.
+CASES = (("dense", False), ("int4", False), ("2of4-int8", True), ("2of4-int4", True), ("2of4-fp8", True))
+
+
+def main() -> None:
+    """Measure, print and write."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--variants", nargs="+", default=[name for name, _ in CASES])
+    parser.add_argument("--eager", action="store_true", help="without vLLM's compilation")
+    given = parser.parse_args()
+    os.environ["OMP_NUM_THREADS"] = str(os.cpu_count())
+    rows = []
+    for name, packed in CASES:
+        if name in given.variants:
+            rows.append(measured(name, packed, compiled=not given.eager))
+            print(rows[-1], flush=True)
+    results = {"machine": machine(), "compiled": not given.eager, "rows": rows}
+    write_results(RESULTS, "serving_eager" if given.eager else "serving", results, render(results))
+    print(render(results))
+
+
+def measured(variant: str, packed: bool, *, compiled: bool) -> dict[str, Any]:
+    """A variant's row."""
+    export = DATA / "07_export" / (f"{variant}.formats/semi-structured" if packed else variant)
+    request = {"model": export, "dtype": "bfloat16", "runs": RUNS, "repeats": REPEATS, "compiled": compiled}
+    metrics = json.loads((DATA / "08_reporting" / variant / "metrics.json").read_text(encoding="utf-8"))
+    row = {"variant": variant, "packed": packed, "times_dense": metrics["perplexity_ratio"]}
+    answer = ask("vllm", request, timeout=3600)
+    if "error" in answer:
+        return {**row, "error": answer["error"].splitlines()[0]}
+    long, *others = answer["seconds"]
+    decode = {
+        str(batch): rates(
+            [batch * (NEW_TOKENS - 1) / (all_of - first) for first, all_of in zip(short, whole, strict=True)]
+        )
+        for batch, short, whole in zip(BATCHES, others[::2], others[1::2], strict=True)
+    }
+    return {**row, "prefill": rates([LONG / seconds for seconds in long]), "decode": decode}
+
+
+def rates(found: list[float]) -> dict[str, float]:
+    """The median of tokens a second, and how far the fastest and the slowest are apart, as a share of it."""
+    middle = statistics.median(found)
+    return {"median": middle, "spread": (max(found) - min(found)) / middle}
+
+
+def render(results: dict[str, Any]) -> str:
+    """The table."""
+    lines = [
+        "Tokens a second in vLLM, and times vLLM's own dense bfloat16; the spread of five runs in brackets.",
+        "",
+        f"| variant | perplexity, × dense | decode, 1 | decode, 8 | prompt of {LONG} |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    dense = next((row for row in results["rows"] if row["variant"] == "dense"), None)
+    for row in results["rows"]:
+        name = f"{row['variant']}{', packed' if row['packed'] else ''}"
+        if "error" in row:
+            lines.append(f"| {name} | {row['times_dense']:.3f} | no kernel here: `{row['error']}` | | |")
+            continue
+        cells = [told(row["decode"][str(batch)], dense and dense["decode"][str(batch)]) for batch in BATCHES]
+        lines.append(
+            f"| {name} | {row['times_dense']:.3f} | {' | '.join(cells)} | "
+            f"{told(row['prefill'], dense and dense['prefill'])} |"
+        )
+    facts = results["machine"]
+    return "\n".join([*lines, "", f"{facts['processor']} ({facts['capability']}), {facts['cores']} cores.", ""])
+
+
+def told(rate: dict[str, float], dense: dict[str, float] | None) -> str:
+    """A rate, its ratio to the dense one, and its spread."""
+    ratio = f", {rate['median'] / dense['median']:.2f} ×" if dense else ""
+    return f"{rate['median']:.1f}{ratio} (±{rate['spread'] / 2:.0%})"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,42 @@
+"""An embedding and a head that stay INT8 codes (`kernels.int8_linear`)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from hwpq_pipeline.kernels.int8_linear import int8_linear, int8_rows
+
+
+class Int8Embedding(nn.Module):
+    """`nn.Embedding` of codes.
+
+    Args:
+        codes: (rows, in) int8.
+        scale: (rows, 1).
+    """
+
+    def __init__(self, codes: Tensor, scale: Tensor) -> None:
+        super().__init__()
+        self.codes, self.scale = codes, scale.flatten()
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """(…, in) float32 of ids (…)."""
+        return int8_rows(ids, self.codes, self.scale, torch.float32)
+
+
+class Int8Head(nn.Module):
+    """`nn.Linear` of codes, its products in bfloat16.
+
+    Args:
+        codes: (out, in) int8.
+        scale: (out, 1).
+    """
+
+    def __init__(self, codes: Tensor, scale: Tensor) -> None:
+        super().__init__()
+        self.codes, self.scale = codes, scale.flatten().to(torch.bfloat16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(…, out) of (…, in), with the dtype of `x`."""
+        return int8_linear(x, self.codes, self.scale)
