@@ -1,7 +1,8 @@
 """How fast the exports run: one layer's decode step, and whole models in every engine that is installed.
 
 **layers**: one token through one linear layer: torch's dense bfloat16 and float32 `Linear` beside the packed 2:4
-kernel, by kind of values. Methods take turns; before each repeat other memory is written, so that every weight comes
+kernel, by kind of values, and the roofline: how fast as many bytes as the dense bfloat16 weight has are read, by a copy
+and by a sum. Methods take turns; before each repeat other memory is written, so that every weight comes
 from memory, as it does when a model's layers follow each other. A kernel whose result is wrong gets no time.
 
 **models**: tokens a second of prefill and of decoding, by batch, for every variant in transformers (float32, and the
@@ -118,6 +119,10 @@ def layer(rows: int, columns: int) -> dict[str, Any]:
             if float((product(arranged, x) - wanted).abs().max()) > coarse * float(wanted.abs().max()):
                 raise SystemExit(f"packed {kind}{by} is wrong at {rows} x {columns}: no time for it")
             methods[f"2:4 {kind}{by}"], read[f"2:4 {kind}{by}"] = partial(product, arranged, x), arranged.nbytes
+    bits = weight.bfloat16().view(torch.int16)
+    target, words = torch.empty_like(bits), bits.view(torch.float32)
+    for name, method in (("read, by a copy", partial(target.copy_, bits)), ("read, by a sum", words.sum)):
+        methods[name], read[name] = method, bits.nbytes
     times: dict[str, list[float]] = {name: [] for name in methods}
     with torch.inference_mode():
         for repeat in range(REPEATS + 1):

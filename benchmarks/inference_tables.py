@@ -36,7 +36,7 @@ def measured_on(part: dict[str, Any]) -> str:
 
 
 def _layer_tables(rows: list[dict[str, Any]]) -> list[str]:
-    names = list(rows[0]["milliseconds"])
+    names = [name for name in rows[0]["milliseconds"] if not name.startswith(_ROOF)]
     head = "| out × in | " + " | ".join(names) + " |\n|---|" + "---|" * len(names)
 
     def table(value: Callable[[dict[str, Any], str], str]) -> str:
@@ -53,8 +53,19 @@ def _layer_tables(rows: list[dict[str, Any]]) -> list[str]:
         "Milliseconds, median:", table(lambda row, name: f"{row['milliseconds'][name]:.3f}"),
         "Times as fast as dense bfloat16:", table(times_faster("dense bfloat16")),
         "Times as fast as dense float32:", table(times_faster("dense float32")),
+        "Of the read rate of a copy or a sum, the faster one, the share that is reached:", table(_share),
         "Megabytes that the weight takes:", table(lambda row, name: f"{row['megabytes'][name]:.2f}"),
     ]  # fmt: skip
+
+
+_ROOF = "read, "
+
+
+def _share(row: dict[str, Any], name: str) -> str:
+    """The share of the roofline; nothing in results that have none."""
+    rates = {key: row["megabytes"][key] / row["milliseconds"][key] for key in row["milliseconds"]}
+    roofs = [rate for key, rate in rates.items() if key.startswith(_ROOF)]
+    return f"{rates[name] / max(roofs):.0%}" if roofs else ""
 
 
 def _models_text(part: dict[str, Any]) -> str:
