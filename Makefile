@@ -31,7 +31,7 @@ UI_PORT  ?= 5000
 BASE     ?= main
 
 .PHONY: help install run repro ci sweep ui lint check format dvc-dependencies test coverage test-fast test-browser screenshots test-postgres test-sweep test-architectures test-damage \
-	engines test-engines viz pipeline-picture bench-selection bench-selection-quality bench-number-formats bench-healing bench-peers bench-inference bench-gpu lock clean
+	engines test-engines viz pipeline-picture bench-selection bench-selection-quality bench-number-formats bench-healing bench-peers bench-inference bench-serving bench-gpu lock clean
 
 help:  ## what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 26
@@ -144,7 +144,7 @@ $(ENGINES)/%/.installed: benchmarks/engines/%.lock
 
 engines: $(ENGINES)/vllm/.installed $(ENGINES)/llama/.installed  ## vLLM and llama.cpp, to check exports with
 
-data/07_export/paper-2of4-fp8: | $(STAMP)
+data/07_export/paper-2of4-fp8 data/07_export/2of4-int8.formats: | $(STAMP)
 	kedro run
 
 test-engines: $(STAMP) engines | data/07_export/paper-2of4-fp8  ## the exports of make run in transformers, vLLM, llama.cpp and ONNX Runtime
@@ -216,6 +216,9 @@ bench-peers: $(STAMP) $(PEERS)/.installed data/02_intermediate/documents.parquet
 
 bench-inference: $(STAMP) | data/07_export/paper-2of4-fp8  ## tokens a second of every variant in every engine that is there (make engines)
 	python -m benchmarks.inference $(ARGS)
+
+bench-serving: $(STAMP) $(ENGINES)/vllm/.installed | data/07_export/2of4-int8.formats  ## packed 2:4 in vLLM beside vLLM's own: decoding, prompts, quality (twenty minutes)
+	python -m benchmarks.serving $(ARGS)
 
 # PYTHON names the Python that has a CUDA build of torch; the project's own is not used, and nothing is installed.
 bench-gpu:  ## compression and inference on a GPU beside its ceilings and rivals, in one call under ten minutes

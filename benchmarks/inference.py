@@ -121,8 +121,8 @@ def layer(rows: int, columns: int) -> dict[str, Any]:
             methods[f"2:4 {kind}{by}"], read[f"2:4 {kind}{by}"] = partial(product, arranged, x), arranged.nbytes
     bits = weight.bfloat16().view(torch.int16)
     target, words = torch.empty_like(bits), bits.view(torch.float32)
-    for name, method in (("read, by a copy", partial(target.copy_, bits)), ("read, by a sum", words.sum)):
-        methods[name], read[name] = method, bits.nbytes
+    methods |= {"read, by a copy": partial(target.copy_, bits), "read, by a sum": words.sum}
+    read |= dict.fromkeys(("read, by a copy", "read, by a sum"), bits.nbytes)
     times: dict[str, list[float]] = {name: [] for name in methods}
     with torch.inference_mode():
         for repeat in range(REPEATS + 1):

@@ -8,6 +8,7 @@
     bits        docs/results.md             benchmarks/results/peers.json and healing.json
     healing     docs/results.md             benchmarks/results/healing.json (`make bench-healing`)
     selection   docs/results.md             benchmarks/results/selection.json (`make bench-selection`)
+    serving     docs/results.md             benchmarks/results/serving.json (`make bench-serving`)
     inference   docs/results.md             benchmarks/results/inference.json (`make bench-inference`)
     presets     docs/choosing-a-variant.md  benchmarks/results/peers.json and the presets themselves
 
@@ -37,6 +38,7 @@ from benchmarks.number_formats import table as formats_table
 from benchmarks.output import RESULTS
 from benchmarks.peers.contest import seconds
 from benchmarks.peers.jobs import TASKS
+from benchmarks.serving import render as serving_table
 from hwpq_pipeline.figures import FIGURES, TIMES, cells, values
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -173,6 +175,11 @@ def healing() -> str:
     return healing_table(json.loads((RESULTS / "healing.json").read_text())).strip()
 
 
+def serving() -> str:
+    """Packed 2:4 in vLLM, as its bench wrote it."""
+    return serving_table(json.loads((RESULTS / "serving.json").read_text())).strip()
+
+
 #: Each name's page, and what makes it.
 PAGES: dict[str, tuple[str, Callable[[], str]]] = {
     "headline": ("README.md", headline),
@@ -183,6 +190,7 @@ PAGES: dict[str, tuple[str, Callable[[], str]]] = {
     "healing": ("docs/results.md", healing),
     "selection": ("docs/results.md", selection),
     "formats": ("docs/results.md", formats),
+    "serving": ("docs/results.md", serving),
     "inference": ("docs/results.md", inference),
     "presets": ("docs/choosing-a-variant.md", presets),
 }

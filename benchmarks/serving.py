@@ -8,7 +8,8 @@ the slowest are apart. vLLM runs in the mode that it takes by default (compiled)
 cores, in one process. Its own formats are measured where it has a kernel for this processor; where it has none, its
 message is in the table. Quality is the evaluation's, from `data/08_reporting`.
 
-Every variant is measured in a process of its own, one after the other. Writes `results/serving.{json,md}`.
+Every variant is measured in a process of its own, one after the other. Writes `results/serving.{json,md}` and the
+picture of quality against the time of a token, `docs/images/serving.png`.
 """
 
 from __future__ import annotations
@@ -20,11 +21,16 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+
 from benchmarks.engines import ask
 from benchmarks.machine import machine
 from benchmarks.output import RESULTS, write_results
+from hwpq_pipeline.figures import QUALITY, Figure
+from hwpq_pipeline.reporting.charts import quality_against
 
-DATA = Path(__file__).resolve().parents[1] / "data"
+ROOT = Path(__file__).resolve().parents[1]
+DATA, PICTURE = ROOT / "data", ROOT / "docs" / "images" / "serving.png"
 REPEATS, NEW_TOKENS, SHORT, LONG = 5, 65, 32, 512
 BATCHES = (1, 8)
 #: What is asked, in order: (batch, prompt, new tokens).
@@ -47,6 +53,8 @@ def main() -> None:
             print(rows[-1], flush=True)
     results = {"machine": machine(), "compiled": not given.eager, "rows": rows}
     write_results(RESULTS, "serving_eager" if given.eager else "serving", results, render(results))
+    if not given.eager:
+        draw(rows, PICTURE)
     print(render(results))
 
 
@@ -96,6 +104,17 @@ def render(results: dict[str, Any]) -> str:
         )
     facts = results["machine"]
     return "\n".join([*lines, "", f"{facts['processor']} ({facts['capability']}), {facts['cores']} cores.", ""])
+
+
+def draw(rows: list[dict[str, Any]], path: Path) -> None:
+    """Quality against what a token of one sequence takes."""
+    cost = Figure("milliseconds", "ms a token, one sequence, in vLLM on a CPU", "", better="lower")
+    points = [
+        {"variant": row["variant"], QUALITY.name: row["times_dense"], cost.name: 1000 / row["decode"]["1"]["median"]}
+        for row in rows
+        if "error" not in row
+    ]
+    quality_against(pd.DataFrame(points), cost, "Quality against decode speed", path)
 
 
 def told(rate: dict[str, float], dense: dict[str, float] | None) -> str:

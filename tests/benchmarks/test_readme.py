@@ -16,7 +16,9 @@ def test_every_page_has_both_markers_once(root: Path, name: str) -> None:
     assert (text.count(BEGIN.format(name)), text.count(END.format(name))) == (1, 1)
 
 
-@pytest.mark.parametrize("name", ["selection", "peers", "bits", "healing", "formats", "inference", "presets"])
+@pytest.mark.parametrize(
+    "name", ["selection", "peers", "bits", "healing", "formats", "serving", "inference", "presets"]
+)
 def test_the_committed_tables_are_those_of_the_committed_results(root: Path, name: str) -> None:
     """What needs no run: the others are made from `data/`."""
     page, make = PAGES[name]

@@ -117,6 +117,28 @@ def pareto(table: pd.DataFrame, path: str | Path) -> Path:
     return _save(figure, path)
 
 
+def quality_against(table: pd.DataFrame, cost: Metric, title: str, path: str | Path) -> Path:
+    """Draw the variants' quality against one cost (lower is better), as `pareto` does.
+
+    Args:
+        table: `variant`, the column of `figures.QUALITY` and that of the cost.
+        cost: what is on the other axis.
+        title: of the chart.
+        path: the PNG to write.
+
+    Raises:
+        HwpqError: a column is missing, or there is no variant.
+    """
+    from matplotlib.figure import Figure
+
+    _require(table, ("variant", QUALITY.name, cost.name))
+    figure = Figure(figsize=(7.0, 5.0), dpi=_DPI, layout="constrained")
+    axes = figure.subplots()
+    _scatter(axes, table, cost)
+    axes.set_title(title, fontsize=11)
+    return _save(figure, path)
+
+
 def pareto_front(x: np.ndarray[Any, Any], y: np.ndarray[Any, Any]) -> list[int]:
     """Indices of the points that no other beats (lower or equal in both, lower in one), by rising x.
 
