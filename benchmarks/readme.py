@@ -9,6 +9,7 @@
     healing     docs/results.md             benchmarks/results/healing.json (`make bench-healing`)
     selection   docs/results.md             benchmarks/results/selection.json (`make bench-selection`)
     serving     docs/results.md             benchmarks/results/serving.json (`make bench-serving`)
+    runtime     docs/results.md             benchmarks/results/runtime.json (`make bench-runtime`)
     inference   docs/results.md             benchmarks/results/inference.json (`make bench-inference`)
     presets     docs/choosing-a-variant.md  benchmarks/results/peers.json and the presets themselves
 
@@ -38,6 +39,7 @@ from benchmarks.number_formats import table as formats_table
 from benchmarks.output import RESULTS
 from benchmarks.peers.contest import seconds
 from benchmarks.peers.jobs import TASKS
+from benchmarks.runtime import render as runtime_table
 from benchmarks.serving import render as serving_table
 from hwpq_pipeline.figures import FIGURES, TIMES, cells, values
 
@@ -180,6 +182,11 @@ def serving() -> str:
     return serving_table(json.loads((RESULTS / "serving.json").read_text())).strip()
 
 
+def runtime() -> str:
+    """Packed 2:4 in transformers, as its bench wrote it."""
+    return runtime_table(json.loads((RESULTS / "runtime.json").read_text())).strip()
+
+
 #: Each name's page, and what makes it.
 PAGES: dict[str, tuple[str, Callable[[], str]]] = {
     "headline": ("README.md", headline),
@@ -191,6 +198,7 @@ PAGES: dict[str, tuple[str, Callable[[], str]]] = {
     "selection": ("docs/results.md", selection),
     "formats": ("docs/results.md", formats),
     "serving": ("docs/results.md", serving),
+    "runtime": ("docs/results.md", runtime),
     "inference": ("docs/results.md", inference),
     "presets": ("docs/choosing-a-variant.md", presets),
 }
