@@ -1,13 +1,14 @@
 """Packed 2:4 in vLLM beside vLLM's own: what decoding and a prompt take, on this machine.
 
     python -m benchmarks.serving
-    python -m benchmarks.serving --variants dense 2of4-int8        the others' rows stay as they are
+    python -m benchmarks.serving --only dense int4        the others' rows stay as they are
 
 **decode**: tokens a second of one sequence and of eight, after prompts of 32 tokens: what 65 new tokens take beyond
 one. **prefill**: a prompt of 512 tokens. Each is taken several times; the median is told, and how far the fastest and
-the slowest are apart. vLLM runs in the mode that it takes by default (compiled), in the model's own bfloat16, with all
-cores, in one process. Its own formats are measured where it has a kernel for this processor; where it has none, its
-message is in the table. Quality is the evaluation's, from `data/08_reporting`.
+the slowest are apart. vLLM runs in the mode that it takes by default (compiled), with all cores, in one process, in the
+model's own bfloat16, and the dense model in float32 too: not every processor multiplies bfloat16. Its own formats are
+measured where it has a kernel for this processor. Where it has none, its message is in the table. Quality is the
+evaluation's, from `data/08_reporting`.
 
 Every variant is measured in a process of its own, one after the other. Writes `results/serving.{json,md}` and the
 picture of quality against the time of a token, `docs/images/serving.png`.
@@ -37,35 +38,39 @@ REPEATS, NEW_TOKENS, SHORT, LONG = 5, 65, 32, 512
 BATCHES = (1, 8)
 #: What is asked, in order: (batch, prompt, new tokens).
 RUNS = [[1, LONG, 1], *([batch, SHORT, new] for batch in BATCHES for new in (1, NEW_TOKENS))]
-#: Variants, and whether the packed export is meant or the one that vLLM reads by itself.
-CASES = (("dense", False), ("int4", False), ("2of4-int8", True), ("2of4-int4", True), ("2of4-fp8", True))
+#: By name: the variant, whether the packed export is meant or the one that vLLM reads by itself, the dtype.
+CASES = {
+    "dense": ("dense", False, "bfloat16"), "dense, float32": ("dense", False, "float32"),
+    "int4": ("int4", False, "bfloat16"),
+    "2of4-int8, packed": ("2of4-int8", True, "bfloat16"), "2of4-int4, packed": ("2of4-int4", True, "bfloat16"),
+    "2of4-fp8, packed": ("2of4-fp8", True, "bfloat16"),
+}  # fmt: skip
 
 
 def main() -> None:
     """Measure, print and write."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--variants", nargs="+", default=[name for name, _ in CASES])
+    parser.add_argument("--only", nargs="+", choices=CASES, default=list(CASES))
     given = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = str(os.cpu_count())
     rows: list[dict[str, Any]] = json.loads(FILE.read_text(encoding="utf-8"))["rows"] if FILE.is_file() else []
-    for name, packed in CASES:
-        if name in given.variants:
-            found = measured(name, packed)
-            print(found, flush=True)
-            rows = [row for row in rows if row["variant"] != name] + [found]
-    rows.sort(key=lambda row: [name for name, _ in CASES].index(row["variant"]))
+    for name in given.only:
+        found = {"name": name, **measured(*CASES[name])}
+        print(found, flush=True)
+        rows = [row for row in rows if row["name"] != name] + [found]
+    rows.sort(key=lambda row: list(CASES).index(row["name"]))
     results = {"machine": machine(), "rows": rows}
     write_results(RESULTS, FILE.stem, results, render(results))
     draw(rows, PICTURE)
     print(render(results))
 
 
-def measured(variant: str, packed: bool) -> dict[str, Any]:
-    """A variant's row."""
+def measured(variant: str, packed: bool, dtype: str) -> dict[str, Any]:
+    """A case's row."""
     export = DATA / "07_export" / (f"{variant}.formats/semi-structured" if packed else variant)
-    request = {"model": export, "dtype": "bfloat16", "runs": RUNS, "repeats": REPEATS}
+    request = {"model": export, "dtype": dtype, "runs": RUNS, "repeats": REPEATS}
     metrics = json.loads((DATA / "08_reporting" / variant / "metrics.json").read_text(encoding="utf-8"))
-    row = {"variant": variant, "packed": packed, "times_dense": metrics["perplexity_ratio"]}
+    row = {"times_dense": metrics["perplexity_ratio"]}
     answer = ask("vllm", request | {"compiled": True}, timeout=3600)
     if "error" in answer:  # the compiler's words say less than the operator's
         answer = ask("vllm", request, timeout=3600)
@@ -95,9 +100,9 @@ def render(results: dict[str, Any]) -> str:
         f"| variant | perplexity, × dense | decode, 1 | decode, 8 | prompt of {LONG} |",
         "|---|---:|---:|---:|---:|",
     ]
-    dense = next((row for row in results["rows"] if row["variant"] == "dense"), None)
+    dense = next((row for row in results["rows"] if row["name"] == "dense"), None)
     for row in results["rows"]:
-        name = f"{row['variant']}{', packed' if row['packed'] else ''}"
+        name = row["name"]
         if "error" in row:
             lines.append(f"| {name} | {row['times_dense']:.3f} | no kernel here: `{row['error']}` | | |")
             continue
@@ -114,7 +119,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     """Quality against what a token of one sequence takes."""
     cost = Figure("milliseconds", "ms a token, one sequence, in vLLM on a CPU", "", better="lower")
     points = [
-        {"variant": row["variant"], QUALITY.name: row["times_dense"], cost.name: 1000 / row["decode"]["1"]["median"]}
+        {"variant": row["name"], QUALITY.name: row["times_dense"], cost.name: 1000 / row["decode"]["1"]["median"]}
         for row in rows
         if "error" not in row
     ]

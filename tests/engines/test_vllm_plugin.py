@@ -107,7 +107,12 @@ def test_a_server_answers(packed, tmp_path):
         "--max-model-len", "512", "--enforce-eager", "--served-model-name", "sparse",
     )  # fmt: skip
     with serving(command, port, tmp_path / "server.log", health="/health", patience=300) as address:
-        body: dict[str, Any] = {"model": "sparse", "prompt": "The capital of France is", "max_tokens": 8, "temperature": 0}
+        body: dict[str, Any] = {
+            "model": "sparse",
+            "prompt": "The capital of France is",
+            "max_tokens": 8,
+            "temperature": 0,
+        }
         answer = requests.post(f"{address}/v1/completions", json=body, timeout=120)
     assert answer.ok, answer.text
     assert answer.json()["choices"][0]["text"].strip()

@@ -102,8 +102,8 @@ class HwpqConfig(QuantizationConfig):  # type: ignore[misc]
 
     def _parts(self, prefix: str) -> list[str]:
         """The checkpoint's names of the layers that a layer of vLLM's is made of."""
-        head, _, last = prefix.rpartition(".")
-        return [f"{head}.{part}" for part in self.packed_modules_mapping.get(last, [last])]
+        parent, dot, last = prefix.rpartition(".")
+        return [f"{parent}{dot}{part}" for part in self.packed_modules_mapping.get(last, [last])]
 
     def _in_codes(self, layer: nn.Module) -> bool:
         """By its kind: not every model tells its embedding's name. A tied head takes the embedding's tensors."""
