@@ -4,7 +4,8 @@ Callers use the functions of an operation's `__init__` alone: its door. The door
 are on, and imports no more than it needs: a machine that works on a GPU needs no numba, and one without a GPU no
 Triton. Three operations lack a file. `mask_descent` and `packed_linear` have no `cuda` yet: their doors copy tensors on
 a GPU to the CPU and the result back (`devices.on_the_cpu`). `fp8` has no `cpu`: the CPU runs its reference, which is
-plain torch.
+plain torch. `packed_linear` has a second kernel for the CPU, `native`, in C++. `int8_linear` is torch's own kernel, in
+one module.
 
 The CPU kernels share three things: how they are compiled (`jit`), how rows are spread over cores (`over_rows`), and how
 a weight is read without a copy (`flat_rows`).
