@@ -1,7 +1,7 @@
 """Packed 2:4 in transformers (`hwpq_pipeline.runtime`) beside the dense model: the first token, and each after it.
 
     python -m benchmarks.runtime
-    python -m benchmarks.runtime --models default
+    python -m benchmarks.runtime --models default        the other's rows stay as they are
 
 Two models: the default one (variant `2of4-int8` of `make run`), and one with random weights in the shapes of a Llama of
 1.1 billion parameters, in 2:4 and INT8 with embedding and head. Milliseconds of a prompt of 32 tokens (the first new
@@ -13,6 +13,7 @@ of 8 x 32, where there is next to nothing to compute: what a call costs. Writes 
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 import tempfile
 import time
@@ -25,6 +26,7 @@ import torch
 from benchmarks.inference import packed, stock
 from benchmarks.machine import machine
 from benchmarks.output import RESULTS, write_results
+from hwpq_pipeline.calibration.statistics import collect_statistics
 from hwpq_pipeline.export.semi_structured import export_semi_structured
 from hwpq_pipeline.kernels.packed_linear import Kernel, packed_linear
 from hwpq_pipeline.method.recipe import Recipe
@@ -32,6 +34,7 @@ from hwpq_pipeline.method.run import write_model
 from hwpq_pipeline.runtime import load_packed
 
 DATA = Path(__file__).resolve().parents[1] / "data"
+FILE, MODELS = RESULTS / "runtime.json", ("default", "1.1B")
 PROMPT, NEW, REPEATS = 32, 32, 5
 SHAPES: dict[str, Any] = {
     "hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22, "num_attention_heads": 32,
@@ -43,18 +46,20 @@ DENSE = "dense, bfloat16"
 def main() -> None:
     """Measure, print and write."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--models", nargs="+", choices=("default", "1.1B"), default=("default", "1.1B"))
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS)
     given = parser.parse_args()
-    rows: list[dict[str, Any]] = []
+    rows: list[dict[str, Any]] = json.loads(FILE.read_text(encoding="utf-8"))["rows"] if FILE.is_file() else []
+    rows = [row for row in rows if row["model"] not in given.models]
     for name in given.models:
         with tempfile.TemporaryDirectory() as folder:
             dense, sparse = default() if name == "default" else random(Path(folder))
             for way, load, compiled in ways(dense, sparse, compiles=name == "default"):
                 rows.append({"model": name, "way": way, **milliseconds(load(), compiled=compiled)})
                 print(rows[-1], flush=True)
-    results = {"machine": machine(), "calls": {kernel: call_microseconds(kernel) for kernel in ("numba", "native")}}
-    write_results(RESULTS, "runtime", results | {"rows": rows}, render(results | {"rows": rows}))
-    print(render(results | {"rows": rows}))
+    calls = {kernel: call_microseconds(kernel) for kernel in ("numba", "native")}
+    results = {"machine": machine(), "calls": calls, "rows": sorted(rows, key=lambda row: MODELS.index(row["model"]))}
+    write_results(RESULTS, FILE.stem, results, render(results))
+    print(render(results))
 
 
 def default() -> tuple[Path, Path]:
@@ -71,7 +76,8 @@ def random(folder: Path) -> tuple[Path, Path]:
     compressed.mkdir()
     selection, grid = {"structure": "2of4", "metric": "magnitude"}, {"grid": "int8", "embeddings": "int8"}
     recipe = Recipe.from_variant({"selection": selection, "quantization": grid})
-    write_model(dense, None, recipe, compressed, name="random")
+    collect_statistics(dense, torch.arange(64)[None], target=folder / "statistics", dtype="float32")
+    write_model(dense, folder / "statistics", recipe, compressed, name="random")
     return dense, export_semi_structured(dense, compressed, folder / "packed")
 
 

@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from benchmarks.engines import ask, python_of
+from hwpq_pipeline.calibration.statistics import collect_statistics
 from hwpq_pipeline.checkpoints.packed import WEIGHTS
 from hwpq_pipeline.export.semi_structured import export_semi_structured
 from hwpq_pipeline.method.recipe import Recipe
@@ -25,7 +26,7 @@ from hwpq_pipeline.method.run import write_model
 from hwpq_pipeline.runtime import load_packed
 from tests.engines.conftest import DATA, MODEL, NEW_TOKENS, chosen_logits, perplexity
 from tests.servers import free_port, serving
-from tests.tiny import tiny_checkpoint, tiny_config
+from tests.tiny import tiny_checkpoint, tiny_config, tiny_tokens
 
 SHIPPED = ("2of4-int8", "2of4-int4", "2of4-fp8")
 TIE = 0.05
@@ -53,7 +54,8 @@ def tiny_export(folder: Path, variant: dict[str, object], **changes: object) -> 
     model, compressed = tiny_checkpoint(folder / "model", tiny_config(**{**HALVES, **changes})), folder / "compressed"
     compressed.mkdir()
     recipe = Recipe.from_variant({"selection": {"structure": "2of4", "metric": "magnitude"}, **variant})
-    write_model(model, None, recipe, compressed, name="tiny")
+    collect_statistics(model, tiny_tokens(), target=folder / "statistics", dtype="float32")
+    write_model(model, folder / "statistics", recipe, compressed, name="tiny")
     return export_semi_structured(model, compressed, folder / "packed")
 
 

@@ -131,13 +131,29 @@ def test_many_inputs_are_done_like_one(kernel: Kernel, kind: str, monkeypatch: p
 
 @pytest.mark.parametrize("kind", ["int8", "bfloat16"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_long_prompt_is_multiplied_by_the_unpacked_weight(kernel: Kernel, kind: str, dtype: torch.dtype) -> None:
+def test_a_long_prompt(kernel: Kernel, kind: str, dtype: torch.dtype) -> None:
+    """It is multiplied by the unpacked weight, or where that is faster by the kernel, whose inputs are INT8 then."""
     weight, dense = made(kind, 40, 64)
     bias = torch.randn(40)
     x = torch.randn(3, door.FEW, 64, dtype=dtype)
-    wanted = x.double() @ dense.T + bias.double()
+    rounds = kernel == "native" and kind in KINDS_OF_INTEGERS
+    wanted = (rounded(x.float()) if rounds else x.double()) @ dense.T + bias.double()
     got = packed_linear(weight, x, bias, kernel=kernel)
     assert got.dtype == dtype
+    coarse = 2e-2 if dtype == torch.bfloat16 else 1e-3 if rounds else 1e-5
+    torch.testing.assert_close(got.double(), wanted, rtol=coarse, atol=coarse * float(wanted.abs().max()))
+
+
+@needs_compiler
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_native_multiplies_by_the_unpacked_weight_when_it_is_told_to(kind: str, dtype: torch.dtype) -> None:
+    native.build()
+    weight, dense = made(kind, 40, 100)
+    x, bias = torch.randn(3, 5, 100, dtype=dtype), torch.randn(40)
+    parts = (weight.values, weight.places, weight.scale, bias, KINDS.index(kind), 40)
+    got = torch.ops.hwpq_native.packed_linear(x, *parts, few=0)
+    wanted = x.double() @ dense.T + bias.double()
     coarse = 2e-2 if dtype == torch.bfloat16 else 1e-5
     torch.testing.assert_close(got.double(), wanted, rtol=coarse, atol=coarse * float(wanted.abs().max()))
 

@@ -21,6 +21,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <limits>
 #include <vector>
 
 #if defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
@@ -42,6 +43,17 @@ at::ScalarType multiplied_in(at::ScalarType given) {
   if (given == at::kBFloat16) return given;
 #endif
   return given == at::kDouble ? given : at::kFloat;
+}
+
+// Rows of inputs up to which the kernel is faster than to unpack the weight and multiply; measured with AVX2. Integers
+// are always faster in the kernel there, as no other product of this processor takes bytes.
+int64_t most_rows(int64_t kind) {
+  if (kind != INT8 && kind != INT4) return 192;
+#if defined(__AMX_BF16__)
+  return 256;
+#else
+  return std::numeric_limits<int64_t>::max();
+#endif
 }
 
 int64_t bytes_of(int64_t kind) {
@@ -304,35 +316,47 @@ void check(const at::Tensor& values, const at::Tensor& places, const at::Tensor&
               "packed_linear: values, places and scales do not belong together");
 }
 
+// Rows `first` to `last - 1` of the dense weight; the kind is known when this is compiled.
+template <int KIND>
+void unpack_rows(const uint8_t* values, const uint8_t* places, const float* scale, int64_t words, int64_t groups,
+                 int64_t columns, int64_t first, int64_t last, float* target) {
+  for (int64_t row = first; row < last; row++) {
+    const int64_t block = row / ROWS, lane = row % ROWS;
+    for (int64_t word = 0; word < words; word++) {
+      const int64_t at = block * words + word, size = std::min(WORD, columns - word * WORD);
+      if (size <= 0) break;
+      const float factor = scale[(block * groups + word / (words / groups)) * ROWS + lane];
+      float dense[WORD] = {};
+      for (int64_t kept = 0; kept < KEPT; kept++) {
+        const int place = place_of(places + at * PLACES, whole(KIND), lane, kept);
+        dense[4 * (kept / 2) + place] += value_of(values + at * bytes_of(KIND), KIND, lane, kept) * factor;
+      }
+      std::copy_n(dense, size, target + row * columns + word * WORD);
+    }
+  }
+}
+
 // (rows, columns) float32, zeros in their places.
 at::Tensor unpack(const at::Tensor& values, const at::Tensor& places, const at::Tensor& scale, int64_t kind,
                   int64_t rows, int64_t columns) {
   check(values, places, scale, kind);
   const int64_t words = places.size(1), groups = scale.size(1);
-  at::Tensor dense = at::zeros({rows, columns}, scale.options());
+  TORCH_CHECK((columns + WORD - 1) / WORD <= words && places.size(0) * ROWS >= rows, "packed_linear: another shape");
+  at::Tensor dense = at::empty({rows, columns}, scale.options());
   float* target = dense.data_ptr<float>();
   const uint8_t *v = values.data_ptr<uint8_t>(), *p = places.data_ptr<uint8_t>();
   const float* s = scale.data_ptr<float>();
-  at::parallel_for(0, rows, std::max<int64_t>(1, SMALLEST_SHARE / words), [&](int64_t first, int64_t last) {
-    for (int64_t row = first; row < last; row++) {
-      const int64_t block = row / ROWS, lane = row % ROWS;
-      for (int64_t word = 0; word < words; word++) {
-        const int64_t at = block * words + word;
-        const float factor = s[(block * groups + word / (words / groups)) * ROWS + lane];
-        for (int64_t kept = 0; kept < KEPT; kept++) {
-          const int64_t column = word * WORD + 4 * (kept / 2) + place_of(p + at * PLACES, whole(kind), lane, kept);
-          const float value = value_of(v + at * bytes_of(kind), kind, lane, kept);
-          if (value != 0.0f && column < columns) target[row * columns + column] = value * factor;
-        }
-      }
-    }
-  });
+  constexpr decltype(&unpack_rows<INT8>) by_kind[] = {unpack_rows<FLOAT32>, unpack_rows<BFLOAT16>, unpack_rows<FLOAT16>,
+                                                      unpack_rows<E4M3>,    unpack_rows<INT8>,     unpack_rows<INT4>};
+  at::parallel_for(0, rows, std::max<int64_t>(1, SMALLEST_SHARE / std::max<int64_t>(1, words)),
+                   [&](int64_t first, int64_t last) { by_kind[kind](v, p, s, words, groups, columns, first, last, target); });
   return dense;
 }
 
 at::Tensor packed_linear(const at::Tensor& x, const at::Tensor& values, const at::Tensor& places, const at::Tensor& scale,
                          const c10::optional<at::Tensor>& bias, int64_t kind, int64_t rows, int64_t few) {
   check(values, places, scale, kind);
+  if (few < 0) few = most_rows(kind);
   const int64_t columns = x.size(-1), words = places.size(1), blocks = places.size(0), groups = scale.size(1);
   TORCH_CHECK((columns + WORD - 1) / WORD <= words && blocks * ROWS >= rows, "packed_linear: inputs of another width");
   std::vector<int64_t> shape = x.sizes().vec();
@@ -383,7 +407,7 @@ at::Tensor packed_linear(const at::Tensor& x, const at::Tensor& values, const at
 }  // namespace
 
 TORCH_LIBRARY(hwpq_native, library) {
-  library.def("packed_linear(Tensor x, Tensor values, Tensor places, Tensor scale, Tensor? bias, int kind, int rows, int few=256) -> Tensor");
+  library.def("packed_linear(Tensor x, Tensor values, Tensor places, Tensor scale, Tensor? bias, int kind, int rows, int few=-1) -> Tensor");
   library.def("unpack(Tensor values, Tensor places, Tensor scale, int kind, int rows, int columns) -> Tensor");
 }
 
