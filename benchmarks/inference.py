@@ -1,8 +1,8 @@
 """How fast the exports run: one layer's decode step, and whole models in every engine that is installed.
 
 **layers**: one token through one linear layer: torch's dense bfloat16 and float32 `Linear` beside the packed 2:4
-kernel, by kind of values, and the roofline: how fast as many bytes as the dense bfloat16 weight has are read, by a copy
-and by a sum. Methods take turns; before each repeat other memory is written, so that every weight comes
+kernel, by kind of values, and the roofline: the rate at which a copy and a sum read the bytes of the dense
+bfloat16 weight. Methods take turns; before each repeat other memory is written, so that every weight comes
 from memory, as it does when a model's layers follow each other. A kernel whose result is wrong gets no time.
 
 **models**: tokens a second of prefill and of decoding, by batch, for every variant in transformers (float32, and the

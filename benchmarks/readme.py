@@ -141,7 +141,9 @@ def inference() -> str:
     """One token through one layer, and decoding with whole models if they have been measured."""
     report = json.loads((RESULTS / "inference.json").read_text())
     parts = [
-        layer_table(report["layers"]["rows"], ("2:4 int8", "2:4 float8_e4m3fn", "2:4 bfloat16")),
+        layer_table(
+            report["layers"]["rows"], ("2:4 int4, native", "2:4 int8, native", "2:4 int8", "2:4 float8_e4m3fn")
+        ),
         f"Layers: {measured_on(report['layers'])}",
     ]
     if "models" in report:

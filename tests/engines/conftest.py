@@ -40,9 +40,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _everything_is_there(request: pytest.FixtureRequest) -> None:
+def _the_engine_is_there(request: pytest.FixtureRequest) -> None:
     needed = [engine for engine in ("vllm", "llama") if engine in request.path.stem]
     assert all(installed(engine) for engine in needed), "run it as: make test-engines"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _everything_is_there() -> None:
     assert (DATA / "07_export" / "paper-2of4-fp8").is_dir(), "run it as: make test-engines"
 
 
@@ -72,7 +76,7 @@ class Made:
 #: What `make run` does not make, and engines have a scheme or this project a format for.
 FURTHER: dict[str, dict[str, Any]] = {
     "int8": {"quantization": {"grid": "int8"}},
-    "2of4-int8": {"selection": {"structure": "2of4"}, "quantization": {"grid": "int8"}},
+    "2of4-int8-plain": {"selection": {"structure": "2of4"}, "quantization": {"grid": "int8"}},
     "2of4": {"selection": {"structure": "2of4"}},
 }
 

@@ -13,7 +13,8 @@ WEIGHTS = 30 * (2 * 576 * 576 + 2 * 576 * 192 + 3 * 576 * 1536)
 ROWS = 30 * (2 * 576 + 2 * 192 + 2 * 1536 + 576)
 #: By variant: bytes of values and positions for a weight of the dense layer, and the number of scales.
 ARITHMETIC = {
-    "2of4": (2 * 9 / 16, 0), "2of4-int8": (5 / 8, ROWS), "2of4-fp8": (5 / 8, ROWS), "2of4-int4": (3 / 8, WEIGHTS // 64),
+    "2of4": (2 * 9 / 16, 0), "2of4-int8-plain": (5 / 8, ROWS), "2of4-fp8": (5 / 8, ROWS),
+    "2of4-int4": (3 / 8, WEIGHTS // 64),
 }  # fmt: skip
 
 

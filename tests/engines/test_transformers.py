@@ -19,7 +19,7 @@ def dense():
     return load(MODEL)
 
 
-@pytest.mark.parametrize("variant", [*SHIPPED, "int8", "2of4-int8"])
+@pytest.mark.parametrize("variant", [*SHIPPED, "int8", "2of4-int8-plain"])
 def test_logits_are_those_of_codes_times_scales(variant, dense, prompts, variants):
     source, model = CompressedModel(variants(variant).compressed), load(variants(variant).export)
     ids = torch.tensor([prompts[3]])

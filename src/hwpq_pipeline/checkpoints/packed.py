@@ -17,7 +17,7 @@ not know the format finds no weights. Otherwise it would find a model that lacks
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +68,7 @@ class PackedForm:
         grid: of the codes, None for weights; for people.
         tables: names of the embedding and the head, where they are in codes.
         table_dtype: of their codes.
+        tensors: how many the file holds, so that one that is missing is noticed; 0 if it is not known.
     """
 
     layers: tuple[str, ...]
@@ -77,6 +78,7 @@ class PackedForm:
     grid: str | None = None
     tables: tuple[str, ...] = ()
     table_dtype: str | None = None
+    tensors: int = 0
 
     def section(self) -> dict[str, Any]:
         """The section of `config.json`."""
@@ -109,9 +111,9 @@ def _is_such(name: str, value: object) -> bool:
     if name in ("layers", "tables"):
         return isinstance(value, list) and all(isinstance(entry, str) for entry in value)
     if value is None:
-        return name != "kept_dtype"
-    if name == "group_size":
-        return type(value) is int and value > 0
+        return name not in ("kept_dtype", "tensors")
+    if name in ("group_size", "tensors"):
+        return type(value) is int and value >= (name == "group_size")
     return isinstance(value, str) and (
         not name.endswith("_dtype") or isinstance(getattr(torch, value, None), torch.dtype)
     )
@@ -140,19 +142,26 @@ class PackedCheckpoint:
         """A layer, taken out of `tensors`.
 
         Raises:
-            HwpqError: its values or positions are missing.
+            HwpqError: its values, positions or scales are missing.
         """
         kept, positions, scale = (
             self.tensors.pop(f"{layer}.weight_{part}", None) for part in ("kept", "positions", "scale")
         )
-        if kept is None or positions is None:
+        if kept is None or positions is None or (scale is None and self.form.scale_dtype is not None):
             raise HwpqError("its packed tensors are missing", where=layer, remedy=AGAIN)
         four_bits = kept.dtype == torch.uint8
         return PackedLayer(unpack_nibbles(kept) if four_bits else kept, positions, scale, four_bits)
 
     def rest(self) -> dict[str, Tensor]:
-        """What is left once the layers are taken; rounded tables as float32 values."""
+        """What is left once the layers are taken; rounded tables as float32 values.
+
+        Raises:
+            HwpqError: a rounded table's codes or scales are missing.
+        """
         found = dict(self.tensors)
+        for table in self.form.tables:
+            if missing := {f"{table}.weight", f"{table}.weight_scale"} - set(found):
+                raise HwpqError(f"no tensor {min(missing)}", where=table, remedy=AGAIN)
         for name in [name for name in found if name.endswith(".weight_scale")]:
             weight, scale = name.removesuffix("_scale"), found.pop(name)
             found[weight] = scaled(found[weight], scale)
@@ -216,5 +225,6 @@ def write_packed(directory: Path, config: Mapping[str, Any], form: PackedForm, t
         form: what the tensors are.
         tensors: by name: those of `pack_weight` and `pack_codes`, and the rest of the model.
     """
+    form = replace(form, tensors=len(tensors))
     write_json(directory / "config.json", {**config, SECTION: form.section()})
     write_tensors(directory / WEIGHTS, tensors)

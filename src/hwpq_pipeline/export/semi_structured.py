@@ -56,6 +56,12 @@ def export_semi_structured(
                 where=layer.name,
                 remedy="Use another export format for this model.",
             )
+    if 0 < len(compressed.quantized) < len(compressed.layers):
+        raise HwpqError(
+            "semi-structured holds layers of one kind, and some of these are rounded and others are not",
+            where=str(compressed.path),
+            remedy="Use another export format for this variant.",
+        )
     with FORMAT.directory(dense, compressed, target_dir, card) as partial:
         tensors = dict(_tensors(dense, compressed))
         write_packed(partial, dense.config, _form(compressed, tensors), tensors)

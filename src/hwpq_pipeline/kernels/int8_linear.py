@@ -21,11 +21,14 @@ def int8_linear(x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
     Args:
         x: any float dtype; it is rounded to bfloat16.
         codes: (out, in) int8.
-        scale: (out,) bfloat16.
+        scale: (out,).
     """
     if x.shape[-1] % WORD:
         return (x.float() @ (codes.float() * scale[:, None].float()).T).to(x.dtype)
     given = x.reshape(-1, x.shape[-1]).to(torch.bfloat16).contiguous()
+    if scale.dtype != torch.bfloat16:  # the kernel takes no other; its rounding would be one too many
+        found = int8_linear(given, codes, torch.ones_like(scale, dtype=torch.bfloat16)).float() * scale.float()
+        return found.view(*x.shape[:-1], codes.shape[0]).to(x.dtype)
     found = torch._weight_int8pack_mm(given, codes, scale)  # noqa: SLF001 (torch has no other door to it)
     return found.view(*x.shape[:-1], codes.shape[0]).to(x.dtype)
 

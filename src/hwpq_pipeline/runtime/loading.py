@@ -78,12 +78,18 @@ def _tables(packed: PackedCheckpoint) -> dict[str, tuple[Tensor, Tensor]]:
 
 
 def _keep_codes(model: Any, name: str, codes: Tensor, scale: Tensor) -> None:
-    """Let an embedding or a head, and the head that is tied to it, compute with codes."""
+    """Let an embedding or a head, and the head that is tied to it, compute with codes.
+
+    A module that does more than to look up or to multiply (a factor, a bias) stays as it is.
+    """
     weight = model.get_submodule(name).weight
-    for path, module in list(model.named_modules()):
-        if getattr(module, "weight", None) is weight:
-            kind = Int8Embedding if isinstance(module, nn.Embedding) else Int8Head
-            model.set_submodule(path, kind(codes, scale))
+    for path, module in list(model.named_modules(remove_duplicate=False)):
+        if getattr(module, "weight", None) is not weight:
+            continue
+        if type(module) is nn.Embedding:
+            model.set_submodule(path, Int8Embedding(codes, scale))
+        elif type(module) is nn.Linear and getattr(module, "bias", None) is None:
+            model.set_submodule(path, Int8Head(codes, scale))
 
 
 def _linear(model: nn.Module, layer: str) -> Any:

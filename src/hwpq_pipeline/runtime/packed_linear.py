@@ -1,7 +1,8 @@
 """A linear layer whose 2:4 weight stays packed on the CPU (`kernels.packed_linear`).
 
 Few rows of inputs (decoding, short prompts) go through a packed kernel, which reads the packed bytes once. For more
-rows it is worth unpacking the weight: it is made dense, used and dropped, which costs no lasting memory.
+rows it may be worth unpacking the weight: it is made dense, used and dropped, which costs no lasting memory. The native
+kernel keeps integers packed however many rows there are.
 
 Activations are not rounded to FP8 or INT8, so results are a little closer to the dense model than those of the
 compressed-tensors export. The native kernel rounds the inputs of integer weights, with a scale for each 32 of them.
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from hwpq_pipeline.checkpoints.packed import PackedLayer
 from hwpq_pipeline.compression.codes import scaled
-from hwpq_pipeline.compression.packing import unpack_two_of_four
+from hwpq_pipeline.compression.packing import check_positions, unpack_two_of_four
 from hwpq_pipeline.kernels.packed_linear import Kernel, Packed, arrange, packed_linear
 
 
@@ -47,9 +48,10 @@ class PackedLinear(nn.Module):
     ) -> None:
         super().__init__()
         self.kernel = kernel
+        check_positions(packed.positions, packed.kept.shape[1], where=name)
         kept, scale = packed.kept, packed.scale
         rows = kept.shape[0]
-        self.name, self.in_features, self.out_features = name, 2 * kept.shape[1], rows
+        self.in_features, self.out_features = 2 * kept.shape[1], rows
         self.bias = None if bias is None else bias.float()
         ones = torch.ones(rows, 1) if scale is None else scale
         self.weight: Packed = arrange(kept, packed.positions, ones, four_bits=packed.four_bits)

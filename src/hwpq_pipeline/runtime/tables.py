@@ -35,7 +35,7 @@ class Int8Head(nn.Module):
 
     def __init__(self, codes: Tensor, scale: Tensor) -> None:
         super().__init__()
-        self.codes, self.scale = codes, scale.flatten().to(torch.bfloat16)
+        self.codes, self.scale = codes, scale.flatten()
 
     def forward(self, x: Tensor) -> Tensor:
         """(…, out) of (…, in), with the dtype of `x`."""

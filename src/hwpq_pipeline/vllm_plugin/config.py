@@ -15,12 +15,12 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, 
 from vllm.platforms import current_platform
 
 from hwpq_pipeline.checkpoints.packed import AGAIN, METHOD, WEIGHTS, PackedForm
-from hwpq_pipeline.checkpoints.reader import read_names
+from hwpq_pipeline.checkpoints.reader import read_names, read_tensors
 from hwpq_pipeline.errors import HwpqError
 from hwpq_pipeline.vllm_plugin.linear import HwpqLinearMethod, best_kernel
 from hwpq_pipeline.vllm_plugin.tables import HwpqTableMethod
 
-#: Its interface for plugins moves between minor versions; these were run (docs/engines.md).
+#: vLLM's interface for plugins changes between minor versions. The plugin was run with these.
 VERSIONS = ("0.32",)
 _CONFIG = f"quantization_config of {METHOD}"
 
@@ -62,20 +62,27 @@ class HwpqConfig(QuantizationConfig):  # type: ignore[misc]
         return made
 
     def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
-        """Look into a local export, where its folder is known: that its tensors are there.
+        """Look into a local export, where its folder is known: that its tensors are there, and their bytes right.
+
+        vLLM itself notices neither. Of an export that it fetches from a hub it tells no folder.
 
         Raises:
-            HwpqError: a file that is missing or damaged, or a packed layer without its tensors.
+            HwpqError: a file that is missing or damaged, or lacks a tensor.
         """
         del hf_config, revision
         if not Path(model_name).is_dir():
             return
-        names = set(read_names(Path(model_name) / WEIGHTS))
+        file = Path(model_name) / WEIGHTS
+        names = set(read_names(file))
         parts = ("kept", "positions") if self.form.scale_dtype is None else ("kept", "positions", "scale")
         wanted = [f"{layer}.weight_{part}" for layer in self.form.layers for part in parts]
-        wanted += [f"{table}.weight_scale" for table in self.form.tables]
+        wanted += [f"{table}.{part}" for table in self.form.tables for part in ("weight", "weight_scale")]
         if missing := [name for name in wanted if name not in names]:
-            raise HwpqError(f"no tensor {missing[0]}", where=f"{model_name}/{WEIGHTS}", remedy=AGAIN)
+            raise HwpqError(f"no tensor {missing[0]}", where=str(file), remedy=AGAIN)
+        if len(names) != self.form.tensors:
+            raise HwpqError(f"{len(names)} tensors instead of {self.form.tensors}", where=str(file), remedy=AGAIN)
+        for name in sorted(names):  # one at a time: its checksum is compared
+            read_tensors(file, [name])
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
         """How a layer is computed; None where vLLM's own way is right.

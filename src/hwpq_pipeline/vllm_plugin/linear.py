@@ -4,8 +4,8 @@ Packing is along the inputs, so rows are stacked and cut as those of a dense wei
 and each rank of a column-parallel layer has its rows. A row-parallel layer is cut along its inputs, in whole words of
 32 and whole groups of scales.
 
-vLLM does not notice tensors that are missing. So the parameters begin as values that no export holds, and what is left
-of them after loading is an error.
+vLLM does not notice tensors that are missing. So positions and scales begin as values that no export holds, and what is
+left of them after loading is an error.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
 from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
 from vllm.model_executor.utils import set_weight_attrs
 
@@ -19,17 +20,15 @@ from hwpq_pipeline.errors import HwpqError
 from hwpq_pipeline.kernels.int8_linear import int8_linear, int8_rows
 
 
-class HwpqTableMethod(UnquantizedEmbeddingMethod):  # type: ignore[misc]
+class HwpqTableMethod(QuantizeMethodBase):  # type: ignore[misc]
     """An embedding or a head (rows, in) of codes with a scale a row.
 
     Args:
         form: what the export holds.
     """
 
-    supports_pre_processed_weights = False
-
     def __init__(self, form: PackedForm) -> None:
-        super().__init__()
+        self.plain = UnquantizedEmbeddingMethod()
         self.dtype = getattr(torch, str(form.table_dtype))
         self.scale_dtype = getattr(torch, str(form.scale_dtype))
 
@@ -64,16 +63,16 @@ class HwpqTableMethod(UnquantizedEmbeddingMethod):  # type: ignore[misc]
         if not bool(layer.weight_scale.isfinite().all()):
             raise HwpqError("no tensor weight_scale of an embedding or head", where="packed.safetensors", remedy=AGAIN)
         if layer.weight.dtype == torch.int8:
-            layer.packed_scale = layer.weight_scale.data.flatten().to(torch.bfloat16)
+            layer.packed_scale = layer.weight_scale.data.flatten()
         else:
             if layer.weight.dtype == self.dtype:  # else the tied one has done it
                 layer.weight.data = scaled(layer.weight.data, layer.weight_scale.data).to(self.computed)
-            super().process_weights_after_loading(layer)
+            self.plain.process_weights_after_loading(layer)
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """Logits (…, rows) of (…, in)."""
         if layer.weight.dtype != torch.int8:
-            result: Tensor = super().apply(layer, x, bias)
+            result: Tensor = self.plain.apply(layer, x, bias)
             return result
         found = int8_linear(x, layer.weight.data, layer.packed_scale)
         return found if bias is None else found + bias
@@ -85,6 +84,14 @@ class HwpqTableMethod(UnquantizedEmbeddingMethod):  # type: ignore[misc]
         return int8_rows(input_, layer.weight, layer.packed_scale, self.computed)
 
     def tie_weights(self, layer: Any, embed_tokens: Any) -> Any:
-        """A head that has the embedding's weight."""
+        """A head that has the embedding's weight.
+
+        Raises:
+            HwpqError: vLLM's model has built its embedding without asking for a method.
+        """
+        if not hasattr(embed_tokens, "weight_scale"):
+            raise HwpqError(
+                "vLLM's model takes no embedding in codes", where="quantization.embeddings", remedy="Set it to none."
+            )
         layer.weight, layer.weight_scale = embed_tokens.weight, embed_tokens.weight_scale
         return layer

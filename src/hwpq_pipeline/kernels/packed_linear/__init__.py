@@ -31,6 +31,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from hwpq_pipeline.errors import HwpqError
 from hwpq_pipeline.kernels.devices import on_the_cpu, to_the_cpu
 from hwpq_pipeline.kernels.packed_linear import layout, native
 from hwpq_pipeline.kernels.packed_linear.layout import KINDS, KINDS_OF_INTEGERS, ROWS, WORD
@@ -85,7 +86,7 @@ def arrange(kept: Tensor, positions: Tensor, scale: Tensor, *, four_bits: bool =
     kind = "int4" if four_bits else str(kept.dtype).removeprefix("torch.")
     return Packed(
         layout.values_of(kept, kind),
-        layout.places_of(positions, kept.shape[1], kind),
+        layout.places_of(positions, kind),
         layout.scale_of(scale),
         kind,
         (kept.shape[0], 2 * kept.shape[1]),
@@ -112,8 +113,14 @@ def packed_linear(weight: Packed, x: Tensor, bias: Tensor | None = None, *, kern
         kernel: which.
 
     Raises:
-        HwpqError: a device without a kernel, or no compiler for the native one.
+        HwpqError: inputs of another width, a device without a kernel, or no compiler for the native one.
     """
+    if x.shape[-1] != weight.shape[1]:
+        raise HwpqError(
+            f"{x.shape[-1]} inputs instead of {weight.shape[1]}",
+            where="packed_linear",
+            remedy="Give the layer its own.",
+        )
     arguments = (weight.values, weight.places, weight.scale, bias, KINDS.index(weight.kind), weight.shape[0])
     op = packed_linear_op(kernel)
     if kernel == "numba" and not torch.compiler.is_compiling():

@@ -60,13 +60,12 @@ def kept_of(values: Tensor, kind: str) -> Tensor:
     return bits.permute(0, 3, 1, 2).reshape(blocks * ROWS, -1).view(dtype)
 
 
-def places_of(positions: Tensor, half: int, kind: str) -> Tensor:
-    """(blocks, words, 32) uint8 of positions (out, ⌈in / 8⌉) of ``half`` = in / 2 kept values."""
+def places_of(positions: Tensor, kind: str) -> Tensor:
+    """(blocks, words, 32) uint8 of positions (out, ⌈in / 8⌉)."""
     blocks = _blocks(positions, 4)
-    words = -(-half // KEPT)
     if kind in KINDS_OF_INTEGERS:
         blocks = _transposed(blocks)
-    return blocks.permute(0, 2, 1, 3)[:, :words].contiguous().flatten(2)
+    return blocks.permute(0, 2, 1, 3).contiguous().flatten(2)
 
 
 def positions_of(places: Tensor, kind: str) -> Tensor:

@@ -45,17 +45,6 @@ at::ScalarType multiplied_in(at::ScalarType given) {
   return given == at::kDouble ? given : at::kFloat;
 }
 
-// Rows of inputs up to which the kernel is faster than to unpack the weight and multiply; measured with AVX2. Integers
-// are always faster in the kernel there, as no other product of this processor takes bytes.
-int64_t most_rows(int64_t kind) {
-  if (kind != INT8 && kind != INT4) return 192;
-#if defined(__AMX_BF16__)
-  return 256;
-#else
-  return std::numeric_limits<int64_t>::max();
-#endif
-}
-
 int64_t bytes_of(int64_t kind) {
   switch (kind) {
     case FLOAT32: return ROWS * KEPT * 4;
@@ -68,8 +57,21 @@ int64_t bytes_of(int64_t kind) {
 
 bool whole(int64_t kind) { return kind == INT8 || kind == INT4; }
 
+// Rows of inputs up to which the kernel is faster than to unpack the weight and multiply; measured with AVX2. Integers
+// are always faster in the kernel there, as no other product of this processor takes bytes.
+int64_t most_rows(int64_t kind) {
+  if (!whole(kind)) return 192;
+#if !defined(HWPQ_AVX2)
+  return 16;
+#elif defined(__AMX_BF16__)
+  return 256;
+#else
+  return std::numeric_limits<int64_t>::max();
+#endif
+}
+
 // The places of an integer word are bytes: byte j of row r has, at bits 2k, the place of the value (k, j). Those of a
-// float word are 32-bit words: bits 2m of row r have the place of value m = 4 (k / 2 ...) in order.
+// float word are 32-bit words: bits 2m of row r's word are the place of value m.
 inline int place_of(const uint8_t* places, bool integers, int64_t row, int64_t kept) {
   if (integers) return places[row * 4 + kept % 4] >> (2 * (kept / 4)) & 3;
   uint32_t word;
@@ -110,6 +112,15 @@ inline float value_of(const uint8_t* values, int64_t kind, int64_t row, int64_t 
   }
 }
 
+// Half of the power of two that E4M3's shifted bits lack: inputs and scales take it, so that no product or sum leaves
+// float32's range. Without AVX2 values are whole (`value_of`).
+float half_factor(int64_t kind) {
+#ifdef HWPQ_AVX2
+  if (kind == E4M3) return 0x1p60f;
+#endif
+  return 1.0f;
+}
+
 struct Inputs {
   int64_t count, words;
   std::vector<float> plain;      // (count, words * 32), of float kinds
@@ -122,7 +133,7 @@ Inputs prepare(const float* x, int64_t count, int64_t columns, int64_t words, in
   if (!whole(kind)) {
     made.plain.assign(count * words * WORD, 0.0f);
     for (int64_t row = 0; row < count; row++)
-      std::memcpy(&made.plain[row * words * WORD], x + row * columns, columns * sizeof(float));
+      for (int64_t j = 0; j < columns; j++) made.plain[row * words * WORD + j] = x[row * columns + j] * half_factor(kind);
     return made;
   }
   made.rounded.assign(count * words * WORD, 0);
@@ -264,11 +275,8 @@ void block_of(int64_t kind, const uint8_t* values, const uint8_t* places, const 
     const int64_t at = block * x.words + group * words;
     add_words<N>(kind, values + at * bytes_of(kind), places + at * PLACES, x, row, group * words, words, total);
     __m256 factor = _mm256_loadu_ps(scale + (block * groups + group) * ROWS);
-    if (kind == E4M3) factor = _mm256_mul_ps(factor, _mm256_set1_ps(0x1p60f));
-    for (int n = 0; n < N; n++) {
-      if (kind == E4M3) total[n] = _mm256_mul_ps(total[n], _mm256_set1_ps(0x1p60f));
-      sums[n] = _mm256_fmadd_ps(total[n], factor, sums[n]);
-    }
+    factor = _mm256_mul_ps(factor, _mm256_set1_ps(half_factor(kind)));
+    for (int n = 0; n < N; n++) sums[n] = _mm256_fmadd_ps(total[n], factor, sums[n]);
   }
   for (int n = 0; n < N; n++) _mm256_storeu_ps(result + (row + n) * width + block * ROWS, sums[n]);
 }
@@ -312,7 +320,7 @@ void check(const at::Tensor& values, const at::Tensor& places, const at::Tensor&
   TORCH_CHECK(places.dim() == 3 && values.dim() == 3 && scale.dim() == 3 && places.size(2) == PLACES &&
                   values.size(0) == places.size(0) && values.size(1) == places.size(1) &&
                   values.size(2) == bytes_of(kind) && scale.size(0) == places.size(0) && scale.size(2) == ROWS &&
-                  places.size(1) % scale.size(1) == 0,
+                  scale.size(1) > 0 && places.size(1) % scale.size(1) == 0,
               "packed_linear: values, places and scales do not belong together");
 }
 
@@ -358,7 +366,7 @@ at::Tensor packed_linear(const at::Tensor& x, const at::Tensor& values, const at
   check(values, places, scale, kind);
   if (few < 0) few = most_rows(kind);
   const int64_t columns = x.size(-1), words = places.size(1), blocks = places.size(0), groups = scale.size(1);
-  TORCH_CHECK((columns + WORD - 1) / WORD <= words && blocks * ROWS >= rows, "packed_linear: inputs of another width");
+  TORCH_CHECK((columns + WORD - 1) / WORD == words && blocks * ROWS >= rows, "packed_linear: inputs of another width");
   std::vector<int64_t> shape = x.sizes().vec();
   shape.back() = rows;
   const int64_t count = columns ? x.numel() / columns : 0;
