@@ -91,6 +91,22 @@ def test_the_formats_runtime_computes_with_the_rounded_tables(tmp_path: Path, na
     assert float(far.max()) < (0.1 if rounded_again else 1e-3)
 
 
+@pytest.mark.parametrize("name", FORMATS)
+def test_norms_that_were_healed_are_in_every_format(tmp_path: Path, name: str) -> None:
+    dense, (write, opened) = made(tmp_path, "int8", tied=True), FORMATS[name]
+    norms = {f"model.layers.{block}.input_layernorm.weight": torch.rand(WIDTH) + 0.5 for block in range(2)}
+    save_file(norms, tmp_path / "compressed" / "replaced.safetensors")
+    header = json.loads((tmp_path / "compressed" / "recipe.json").read_text())
+    (tmp_path / "compressed" / "recipe.json").write_text(json.dumps({**header, "replaced": list(norms)}))
+    for norm, weight in norms.items():
+        dense.get_parameter(norm).data.copy_(weight)
+    tokens = tiny_tokens()[:1]
+    with torch.inference_mode():
+        wanted = dense(tokens).logits[0]
+        got = opened(write(tmp_path / "model", tmp_path / "compressed", tmp_path / "export"))(tokens, tokens.shape[1])
+    assert float(((got - wanted).norm(dim=1) / wanted.norm(dim=1)).max()) < 1e-3
+
+
 @needs_compiler
 @pytest.mark.parametrize("tied", [True, False])
 def test_the_native_runtime_keeps_the_codes(tmp_path: Path, tied: bool) -> None:

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from hwpq_pipeline.checkpoints.compressed import CompressedModel
+from hwpq_pipeline.checkpoints.conversion import parameters_of_files
 from hwpq_pipeline.checkpoints.layers import layer_map
 from hwpq_pipeline.checkpoints.quiet import quiet_transformers
 from hwpq_pipeline.checkpoints.reader import Checkpoint
@@ -112,6 +113,11 @@ def _reference(dense: Checkpoint, compressed: CompressedModel) -> tuple[list[Ten
         if layer.name in compressed.layers or layer.name in compressed.embeddings:
             place = layer.place.of(model.get_parameter(layer.place.tensor).data)
             place.copy_(compressed.dequantized(layer.name, layer.shape, dense.tensor_dtype(layer.stored.tensor)))
+    if replaced := compressed.replaced():  # norms of a healed model
+        for name, source in parameters_of_files(model, dense.names).items():
+            stored = next(iter(source.patterns))
+            if stored in replaced:
+                model.get_parameter(name).data.copy_(replaced[stored])
     prompts = _prompts(model)
     logits = _run(model_logits(model), prompts)
     model.to("meta")  # its weights' memory is free before the export's own model is loaded
