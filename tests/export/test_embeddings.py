@@ -93,13 +93,13 @@ def test_the_formats_runtime_computes_with_the_rounded_tables(tmp_path: Path, na
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_norms_that_were_healed_are_in_every_format(tmp_path: Path, name: str) -> None:
-    dense, (write, opened) = made(tmp_path, "int8", tied=True), FORMATS[name]
+    dense, (write, opened) = made(tmp_path, "int8", tied=True, dtype=torch.bfloat16), FORMATS[name]
     norms = {f"model.layers.{block}.input_layernorm.weight": torch.rand(WIDTH) + 0.5 for block in range(2)}
     save_file(norms, tmp_path / "compressed" / "replaced.safetensors")
     header = json.loads((tmp_path / "compressed" / "recipe.json").read_text())
     (tmp_path / "compressed" / "recipe.json").write_text(json.dumps({**header, "replaced": list(norms)}))
     for norm, weight in norms.items():
-        dense.get_parameter(norm).data.copy_(weight)
+        dense.get_parameter(norm).data.copy_(weight.bfloat16())
     tokens = tiny_tokens()[:1]
     with torch.inference_mode():
         wanted = dense(tokens).logits[0]

@@ -117,7 +117,7 @@ def _reference(dense: Checkpoint, compressed: CompressedModel) -> tuple[list[Ten
         for name, source in parameters_of_files(model, dense.names).items():
             stored = next(iter(source.patterns))
             if stored in replaced:
-                model.get_parameter(name).data.copy_(replaced[stored])
+                model.get_parameter(name).data.copy_(replaced[stored].to(dense.tensor_dtype(stored)))
     prompts = _prompts(model)
     logits = _run(model_logits(model), prompts)
     model.to("meta")  # its weights' memory is free before the export's own model is loaded
