@@ -72,9 +72,12 @@ def load_packed(
 
 def _tables(packed: PackedCheckpoint) -> dict[str, tuple[Tensor, Tensor]]:
     """Codes (rows, in) and scales (rows, 1) of an embedding and a head in INT8, by name."""
-    names = packed.form.tables if packed.form.table_dtype == "int8" else ()
-    parts = {name: (f"{name}.weight", f"{name}.weight_scale") for name in names}
-    return {name: (packed.tensors[one], packed.tensors[two]) for name, (one, two) in parts.items()}
+    found = {}
+    for name in packed.form.tables:
+        codes, scale = (packed.tensors.get(f"{name}.{part}") for part in ("weight", "weight_scale"))
+        if codes is not None and scale is not None and codes.dtype == torch.int8:
+            found[name] = (codes, scale)
+    return found
 
 
 def _keep_codes(model: Any, name: str, codes: Tensor, scale: Tensor) -> None:
