@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from benchmarks.inference import packed, stock
-from benchmarks.machine import machine
+from benchmarks.machine import machine, processor
 from benchmarks.output import RESULTS, write_results
 from hwpq_pipeline.calibration.statistics import collect_statistics
 from hwpq_pipeline.export.semi_structured import export_semi_structured
@@ -148,7 +148,7 @@ def render(results: dict[str, Any]) -> str:
     ]
     calls = ", ".join(f"{kernel} {micros:.0f} µs" for kernel, micros in results["calls"].items())
     facts = results["machine"]
-    where = f"{facts['processor']} ({facts['capability']}), {facts['cores']} cores."
+    where = f"{processor(facts)}, {facts['cores']} cores."
     return "\n".join([*lines, "", f"A call of the op on a layer of 8 × 32: {calls}.", "", where, ""])
 
 

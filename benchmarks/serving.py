@@ -26,7 +26,7 @@ from typing import Any
 import pandas as pd
 
 from benchmarks.engines import ask
-from benchmarks.machine import machine
+from benchmarks.machine import machine, processor
 from benchmarks.output import RESULTS, write_results
 from hwpq_pipeline.figures import QUALITY, Figure
 from hwpq_pipeline.reporting.charts import quality_against
@@ -112,7 +112,7 @@ def render(results: dict[str, Any]) -> str:
             f"{told(row['prefill'], dense and dense['prefill'])} |"
         )
     facts = results["machine"]
-    return "\n".join([*lines, "", f"{facts['processor']} ({facts['capability']}), {facts['cores']} cores.", ""])
+    return "\n".join([*lines, "", f"{processor(facts)}, {facts['cores']} cores.", ""])
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:

@@ -114,9 +114,9 @@ class HwpqConfig(QuantizationConfig):  # type: ignore[misc]
 
     def _in_codes(self, layer: nn.Module) -> bool:
         """By its kind: not every model tells its embedding's name. A tied head takes the embedding's tensors."""
-        heads = [name for name in self.form.tables if "head" in name.rpartition(".")[2]]
-        embeddings = [name for name in self.form.tables if name not in heads]
-        return bool(heads or embeddings) if isinstance(layer, ParallelLMHead) else bool(embeddings)
+        if isinstance(layer, ParallelLMHead):
+            return bool(self.form.tables)
+        return any("head" not in name.rpartition(".")[2] for name in self.form.tables)
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
         """Names as vLLM's model has them."""
