@@ -18,7 +18,7 @@ from hwpq_pipeline.calibration.statistics import collect_statistics
 from hwpq_pipeline.checkpoints.compressed import CompressedModel
 from hwpq_pipeline.checkpoints.layers import layer_map
 from hwpq_pipeline.checkpoints.sources import copy_checkpoint
-from hwpq_pipeline.evaluation.loading import open_model
+from hwpq_pipeline.evaluation.loading import open_blockwise, open_model, run_blockwise
 from hwpq_pipeline.evaluation.size import measure_size
 from hwpq_pipeline.export.compressed_tensors import export_checkpoint
 from hwpq_pipeline.method.fitting import misfits
@@ -90,11 +90,12 @@ def fetched(name: str, roots: dict[str, Path], tmp_path_factory: pytest.TempPath
 
 
 def logits(directory: Path) -> torch.Tensor:
-    """What a user gets: `from_pretrained`, and the logits of some tokens."""
-    loaded = open_model(directory, "float32", TOKENS)
+    """What a user gets: `from_pretrained`, and the logits of some tokens. A block at a time gives the same."""
+    model = open_model(directory, "float32", TOKENS)
     with torch.inference_mode():
-        found: torch.Tensor = loaded.model(input_ids=TOKENS[:2], use_cache=False).logits
-        judged = loaded.head.logits(loaded.hidden(TOKENS[:2]))
+        found: torch.Tensor = model(input_ids=TOKENS[:2], use_cache=False).logits
+        head, states = run_blockwise(open_blockwise(directory, "float32", TOKENS), TOKENS[:2], 1)
+        judged = head.logits(torch.cat(list(states)))
     assert torch.allclose(judged, found, atol=2e-4 * float(found.abs().max() + 1))
     return found
 

@@ -119,7 +119,7 @@ def test_a_mixed_export_is_reloaded_as_it_is(root: Path, preset: str) -> None:
     config = json.loads((export / "config.json").read_text())["quantization_config"]
     assert config["format"] == "mixed-precision"
     assert {group["format"] for group in config["config_groups"].values()} == {"pack-quantized", "int-quantized"}
-    loaded = open_model(export, "float32", TOKENS).model
+    loaded = open_model(export, "float32", TOKENS)
     dense = load_file(root / "model" / "model.safetensors")
     for layer in layer_map(root / "model"):
         found = loaded.get_parameter(f"{layer.name}.weight")

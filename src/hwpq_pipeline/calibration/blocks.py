@@ -90,14 +90,14 @@ class BlockSums:
         return [(layers[0], layers) for layers in members.values()]
 
     def tensors(self, groups: list[tuple[str, list[str]]], device: torch.device) -> dict[str, torch.Tensor]:
-        """Each group's sum, on the CPU, by the group's name.
+        """Each group's sum, on the CPU, by the group's name. It is handed over: there is no second call.
 
         Raises:
             HwpqError: an input was NaN or infinite.
         """
         found = {}
         for name, _ in groups:
-            total = self.sums.get(self.leader_of.get(name, name)) or self.kind(self.layers[name], device)
+            total = self.sums.pop(self.leader_of.get(name, name), None) or self.kind(self.layers[name], device)
             if not total.finite():
                 raise HwpqError(
                     "inputs of this layer are NaN or infinite",

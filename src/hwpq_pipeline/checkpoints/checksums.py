@@ -77,7 +77,9 @@ def check_bytes(handle: Any, name: str, *, where: str, remedy: str) -> None:
         read_tensor(handle, name, where=where, remedy=remedy)
         return
     step = max(1, _PIECE // max(rows[0:1].nbytes, 1))
-    _compare(handle, name, (rows[start : start + step] for start in range(0, shape[0], step)), where, remedy)
+    _compare(
+        handle, name, (rows[start : min(start + step, shape[0])] for start in range(0, shape[0], step)), where, remedy
+    )
 
 
 @lru_cache(maxsize=8)

@@ -42,17 +42,18 @@ class Source:
     patterns: dict[str, str] = field(default_factory=dict)
 
 
-def parameters_of_files(model: Any, names: Iterable[str]) -> dict[str, Source]:
+def parameters_of_files(model: Any, names: Iterable[str], quantizer: Any = None) -> dict[str, Source]:
     """Which files' tensors make which parameters (or buffers) of the model; tensors that it does not read are left out.
 
     Args:
         model: of transformers, on the meta device.
         names: of the files' tensors.
+        quantizer: of transformers, for a quantized checkpoint.
     """
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
-    transforms = get_model_conversion_mapping(model)
+    transforms = get_model_conversion_mapping(model, hf_quantizer=quantizer)
     renamings = [one for one in transforms if isinstance(one, WeightRenaming)]
     converters = [one for one in transforms if isinstance(one, WeightConverter)]
     by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}

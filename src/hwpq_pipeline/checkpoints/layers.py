@@ -132,8 +132,12 @@ def body_of(model: Any) -> nn.Module:
     return max(model.children(), key=lambda part: sum(1 for _ in part.modules()))
 
 
-def meta_model(path: str | Path) -> Any:
+def meta_model(path: str | Path, dtype: torch.dtype | None = None) -> Any:
     """The checkpoint's model on the meta device: modules and shapes, no weights.
+
+    Args:
+        path: the checkpoint.
+        dtype: of its parameters; the config's by default.
 
     Raises:
         HwpqError: the config is missing, is not that of a causal LM, or needs remote code.
@@ -145,7 +149,8 @@ def meta_model(path: str | Path) -> Any:
     with reading(f"{path}/config.json", what="not a causal LM that transformers can build", remedy=remedy):
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+            given = {} if dtype is None else {"dtype": dtype}
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=False, **given)
 
 
 def layer_map(path: str | Path) -> LayerMap:

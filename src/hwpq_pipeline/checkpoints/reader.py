@@ -29,7 +29,7 @@ def _open(path: Path) -> Any:
     if not path.is_file():
         raise HwpqError("no such file", where=str(path), remedy=FETCH_AGAIN)
     with reading(path, what="corrupt safetensors file", remedy=FETCH_AGAIN):
-        return safe_open(path, framework="pt")
+        return safe_open(path, framework="pt", backend="pread")  # mapped pages would stay in memory
 
 
 def read_tensors(path: str | Path, names: Sequence[str] | None = None) -> dict[str, torch.Tensor]:

@@ -8,13 +8,17 @@ batch.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from hwpq_pipeline.checkpoints.layers import body_of, text_model
+from hwpq_pipeline.decoder.spool import Spool
+
+Forward = Callable[..., Any]
 
 
 class Inputs(NamedTuple):
@@ -30,7 +34,7 @@ class Inputs(NamedTuple):
     keyword: dict[str, Any]
     name: str | None
 
-    def run(self, block: Callable[..., Any], state: torch.Tensor) -> Any:
+    def run(self, block: Forward, state: torch.Tensor) -> Any:
         """The block's output on other hidden states."""
         if self.name is None:
             return block(state, *self.positional, **self.keyword)
@@ -52,8 +56,8 @@ def first_output(output: Any) -> torch.Tensor:
 
 
 def record_inputs(
-    model: Any, blocks: nn.ModuleList, batches: list[torch.Tensor]
-) -> tuple[list[torch.Tensor], list[list[Inputs]]]:
+    model: Any, blocks: nn.ModuleList, batches: Sequence[torch.Tensor], hidden: Spool | None = None
+) -> tuple[Spool, list[list[Inputs]]]:
     """The first block's hidden states of each batch, and what else each block gets with each batch.
 
     A recorder replaces each block's `forward` and passes its input on, in the form (tensor or tuple) that the first
@@ -63,18 +67,17 @@ def record_inputs(
         model: a causal LM.
         blocks: its decoder blocks.
         batches: token ids, each (samples, length).
+        hidden: takes the hidden states; a new one by default.
 
     Returns:
         A tensor (samples, length, hidden) for each batch; and for each batch, for each block, what it gets beside
         the hidden states.
     """
-    hidden: list[torch.Tensor] = []
+    hidden = Spool() if hidden is None else hidden
     calls: list[Inputs] = []
     form: list[Any] = []
 
-    def recorder(index: int) -> Callable[..., Any]:
-        real = blocks[index].forward
-
+    def recorder(index: int, real: Forward) -> Forward:
         def record(*positional: Any, **keyword: Any) -> Any:
             state, inputs = split_inputs(positional, keyword)
             if index == 0:
@@ -87,16 +90,11 @@ def record_inputs(
         return record
 
     extra: list[list[Inputs]] = []
-    own = [block.__dict__.get("forward") for block in blocks]
-    try:
-        for index, block in enumerate(blocks):
-            block.forward = recorder(index)
+    with replaced_forwards(blocks, recorder):
         for ids in batches:
             calls.clear()
             text_model(model)(input_ids=ids, use_cache=False)
             extra.append(_shared(list(calls), extra))
-    finally:
-        _put_back(blocks, own)
     return hidden, extra
 
 
@@ -109,37 +107,45 @@ def final_hidden(model: Any, blocks: nn.ModuleList, ids: torch.Tensor, output: A
         ids: the token ids, (samples, length).
         output: of the last block, a tensor or a tuple.
     """
-    own = [block.__dict__.get("forward") for block in blocks]
-    try:
-        for block in blocks:
-            block.forward = lambda *_, **__: output
+    with replaced_forwards(blocks, lambda *_: lambda *_, **__: output):
         found: torch.Tensor = body_of(model)(input_ids=ids, use_cache=False).last_hidden_state
-    finally:
-        _put_back(blocks, own)
     return found
 
 
-def _put_back(blocks: nn.ModuleList, own: list[Any]) -> None:
-    """Take our `forward` off the blocks; some wrappers hang theirs on the instance."""
-    for block, forward in zip(blocks, own, strict=True):
-        del block.forward
-        if forward is not None:
-            block.forward = forward
+@contextmanager
+def replaced_forwards(blocks: nn.ModuleList, replacement: Callable[[int, Forward], Forward]) -> Iterator[None]:
+    """Other forward passes in the place of the blocks' own, while the context lasts.
+
+    Args:
+        blocks: the decoder blocks.
+        replacement: gets a block's number and its forward pass, and gives the other one.
+    """
+    own = [block.__dict__.get("forward") for block in blocks]  # some wrappers hang theirs on the instance
+    try:
+        for number, block in enumerate(blocks):
+            block.forward = replacement(number, block.forward)
+        yield
+    finally:
+        for block, forward in zip(blocks, own, strict=True):
+            block.__dict__.pop("forward", None)
+            if forward is not None:
+                block.forward = forward
 
 
 def _shared(calls: list[Inputs], earlier: list[list[Inputs]]) -> list[Inputs]:
     """An earlier batch's inputs when they are equal to these, so that equal masks are kept once."""
     for other in earlier:
-        if _equal(calls, other):
+        if same_inputs(calls, other):
             return other
     return calls
 
 
-def _equal(one: Any, other: Any) -> bool:
+def same_inputs(one: Any, other: Any) -> bool:
+    """Whether two blocks' inputs, or parts of them, are equal to the bit."""
     if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
         return one.shape == other.shape and torch.equal(one, other)
     if isinstance(one, (tuple, list)) and isinstance(other, (tuple, list)):
-        return len(one) == len(other) and all(map(_equal, one, other))
+        return len(one) == len(other) and all(map(same_inputs, one, other))
     if isinstance(one, dict) and isinstance(other, dict):
-        return one.keys() == other.keys() and all(_equal(one[key], other[key]) for key in one)
+        return one.keys() == other.keys() and all(same_inputs(one[key], other[key]) for key in one)
     return bool(one is other or one == other)

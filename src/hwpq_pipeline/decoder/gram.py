@@ -54,9 +54,14 @@ class Gram:
             self.sum += torch.mm(x.T, x)
 
     def result(self) -> torch.Tensor:
-        """The sum, exactly symmetric, on the CPU."""
-        upper = self.sum.cpu().triu()
-        return upper + upper.triu(1).T
+        """The sum, exactly symmetric, on the CPU; it is this object's own memory, so that no second one is needed."""
+        total = self.sum.cpu()
+        for start in range(0, len(total), PANEL):
+            panel = total[start : start + PANEL]
+            corner = panel[:, start : start + PANEL]
+            corner.copy_(corner.triu() + corner.triu(1).T)
+            panel[:, :start] = total[:start, start : start + PANEL].T
+        return total
 
     def finite(self) -> bool:
         """Whether every input so far was a number: `G_jj = Σ x_j²` shows any that was not."""

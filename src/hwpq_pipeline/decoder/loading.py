@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from hwpq_pipeline.decoder.memory import keep_freed_memory
 from hwpq_pipeline.errors import HwpqError, reading
 
 #: Tensors of a quantized layer. One that is not read means weights that are not there; others may be further heads.
-_CODES = re.compile(r"\.weight_(packed|scale|shape|zero_point|global_scale)$")
+CODES = re.compile(r"\.weight_(packed|scale|shape|zero_point|global_scale)$")
 
 
 def load_causal_lm(directory: str | Path, dtype: torch.dtype, *, remedy: str) -> Any:
@@ -44,13 +45,26 @@ def load_causal_lm(directory: str | Path, dtype: torch.dtype, *, remedy: str) ->
             output_loading_info=True,
         )
     model, found = result
-    found = {**found, "unexpected_keys": filter(_CODES.search, map(str, found.get("unexpected_keys") or ()))}
-    for kind in ("missing_keys", "mismatched_keys", "error_msgs", "unexpected_keys"):
-        if wrong := sorted(map(str, found.get(kind) or ())):
-            raise HwpqError(
-                f"{len(wrong)} {kind.replace('_', ' ')}, first {wrong[0]}", where=str(directory), remedy=remedy
-            )
+    found = {**found, "unexpected_keys": filter(CODES.search, map(str, found.get("unexpected_keys") or ()))}
+    kinds = ("missing_keys", "mismatched_keys", "error_msgs", "unexpected_keys")
+    refuse_keys({kind.replace("_", " "): map(str, found.get(kind) or ()) for kind in kinds}, str(directory), remedy)
     return model.eval()
+
+
+def refuse_keys(wrong: Mapping[str, Iterable[str]], where: str, remedy: str) -> None:
+    """Refuse a checkpoint if anything is wrong with its tensors' names.
+
+    Args:
+        wrong: names by what is wrong with them, as in `missing keys`.
+        where: the checkpoint.
+        remedy: what the user does about it.
+
+    Raises:
+        HwpqError: there are such names.
+    """
+    for kind, names in wrong.items():
+        if found := sorted(names):
+            raise HwpqError(f"{len(found)} {kind}, first {found[0]}", where=where, remedy=remedy)
 
 
 def load_dense(model_dir: str | Path, dtype: torch.dtype, device: torch.device) -> Any:

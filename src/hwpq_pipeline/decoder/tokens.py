@@ -9,6 +9,9 @@ import torch
 
 from hwpq_pipeline.errors import HwpqError
 
+#: Bytes of the widest activation of a batch.
+WIDEST = 2**26
+
 
 def token_table(token_ids: torch.Tensor | np.ndarray[Any, Any], *, where: str) -> torch.Tensor:
     """Token ids as an int64 tensor, shape (samples, length).
@@ -64,3 +67,14 @@ def checked_ids(token_ids: torch.Tensor | np.ndarray[Any, Any], model: Any, wher
     ids = token_table(token_ids, where=where)
     check_vocabulary(ids, model.get_input_embeddings().weight.shape[0], where=where)
     return ids
+
+
+def samples_at_once(wanted: int, length: int, width: int) -> int:
+    """Samples of a forward pass through one block: as many as wanted, but not more than memory should hold.
+
+    Args:
+        wanted: samples.
+        length: tokens of a sample.
+        width: of the widest activation, in float32 at most. A block has some four of them alive.
+    """
+    return max(1, min(wanted, WIDEST // (4 * length * width)))

@@ -48,9 +48,9 @@ def continue_prompts(
     longest = max(map(len, given))  # what is written follows the prompt, hence the padding before it
     ids = torch.tensor([[padding] * (longest - len(tokens)) + list(tokens) for tokens in given])
     mask = torch.tensor([[0] * (longest - len(tokens)) + [1] * len(tokens) for tokens in given])
-    loaded = open_model(export_dir, dtype, ids)
+    model = open_model(export_dir, dtype, ids)
     with torch.inference_mode():
-        written = loaded.model.generate(  # type: ignore[operator]
+        written = model.generate(
             ids,
             attention_mask=mask,
             do_sample=False,

@@ -15,6 +15,7 @@ the dense model runs again.
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,18 +26,19 @@ from torch import Tensor
 
 from hwpq_pipeline.checkpoints.reader import Checkpoint
 from hwpq_pipeline.decoder.dtypes import dtype_name
+from hwpq_pipeline.decoder.head import Head, plain_head
 from hwpq_pipeline.errors import HwpqError
 from hwpq_pipeline.progress import Progress, no_progress
 
-from .loading import LoadedModel, evaluation_dtype, open_model
+from .loading import evaluation_dtype, open_blockwise, run_blockwise
 from .reference import (
     Reference,
     check_tokens,
     chunks,
-    hidden_batches,
     load_reference,
     make_reference,
     perplexity,
+    predicting,
 )
 
 __all__ = ["Quality", "Reference", "evaluate_export", "load_reference", "make_reference"]
@@ -93,7 +95,7 @@ def evaluate_export(
         model_dir: the dense checkpoint. It runs again where the export's head was rounded.
         batch: samples in a forward pass; 1 is fastest on a CPU, whose caches hold the activations of one.
         dtype: `float32`, `bfloat16` or `auto`; the same as the reference's.
-        progress: called with (batches done, batches).
+        progress: called with (blocks done, blocks).
 
     Raises:
         HwpqError: a corrupt export, a head, tokens or a dtype that are not the reference's, or logits that are not
@@ -102,18 +104,15 @@ def evaluate_export(
     begun = time.perf_counter()
     tokens = reference.tokens if token_ids is None else check_tokens(token_ids)
     _check_same(reference, tokens, dtype)
-    loaded = open_model(export_dir, dtype, tokens)
-    dense = None
-    if model_dir is not None and _has_rounded_head(loaded, export_dir):
-        dense = open_model(model_dir, dtype, tokens)
-    head = (dense or loaded).head
-    if head.digest() != reference.head_digest or head.linear != reference.linear:
-        raise HwpqError(
-            "its lm_head is not the dense model's",
-            where=str(export_dir),
-            remedy="Export and reference must come from one dense model: run both pipelines again.",
-        )
-    nll, divergence, agree = _compare_all(loaded, dense, reference, batch, progress)
+    opened = [open_blockwise(export_dir, dtype, tokens)]
+    if model_dir is not None and _has_rounded_head(opened[0].model, export_dir):
+        opened.append(open_blockwise(model_dir, dtype, tokens))
+    _check_head(reference, plain_head(opened[-1].model, str(export_dir)).digest(), reference.linear, str(export_dir))
+    ours, *others = (run_blockwise(blockwise, tokens, batch, progress) for blockwise in opened)
+    judged = _Judged(*ours, *(others[0] if others else (None, None)))
+    dense_head = judged.dense_head or judged.head
+    _check_head(reference, reference.head_digest, dense_head.linear, str(export_dir))
+    nll, divergence, agree = _compare_all(judged, reference, batch)
     if not bool(torch.isfinite(nll).all() & torch.isfinite(divergence).all()):
         raise HwpqError(
             "logits are NaN or infinite",
@@ -121,6 +120,25 @@ def evaluate_export(
             remedy="The weights are damaged or overflow; compress the model again.",
         )
     return _summary(reference, nll, divergence, agree, begun, str(export_dir))
+
+
+@dataclass(frozen=True)
+class _Judged:
+    """A model's head and the final hidden states of each batch; the dense model's too where its head is another."""
+
+    head: Head
+    states: Iterator[Tensor]
+    dense_head: Head | None
+    dense_states: Iterator[Tensor] | None
+
+
+def _check_head(reference: Reference, digest: str, linear: bool, where: str) -> None:
+    if digest != reference.head_digest or linear != reference.linear:
+        raise HwpqError(
+            "its lm_head is not the dense model's",
+            where=where,
+            remedy="Export and reference must come from one dense model: run both pipelines again.",
+        )
 
 
 def _check_same(reference: Reference, tokens: Tensor, dtype: str) -> None:
@@ -135,54 +153,45 @@ def _check_same(reference: Reference, tokens: Tensor, dtype: str) -> None:
         )
 
 
-def _has_rounded_head(loaded: LoadedModel, export_dir: str | Path) -> bool:
+def _has_rounded_head(model: Any, export_dir: str | Path) -> bool:
     """Whether the export holds scales of its head, tied or not."""
-    model: Any = loaded.model
     names = {id(module): name for name, module in model.named_modules()}
     return f"{names.get(id(model.get_output_embeddings()))}.weight_scale" in Checkpoint(export_dir)
 
 
-def _compare_all(
-    loaded: LoadedModel, dense: LoadedModel | None, reference: Reference, batch: int, progress: Progress
-) -> tuple[Tensor, Tensor, Tensor]:
-    """As `_compare`, over all samples: shape (samples, length − 1) each. `dense` is given where its head is another."""
+def _compare_all(judged: _Judged, reference: Reference, batch: int) -> tuple[Tensor, Tensor, Tensor]:
+    """As `_compare`, over all samples: shape (samples, length − 1) each."""
     nll, divergence = torch.empty(reference.nll.shape), torch.empty(reference.nll.shape)
     agree = torch.empty(reference.nll.shape, dtype=torch.bool)
     with torch.inference_mode():
-        for rows, hidden in hidden_batches(loaded, reference.tokens, batch, progress):
+        for rows, hidden in predicting(judged.states, len(reference.tokens), batch):
             others = [part[rows] for part in (reference.tokens[:, 1:], reference.constant, reference.top1)]
-            known = reference.expected[rows] if dense is None else dense.hidden(reference.tokens[rows])[:, :-1]
-            parts = [_compare(loaded, dense, *part) for part in chunks(hidden, known, *others)]
+            known = reference.expected[rows] if judged.dense_states is None else next(judged.dense_states)[:, :-1]
+            parts = [_compare(judged, *part) for part in chunks(hidden, known, *others)]
             for whole, found in zip((nll, divergence, agree), zip(*parts, strict=True), strict=True):
                 whole[rows] = torch.cat(found).view(whole[rows].shape)
     return nll, divergence, agree
 
 
 def _compare(
-    loaded: LoadedModel,
-    dense: LoadedModel | None,
-    hidden: Tensor,
-    expected: Tensor,
-    labels: Tensor,
-    constant: Tensor,
-    top1: Tensor,
+    judged: _Judged, hidden: Tensor, expected: Tensor, labels: Tensor, constant: Tensor, top1: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Negative log-likelihood, divergence and agreement at some positions, shape (positions,) each.
 
-    `expected` is the reference's, or the hidden states of `dense`.
+    `expected` is the reference's, or the dense model's hidden states.
     """
-    logits = loaded.head.logits(hidden)
+    logits = judged.head.logits(hidden)
     log_sum = logits.logsumexp(-1).double()
     nll = log_sum - logits.gather(-1, labels[:, None])[:, 0].double()
-    if dense is not None:
-        theirs = dense.head.logits(expected)
+    if judged.dense_head is not None:
+        theirs = judged.dense_head.logits(expected)
         log_p = theirs - theirs.logsumexp(-1, keepdim=True)
         p = log_p.exp()
         constant, answer = (p * log_p).sum(-1), (p * logits).sum(-1).double()
-    elif loaded.head.linear:
+    elif judged.head.linear:
         answer = (expected.double() * hidden.double()).sum(-1)
     else:
-        answer = (loaded.head.logits(expected).softmax(-1) * logits).sum(-1).double()
+        answer = (judged.head.logits(expected).softmax(-1) * logits).sum(-1).double()
     return nll, constant.double() - answer + log_sum, logits.argmax(-1) == top1
 
 

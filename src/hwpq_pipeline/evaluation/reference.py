@@ -34,11 +34,12 @@ from hwpq_pipeline.checkpoints.json_file import read_json
 from hwpq_pipeline.checkpoints.reader import read_tensors
 from hwpq_pipeline.checkpoints.writer import atomic_directory, write_json, write_tensors
 from hwpq_pipeline.decoder.dtypes import dtype_name
+from hwpq_pipeline.decoder.head import Head
 from hwpq_pipeline.decoder.tokens import token_table
 from hwpq_pipeline.errors import HwpqError
 from hwpq_pipeline.progress import Progress, no_progress
 
-from .loading import LoadedModel, evaluation_dtype, open_model
+from .loading import evaluation_dtype, open_blockwise, run_blockwise
 
 FILE = "reference.safetensors"
 #: A file of its own: safetensors writes metadata in random order, and the same answer should have the same bytes.
@@ -95,22 +96,22 @@ def make_reference(
         target: the directory; replaced when the new one is complete.
         batch: samples in a forward pass; 1 is fastest on a CPU, whose caches hold the activations of one.
         dtype: `float32`, `bfloat16` or `auto`.
-        progress: called with (batches done, batches).
+        progress: called with (blocks done, blocks).
 
     Raises:
         HwpqError: too few tokens, ids outside the vocabulary, a model that does not load, logits that are not
             finite.
     """
     tokens = check_tokens(token_ids)
-    loaded = open_model(model_dir, dtype, tokens)
+    head, states = run_blockwise(open_blockwise(model_dir, dtype, tokens), tokens, batch, progress)
     samples, length = tokens.shape
-    expected = torch.empty(samples, length - 1, loaded.head.weight.shape[1])
+    expected = torch.empty(samples, length - 1, head.weight.shape[1])
     constant, nll = torch.empty(samples, length - 1), torch.empty(samples, length - 1)
     top1 = torch.empty(samples, length - 1, dtype=torch.int64)
     with torch.inference_mode():
-        for rows, hidden in hidden_batches(loaded, tokens, batch, progress):
+        for rows, hidden in predicting(states, len(tokens), batch):
             labels = tokens[rows, 1:]
-            answers = [_answer(loaded, part, label) for part, label in chunks(hidden, labels)]
+            answers = [_answer(head, part, label) for part, label in chunks(hidden, labels)]
             for whole, parts in zip((expected, constant, top1, nll), zip(*answers, strict=True), strict=True):
                 whole[rows] = torch.cat(parts).view(whole[rows].shape)
     if not bool(torch.isfinite(constant).all() & torch.isfinite(nll).all()):
@@ -118,9 +119,9 @@ def make_reference(
     tensors = {"tokens": tokens, "expected": expected, "constant": constant, "top1": top1, "nll": nll}
     reference = Reference(
         **tensors,
-        head_digest=loaded.head.digest(),
+        head_digest=head.digest(),
         dtype=dtype_name(evaluation_dtype(dtype)),
-        linear=loaded.head.linear,
+        linear=head.linear,
     )
     with atomic_directory(target) as partial:
         write_tensors(partial / FILE, tensors)
@@ -174,16 +175,10 @@ def check_tokens(token_ids: Tensor | np.ndarray) -> Tensor:
     return tokens
 
 
-def hidden_batches(
-    loaded: LoadedModel, tokens: Tensor, batch: int, progress: Progress
-) -> Iterator[tuple[slice, Tensor]]:
-    """Rows of a batch and their hidden states at the positions that predict, (rows, length − 1, hidden)."""
-    total = math.ceil(len(tokens) / batch)
-    progress(0, total)
-    for done, start in enumerate(range(0, len(tokens), batch), start=1):
-        rows = slice(start, min(start + batch, len(tokens)))
-        yield rows, loaded.hidden(tokens[rows])[:, :-1]
-        progress(done, total)
+def predicting(states: Iterator[Tensor], samples: int, batch: int) -> Iterator[tuple[slice, Tensor]]:
+    """Rows of each batch and its hidden states at the positions that predict, (rows, length − 1, hidden)."""
+    for start in range(0, samples, batch):
+        yield slice(start, min(start + batch, samples)), next(states)[:, :-1]
 
 
 def chunks(hidden: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
@@ -192,8 +187,7 @@ def chunks(hidden: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
     yield from zip(*(tensor.split(CHUNK) for tensor in flat), strict=True)
 
 
-def _answer(loaded: LoadedModel, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    head = loaded.head
+def _answer(head: Head, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     logits = head.logits(hidden)
     # Not log_softmax: on the CPU its float32 sum over a large vocabulary is off by 1e-5, logsumexp's is not.
     log_p = logits - logits.logsumexp(-1, keepdim=True)

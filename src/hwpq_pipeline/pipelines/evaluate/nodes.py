@@ -25,7 +25,7 @@ def evaluate(
 
     `model_sparsity` stands beside the figures, and `left_dense` where a part of the blocks was not compressed.
     """
-    with progress_bar(f"evaluate {export.name}: batches") as progress:
+    with progress_bar(f"evaluate {export.name}: decoder blocks") as progress:
         quality = evaluate_export(
             export,
             load_reference(reference),

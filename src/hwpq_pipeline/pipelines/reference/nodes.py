@@ -22,7 +22,7 @@ def draw_evaluation(model: Path, documents: pd.DataFrame, evaluation: Evaluation
 def refer(model: Path, samples: pd.DataFrame, evaluation: Evaluation, scratch: Path) -> Path:
     """What the divergence of any variant needs of the dense model on the evaluation tokens."""
     target = scratch / "reference"
-    with progress_bar("reference: batches of the dense model") as progress:
+    with progress_bar("reference: decoder blocks") as progress:
         make_reference(
             model, token_matrix(samples), target, batch=evaluation.batch, dtype=evaluation.dtype, progress=progress
         )
