@@ -83,7 +83,7 @@ def _in_sequence(
         )
     dtype = getattr(torch, groups.statistics.dtype)
     step = partial(take_steps, masks=masks, recipe=recipe)
-    return map(packed, walk_in_sequence(groups, tokens, step, recipe.sequence, dtype=dtype))
+    return walk_in_sequence(groups, tokens, step, recipe.sequence, finish=packed, dtype=dtype)
 
 
 def write_embeddings(model: str | Path, recipe: Recipe, writer: CompressedWriter) -> None:

@@ -11,8 +11,10 @@ them; experts see the tokens that the dense model routes to them (`decoder.route
 then, through a norm if one is between them (`method.stream`). If no layers are found whose outputs make up the stream's
 change, all are asked for the dense outputs alone. So are experts.
 
-**Memory.** All tokens run through a block at once, so that each of its layers runs only twice. Memory holds two hidden
-states and the activations of two runs of one block, in float32. If that is too much, take fewer samples.
+**Memory.** One block's weights are there at a time (`decoder.blockwise`). If its activations are few, all tokens run
+through it at once, so that each of its layers runs only twice. Else the samples come in chunks: a run stops before the
+next group, all chunks' sums are added up, and the runs begin again with the compressed group in place. That costs about
+one more forward pass. What the dense block showed goes to files past a limit (`decoder.spool`).
 
 **Precision.** Weights, hidden states and sums are float32. Products are in the dtype that the statistics were
 collected in: bfloat16 makes the walk twice as fast where the processor multiplies it. Its rounding (2⁻⁹ of a value)
@@ -21,28 +23,38 @@ also enters what an output lacks, but it is uncorrelated with the inputs and ave
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from hwpq_pipeline.checkpoints.layers import Layer, find_blocks
+from hwpq_pipeline.checkpoints.json_file import FETCH_AGAIN
+from hwpq_pipeline.checkpoints.layers import Layer
 from hwpq_pipeline.compression.correction import corrected_target
 from hwpq_pipeline.decoder.blocks import Inputs, first_output, record_inputs
-from hwpq_pipeline.decoder.gram import Gram
-from hwpq_pipeline.decoder.loading import load_dense
+from hwpq_pipeline.decoder.blockwise import BlockwiseModel
 from hwpq_pipeline.decoder.products import Products
 from hwpq_pipeline.decoder.routes import Routes
+from hwpq_pipeline.decoder.spool import Spool
 from hwpq_pipeline.decoder.tokens import checked_ids
 from hwpq_pipeline.errors import HwpqError
-from hwpq_pipeline.method.blocks import BATCH, BlockState, LiveSums, Seen, Step, Walk, shortfall, token_weights
+from hwpq_pipeline.method.blocks import BlockState, GroupSums, LiveSums, Notes, Run, Step, Walk
+from hwpq_pipeline.method.dense_run import run_dense
 from hwpq_pipeline.method.groups import Group, Groups
 from hwpq_pipeline.method.sections import Sequence
-from hwpq_pipeline.method.stream import Stream, find_stream
+
+R = TypeVar("R")
+#: Bytes of a block's activations up to which all tokens run at once, and of a chunk's above.
+ALL_AT_ONCE, CHUNK = 2**30, 2**28
+
+
+class _Stop(Exception):
+    """All that the run was for is summed."""
 
 
 @torch.inference_mode()
@@ -52,8 +64,9 @@ def walk_in_sequence(
     step: Step,
     sequence: Sequence,
     *,
+    finish: Callable[[Group], R],
     dtype: torch.dtype = torch.float32,
-) -> Iterator[Group]:
+) -> Iterator[R]:
     """A model's groups after ``step``, in module order, each on the outputs of the compressed ones before it.
 
     A group's `original` is the corrected target, and its errors are relative to that.
@@ -63,28 +76,43 @@ def walk_in_sequence(
         token_ids: (samples, length) the tokens to run.
         step: takes all steps of the recipe on a group.
         sequence: how the target is corrected.
+        finish: what is kept of a group once its steps are taken.
         dtype: of products over tokens, float32 or bfloat16.
 
     Raises:
         HwpqError: a weight is damaged, a step cannot be taken, or the model routes tokens by their values.
     """
     walk = Walk(step, sequence, groups.device, dtype, groups.checkpoint.torch_dtype)
-    model = load_dense(groups.checkpoint.path, torch.float32, groups.device)
-    ids = checked_ids(token_ids, model, str(groups.checkpoint.path)).to(groups.device)
-    _, blocks = find_blocks(model)
-    (dense,), (extra,) = record_inputs(model, blocks, [ids])
-    compressed = dense
-    weights = dict(model.named_parameters(remove_duplicate=False))
-    for number, block in enumerate(blocks):
-        forward = partial(_forward, walk, block, extra[number])
-        stacks = {name: layers for name, layers in groups.members().items() if layers[0].block == number}
-        layers = groups.layers.in_block(number)
-        state = BlockState(block, weights, layers, stacks, Routes(block), Seen(), Stream({}, {}), dense - compressed)
-        following = run_dense(state, forward, dense)
-        state.stream = find_stream(state.seen.writers, dense, following)
-        dense, compressed = following, run_compressed(walk, state, forward, compressed)
-        yield from state.done.values()
-        block.to("meta")  # it has done its work
+    path = groups.checkpoint.path
+    blockwise = BlockwiseModel(path, torch.float32, remedy=FETCH_AGAIN, device=groups.device, head=False)
+    chunks = _chunks(groups, checked_ids(token_ids, blockwise.model, str(path)).to(groups.device))
+    dense = Spool()
+    with blockwise.filled(0):
+        _, extra = record_inputs(blockwise.model, blockwise.blocks, chunks, dense)
+    blockwise.forget_embedding()
+    compressed = Spool(dense)
+    for number in range(len(blockwise.blocks)):
+        kept: dict[str, R] = {}
+        with blockwise.filled(number) as block:
+            runs = tuple(partial(_forward, walk, block, inputs[number]) for inputs in extra)
+            stacks = {name: layers for name, layers in groups.members().items() if layers[0].block == number}
+            layers = groups.layers.in_block(number)
+            notes = Notes(Spool() if len(runs) > 1 else Spool(in_memory=2 * ALL_AT_ONCE))
+            tokens = sum(ids.numel() for ids in chunks)
+            state = BlockState(block, blockwise.parameters(), layers, stacks, Routes(block), notes, tokens)
+            run_dense(state, runs, dense, compressed)
+            for group in run_compressed(walk, state, runs, compressed):
+                kept[group.name] = finish(group)
+        yield from kept.values()
+
+
+def _chunks(groups: Groups, ids: Tensor) -> tuple[Tensor, ...]:
+    """The tokens, all at once or in chunks of samples, by the bytes that a block's activations take."""
+    widths = {re.sub(r"\d+", "*", name): layers[0].shape[1] for name, layers in groups.members().items()}
+    stream = max(min(layer.shape) for layer in groups.layers)
+    widest = max(max(layer.shape) for layer in groups.layers)
+    sample = 4 * ids.shape[1] * (sum(widths.values()) + 4 * widest + 6 * stream)
+    return (ids,) if len(ids) * sample <= ALL_AT_ONCE else ids.split(max(1, CHUNK // sample))
 
 
 def _forward(walk: Walk, block: nn.Module, extra: Inputs, hidden: Tensor) -> Tensor:
@@ -92,59 +120,108 @@ def _forward(walk: Walk, block: nn.Module, extra: Inputs, hidden: Tensor) -> Ten
         return first_output(extra.run(block, hidden))
 
 
-def run_dense(state: BlockState, forward: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:
-    """The dense block's hidden states (samples, length, hidden); the state notes what its layers get and give."""
-    seen = state.seen
+def run_compressed(walk: Walk, state: BlockState, runs: tuple[Run, ...], hidden: Spool) -> Iterator[Group]:
+    """Compress the block's groups, and take the compressed model's hidden states through it.
 
-    def keep(layers: tuple[Layer, ...], x: Tensor, output: Tensor) -> None:
-        for layer in layers:
-            seen.inputs[layer.name] = x
-        if len(layers) == 1 and output.shape[-1] == hidden.shape[-1] and output.numel() == hidden.numel():
-            seen.writers.outputs[layers[0].name] = output.reshape(hidden.shape)
+    Args:
+        walk: what holds for all blocks.
+        state: the block's, after `run_dense`.
+        runs: its forward pass, by chunk.
+        hidden: states (samples, length, hidden) by chunk, which are replaced.
+    """
+    if len(runs) == 1:
+        done: list[Group] = []
+        hidden[0] = _compressing(walk, state, runs[0], hidden[0], done)
+        yield from done
+    else:
+        while sums := _next_sums(walk, state, runs, hidden):
+            for name, summed in sums.items():
+                yield _compress(walk, state, name, summed)
+        for chunk, run in enumerate(runs):
+            hidden[chunk] = _run(walk, state, chunk, run, hidden[chunk])
+    for name in state.stacks.keys() - state.done:  # no token reached them
+        yield _unreached(walk, state, name)
 
-    def follow(module: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
-        if arguments and isinstance(output, Tensor) and output.shape == hidden.shape:
-            seen.writers.follow(module, arguments[0], output)
 
-    with ExitStack() as stack:
-        for module in state.block.modules():
-            stack.callback(module.register_forward_hook(follow).remove)
-        stack.enter_context(Products(state.layers, state.weights, after=keep))
-        stack.enter_context(state.routes.kept())
-        return forward(hidden)
+def _compressing(walk: Walk, state: BlockState, run: Run, hidden: Tensor, done: list[Group]) -> Tensor:
+    """The block's output for the only chunk; each group is compressed right before it is used."""
+
+    def meet(name: str, x: Tensor) -> None:
+        sums = GroupSums(walk, state, state.stacks[name])
+        _add(state, sums, 0, name, x)
+        done.append(_compress(walk, state, name, sums))
+
+    return _run(walk, state, 0, run, hidden, meet)
 
 
-def run_compressed(walk: Walk, state: BlockState, forward: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:
-    """The block's hidden states (samples, length, hidden) once its layers are compressed, which happens on the way."""
+def _next_sums(walk: Walk, state: BlockState, runs: tuple[Run, ...], hidden: Spool) -> dict[str, GroupSums]:
+    """The sums of the groups whose turn is next; those of one kind (experts) together. Nothing if none is left."""
+    sums: dict[str, GroupSums] = {}
+    left = [name for name in state.stacks if name not in state.done]
+
+    def meet(added: set[str], chunk: int, name: str, x: Tensor) -> None:
+        kind = state.kind(name)
+        if sums and kind != state.kind(next(iter(sums))):
+            return
+        if name not in sums:
+            sums[name] = GroupSums(walk, state, state.stacks[name])
+        _add(state, sums[name], chunk, name, x)
+        added.add(name)
+        if all(other in added for other in left if state.kind(other) == kind):
+            raise _Stop
+
+    for chunk, run in enumerate(runs):
+        with suppress(_Stop):
+            _run(walk, state, chunk, run, hidden[chunk], partial(meet, set(), chunk))
+    return sums
+
+
+def _run(
+    walk: Walk,
+    state: BlockState,
+    chunk: int,
+    run: Run,
+    hidden: Tensor,
+    meet: Callable[[str, Tensor], None] = lambda *_: None,
+) -> Tensor:
+    """The block's output for a chunk of the compressed model.
+
+    Args:
+        walk, state: as for `run_compressed`.
+        chunk: its number.
+        run: the block's forward pass on it.
+        hidden: its states (samples, length, hidden).
+        meet: called with each group that is not compressed yet, and with its inputs, before its first layer runs.
+    """
     group_of = {layer.name: name for name, layers in state.stacks.items() for layer in layers}
-    stream, outputs = state.stream, state.seen.writers.outputs
+    stream, notes = state.stream, state.notes
+    state.gap = notes.of(chunk, "gap")
+    state.routes.chosen = notes.routes(chunk)
+    met: set[str] = set()
 
-    def meet(layers: tuple[Layer, ...], x: Tensor) -> None:
-        """Before the first layer of a group runs: compress the group, in float32 whatever the forward pass is in."""
+    def before(layers: tuple[Layer, ...], x: Tensor) -> None:
         for name in dict.fromkeys(group_of[layer.name] for layer in layers if layer.name in group_of):
-            if name not in state.done:
-                with walk.products(low=False):
-                    state.done[name] = _compress(walk, state, name, x)
+            if name not in state.done | met:
+                met.add(name)
+                with walk.products(low=False):  # in float32 whatever the forward pass is in
+                    meet(name, x)
 
     def wrote(layers: tuple[Layer, ...], _: Tensor, output: Tensor) -> None:
         """After a layer has written to the stream: what is missing there now."""
         if (name := layers[0].name) in stream.weights and name not in stream.norms:
-            _less(state, name, outputs[name], output.reshape(hidden.shape))
+            _less(state, name, notes.of(chunk, "output", name), output.reshape(hidden.shape))
 
     def normed(name: str, _: nn.Module, __: Any, output: Tensor) -> None:
         """After the norm that follows a writer."""
-        _less(state, name, stream.norms[name].output, output)
+        _less(state, name, notes.of(chunk, "normed", name), output)
 
     with ExitStack() as stack:
         for name, norm in stream.norms.items():
             stack.callback(norm.module.register_forward_hook(partial(normed, name)).remove)
         # The routes last: torch leaves both modes where it calls `meet`, so that no step's choice is taken for a route.
-        stack.enter_context(Products(state.layers, state.weights, before=meet, after=wrote))
+        stack.enter_context(Products(state.layers, state.weights, before=before, after=wrote))
         stack.enter_context(state.routes.replayed())
-        after = forward(hidden)
-    for name in state.stacks.keys() - state.done.keys():  # no token reached them
-        state.done[name] = _unreached(walk, state, name)
-    return after
+        return run(hidden)
 
 
 def _less(state: BlockState, writer: str, wanted: Tensor, given: Tensor) -> None:
@@ -159,31 +236,29 @@ def _unreached(walk: Walk, state: BlockState, name: str) -> Group:
     return walk.step(Group(name, layers, sums, walk.stored, original, original))
 
 
-def _compress(walk: Walk, state: BlockState, name: str, x: Tensor) -> Group:
-    """The group after the recipe's steps, towards its corrected target; the model gets its weights."""
-    layers = state.stacks[name]
-    own = state.seen.inputs.get(layers[0].name)
+def _add(state: BlockState, sums: GroupSums, chunk: int, name: str, x: Tensor) -> None:
+    own = state.notes.get(chunk, "input", state.stacks[name][0].name)
     if own is None or own.shape != x.shape:
         raise HwpqError(
             "it is fed by other tokens than in the dense model",
             where=name,
             remedy="Take preset admm, or set sequential to false: this architecture routes tokens by their values.",
         )
+    sums.add(chunk, own, x)
+
+
+def _compress(walk: Walk, state: BlockState, name: str, sums: GroupSums) -> Group:
+    """The group after the recipe's steps, towards its corrected target; the model gets its weights."""
+    layers = state.stacks[name]
     original = torch.cat([state.weight(layer) for layer in layers])
-    counts = token_weights(state, layers, x)
-    rows = (x if counts is None else x * counts).flatten(0, -2).to(walk.dtype)
-    sums = Gram(rows.shape[-1], rows.device)
-    for part in rows.split(BATCH):
-        sums.add(part)
-    gram = sums.result().to(rows.device)
-    seldom = len(rows) < min(rows.shape[1], state.gap.shape[:-1].numel())
+    gram = sums.gram.result().to(walk.device)
     target = original
-    if not seldom:
-        missing = shortfall(walk, state, layers, own, x, counts)
+    if not sums.seldom:
         target = corrected_target(
-            original, gram, missing, steps=walk.sequence.steps, damping=walk.sequence.damping, where=name
+            original, gram, sums.shortfall(), steps=walk.sequence.steps, damping=walk.sequence.damping, where=name
         )
-    group = walk.step(Group(name, layers, LiveSums(gram, seldom), walk.stored, target, target))
+    group = walk.step(Group(name, layers, LiveSums(gram, sums.seldom), walk.stored, target, target))
     for layer, part in group.rows:
         state.weight(layer).copy_(group.weight[part])
+    state.done.add(name)
     return group

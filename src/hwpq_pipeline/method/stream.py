@@ -30,31 +30,55 @@ PROBE, FIT = 512, 1e-3
 GAIN_DAMPING = 1e-2
 
 
-@dataclass(frozen=True)
+@dataclass
 class Norm:
     """A norm between a layer and the stream.
 
     Attributes:
         gain: `g`, (hidden,), float32.
-        size: `r` of every token in the dense model, (samples, length, 1), float32.
-        output: N(o) in the dense model, (samples, length, hidden).
         module: that computes it.
+        squares, tokens: the sum of `1/r²` over the dense model's tokens so far, and their number (`meet`).
     """
 
     gain: Tensor
-    size: Tensor
-    output: Tensor
     module: nn.Module
+    squares: float = 0.0
+    tokens: int = 0
 
-    def wanted(self, lacking: Tensor) -> Tensor:
-        """What the layer's output lacks if the stream lacks this, (samples, length, hidden)."""
+    def meet(self, output: Tensor) -> None:
+        """Take notice of some tokens' outputs of the layer in the dense model, (samples, length, hidden)."""
+        weights = _reciprocal(output)
+        self.squares += float(weights.square().mean().double() * weights.numel())
+        self.tokens += weights.numel()
+
+    def wanted(self, lacking: Tensor, output: Tensor) -> Tensor:
+        """What the layer's output lacks if the stream lacks this, (samples, length, hidden).
+
+        Args:
+            lacking: in the stream.
+            output: of the layer in the dense model.
+        """
         squares = self.gain.square()
-        return lacking * self.size * (self.gain / (squares + GAIN_DAMPING * squares.mean()))
+        return lacking * _size(output) * (self.gain / (squares + GAIN_DAMPING * squares.mean()))
 
-    def token_weights(self) -> Tensor:
-        """How much each token counts, (samples, length, 1), with a mean square of one."""
-        weights = self.size.clamp_min(torch.finfo(torch.float32).tiny).reciprocal()
-        return weights / weights.square().mean().sqrt()
+    def token_weights(self, output: Tensor) -> Tensor:
+        """How much each token counts, (samples, length, 1), with a mean square of one over all tokens met.
+
+        Args:
+            output: of the layer in the dense model, (samples, length, hidden).
+        """
+        mean = torch.tensor(self.squares / self.tokens, dtype=torch.float32, device=output.device)
+        return _reciprocal(output) / mean.sqrt()
+
+
+def _size(output: Tensor) -> Tensor:
+    """`r` of every token, (samples, length, 1), float32."""
+    return output.float().square().mean(-1, keepdim=True).sqrt()
+
+
+def _reciprocal(output: Tensor) -> Tensor:
+    """`1/r` of every token."""
+    return _size(output).clamp_min(torch.finfo(torch.float32).tiny).reciprocal()
 
 
 @dataclass
@@ -90,10 +114,16 @@ class Stream:
     weights: dict[str, float]
     norms: dict[str, Norm]
 
-    def wanted(self, layer: str, gap: Tensor) -> Tensor:
-        """What a writer's output should make up for, if the stream lacks `gap`, (samples, length, hidden)."""
+    def wanted(self, layer: str, gap: Tensor, output: Tensor) -> Tensor:
+        """What a writer's output should make up for, if the stream lacks `gap`, (samples, length, hidden).
+
+        Args:
+            layer: the writer.
+            gap: what the stream lacks.
+            output: of the writer in the dense model.
+        """
         lacking = gap / self.weights[layer]
-        return self.norms[layer].wanted(lacking) if layer in self.norms else lacking
+        return self.norms[layer].wanted(lacking, output) if layer in self.norms else lacking
 
 
 def find_stream(writers: Writers, before: Tensor, after: Tensor) -> Stream:
@@ -133,11 +163,10 @@ def _weights(outputs: dict[str, Tensor], before: Tensor, after: Tensor) -> dict[
 def _norm(module: nn.Module, output: Tensor, given: Tensor) -> Norm | None:
     """The module as a norm `N(o)_j = g_j o_j / rms(o)`; None if it is none."""
     gain = module(torch.ones(1, 1, given.shape[-1], dtype=torch.float32, device=given.device)).float().flatten()
-    size = given.float().square().mean(-1, keepdim=True).sqrt()
-    expected, found = _probe(given / size * gain), _probe(output)
+    expected, found = _probe(given / _size(given) * gain), _probe(output)
     if float((expected - found).norm()) > 10 * FIT * float(found.norm()):
         return None
-    return Norm(gain, size, output, module)
+    return Norm(gain, module)
 
 
 def _probe(hidden: Tensor) -> Tensor:
