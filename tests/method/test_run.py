@@ -13,13 +13,13 @@ import torch
 
 from hwpq_pipeline.calibration.statistics import collect_statistics
 from hwpq_pipeline.checkpoints.compressed import CompressedModel
-from hwpq_pipeline.checkpoints.masks import Masks, write_masks
+from hwpq_pipeline.checkpoints.masks import Masks, MaskWriter
 from hwpq_pipeline.checkpoints.reader import read_tensors
 from hwpq_pipeline.errors import HwpqError
 from hwpq_pipeline.method.groups import Group, open_groups
 from hwpq_pipeline.method.recipe import Recipe
 from hwpq_pipeline.method.run import compress_model, write_model
-from hwpq_pipeline.method.select import select_model
+from hwpq_pipeline.method.select import SelectedGroup, select_model
 from tests.beyond_linear import gpt_oss
 from tests.tiny import tiny_checkpoint, tiny_model, tiny_tokens
 
@@ -66,9 +66,9 @@ def test_in_one_go_or_in_two_stages(root: Path, tmp_path: Path, name: str) -> No
         (tmp_path / folder).mkdir()
     facts = write_model(root / "model", root / "statistics", recipe, tmp_path / "one", name="v")
     groups = open_groups(root / "model", root / "statistics")
-    found: dict[str, torch.Tensor] = {}
-    selected = select_model(groups, recipe, sink=lambda group: found.update(group.masks))
-    masks = Masks(write_masks(tmp_path / "masks.safetensors", found))
+    writer = MaskWriter(tmp_path / "masks")
+    selected = select_model(groups, recipe, sink=writer.add)
+    masks = Masks(writer.close())
     tensors: dict[str, torch.Tensor] = {}
     compressed = compress_model(groups, masks, recipe, sink=lambda group: tensors.update(group.tensors))
     assert {layer: {**selected[layer], **compressed[layer]} for layer in selected} == facts
@@ -129,12 +129,21 @@ def test_what_lacks_is_named(root: Path) -> None:
 
 def test_masks_are_read_one_at_a_time_and_a_damaged_file_is_named(tmp_path: Path) -> None:
     bits = {"a": torch.tensor([[5]], dtype=torch.uint8), "b": torch.tensor([[7]], dtype=torch.uint8)}
-    masks = Masks(write_masks(tmp_path / "m.safetensors", bits))
+    writer = MaskWriter(tmp_path / "m")
+    for name, mask in bits.items():
+        writer.add(SelectedGroup(name, {name: mask}, {}))
+    writer.add(SelectedGroup("dense", {}, {}))
+    masks = Masks(writer.close())
     assert sorted(masks) == ["a", "b"]
     assert torch.equal(masks["b"], bits["b"])
     with pytest.raises(KeyError):
         masks["c"]
-    assert list(Masks(write_masks(tmp_path / "none.safetensors", {}))) == []
-    (tmp_path / "m.safetensors").write_bytes(b"no")
-    with pytest.raises(HwpqError, match=r"m\.safetensors"):
-        Masks(tmp_path / "m.safetensors")
+    assert list(Masks(MaskWriter(tmp_path / "none").close())) == []
+    (tmp_path / "m" / "a.safetensors").write_bytes(b"no")
+    with pytest.raises(HwpqError, match=r"a\.safetensors"):
+        masks["a"]
+    (tmp_path / "m" / "a.safetensors").unlink()
+    with pytest.raises(HwpqError, match=r"a\.safetensors"):
+        masks["a"]
+    with pytest.raises(HwpqError, match=r"index\.json"):
+        Masks(tmp_path / "nowhere")

@@ -23,7 +23,8 @@ from hwpq_pipeline.checkpoints.checksums import metadata_of
 
 #: transformers refuses safetensors files whose metadata does not name the framework.
 FORMAT = {"format": "pt"}
-SHARD_BYTES = 4 * 2**30
+#: A shard is in memory while it is written.
+SHARD_BYTES = 2**29
 
 
 @contextmanager

@@ -27,7 +27,7 @@ from hwpq_pipeline.decoder.loading import CODES, refuse_keys
 from hwpq_pipeline.decoder.memory import keep_freed_memory, return_freed_memory
 from hwpq_pipeline.errors import reading
 
-#: Bytes of a block's weights above which memory is returned after the block.
+#: Bytes of a block's weights above which freed memory is returned to the system (`decoder.memory`).
 LARGE = 2**26
 
 
@@ -59,7 +59,6 @@ class BlockwiseModel:
         device: torch.device | str = "cpu",
         head: bool = True,
     ) -> None:
-        keep_freed_memory()
         self.checkpoint, self.remedy, self.device = Checkpoint(directory), remedy, torch.device(device)
         with reading(directory, what="transformers cannot load it", remedy=remedy), quiet_transformers():
             self.quantizer = _quantizer(self.checkpoint)
@@ -68,6 +67,9 @@ class BlockwiseModel:
         self._exact = self.model._get_dtype_plan(dtype)  # noqa: SLF001 (what transformers keeps in float32)
         self.sources = parameters_of_files(self.model, self.checkpoint.names, self.quantizer)
         self._check_whole(str(directory))
+        largest = max(sum(part.nbytes for part in block.parameters()) for block in self.blocks)
+        self._manage_memory = return_freed_memory if largest > LARGE else keep_freed_memory
+        self._manage_memory()
         self._empty = [(module, _state(module)) for module in self.blocks.modules()]
         prefixes = [f"{self.blocks_name}."]
         if not head and (own := self._own_head()) is not None:
@@ -113,7 +115,7 @@ class BlockwiseModel:
         """Let the input embedding go, once no tokens are to be embedded any more."""
         table = self.model.get_input_embeddings()
         table.weight = nn.Parameter(table.weight.to("meta"), requires_grad=False)
-        return_freed_memory()
+        self._manage_memory()
 
     @contextmanager
     def filled(self, number: int) -> Iterator[nn.Module]:
@@ -133,13 +135,11 @@ class BlockwiseModel:
         try:
             yield block
         finally:
-            large = sum(parameter.nbytes for parameter in block.parameters()) > LARGE
             inside = {id(module) for module in block.modules()}
             for module, state in self._empty:
                 if id(module) in inside:
                     _restore(module, state)
-            if large:
-                return_freed_memory()
+            self._manage_memory()
 
     def _fill(self, names: Iterable[str]) -> None:
         """Read parameters and buffers."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 
 from hwpq_pipeline.checkpoints.compressed_writer import CompressedWriter
+from hwpq_pipeline.checkpoints.masks import Masks, MaskWriter
 from hwpq_pipeline.errors import HwpqError
 from hwpq_pipeline.method.allocation import choose_layers
 from hwpq_pipeline.method.embeddings import rounded_embeddings
@@ -126,17 +128,18 @@ def write_model(
         if tokens is None:
             raise HwpqError("a budget needs calibration tokens", where=name, remedy="Give them.")
         recipe = recipe.with_choices(choose_layers(groups, recipe, tokens, where=name))
-    masks: dict[str, Tensor] = {}
-    selected = select_model(groups, recipe, sink=lambda group: masks.update(group.masks), executor=executor)
-    writer = CompressedWriter(target)
-    compressed = compress_model(
-        groups,
-        masks,
-        recipe,
-        sink=writer.add,
-        tokens=tokens,
-        executor=executor,
-    )
+    with TemporaryDirectory(dir=target.parent, prefix="masks-") as scratch:
+        masks = MaskWriter(Path(scratch) / "masks")
+        selected = select_model(groups, recipe, sink=masks.add, executor=executor)
+        writer = CompressedWriter(target)
+        compressed = compress_model(
+            groups,
+            Masks(masks.close()),
+            recipe,
+            sink=writer.add,
+            tokens=tokens,
+            executor=executor,
+        )
     write_embeddings(model, recipe, writer)
     writer.close(name, recipe.structure, recipe.to_json())
     return {layer: {**selected[layer], **compressed.get(layer, {})} for layer in selected}

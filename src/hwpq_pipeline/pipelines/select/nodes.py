@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 
-from hwpq_pipeline.checkpoints.masks import write_masks
+from hwpq_pipeline.checkpoints.masks import MaskWriter
 from hwpq_pipeline.corpus.samples import token_matrix
 from hwpq_pipeline.kernels.devices import choose_device
 from hwpq_pipeline.layer_columns import SELECTED
@@ -32,14 +31,13 @@ def select_weights(
 ) -> tuple[dict[str, str], Path, pd.DataFrame, dict[str, float]]:
     """Share out the variant's budget, if it has one; then score and select layer by layer.
 
-    Returns each layer's choice, the file of keep-masks, the layer table and the seconds it took.
+    Returns each layer's choice, the directory of keep-masks, the layer table and the seconds it took.
     """
     begun = time.perf_counter()
     groups = open_groups(model, statistics, choose_device(compute.device, tf32=compute.tf32, where="select"))
     recipe = Recipe.from_variant(variant.model_dump())
     choices = choose_layers(groups, recipe, token_matrix(samples), where=name)
     recipe = recipe.with_choices(choices)
-    masks: dict[str, Any] = {}
-    facts = select_model(groups, recipe, sink=lambda selected: masks.update(selected.masks))
-    target = write_masks(scratch / "masks.safetensors", masks)
-    return choices, target, layer_table(groups.layers, facts, SELECTED), {"select": time.perf_counter() - begun}
+    writer = MaskWriter(scratch / "masks")
+    facts = select_model(groups, recipe, sink=writer.add)
+    return choices, writer.close(), layer_table(groups.layers, facts, SELECTED), {"select": time.perf_counter() - begun}
