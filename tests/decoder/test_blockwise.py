@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from safetensors.torch import load_file
 from hwpq_pipeline.checkpoints.layers import body_of
 from hwpq_pipeline.checkpoints.writer import write_weights
 from hwpq_pipeline.decoder import walk
-from hwpq_pipeline.decoder.blocks import Inputs
+from hwpq_pipeline.decoder.blocks import Inputs, record_inputs
 from hwpq_pipeline.decoder.blockwise import BlockwiseModel
 from hwpq_pipeline.decoder.loading import load_causal_lm
 from hwpq_pipeline.decoder.spool import Spool
@@ -49,10 +50,10 @@ def test_one_block_at_a_time_has_weights(model: Path) -> None:
     blockwise = opened(model)
     assert empty(blockwise) == [True, True]
     for number in (1, 0):
-        with blockwise.filled(number):
+        with blockwise.filled(number) as block:
             assert empty(blockwise) == [number != 0, number != 1]
             stored = load_file(model / "model.safetensors")[f"model.layers.{number}.mlp.up_proj.weight"]
-            assert torch.equal(blockwise.blocks[number].mlp.up_proj.weight, stored.float())
+            assert torch.equal(block.get_parameter("mlp.up_proj.weight"), stored.float())
     assert empty(blockwise) == [True, True]
 
 
@@ -79,10 +80,8 @@ def test_a_damaged_checkpoint_is_one_line(model: Path, tmp_path: Path, damage: s
 
 
 def test_blocks_that_hand_on_more_than_hidden_states_are_refused(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = walk.record_inputs
-
-    def other(*arguments: object) -> object:
-        hidden, extra = real(*arguments)  # type: ignore[arg-type]
+    def other(*arguments: Any) -> Any:
+        hidden, extra = record_inputs(*arguments)
         return hidden, [[Inputs(one.positional, {**one.keyword, "more": 1}, one.name) for one in extra[0]]]
 
     monkeypatch.setattr(walk, "record_inputs", other)

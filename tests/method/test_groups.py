@@ -17,6 +17,7 @@ from hwpq_pipeline.checkpoints.matrices import Matrix
 from hwpq_pipeline.checkpoints.reader import Checkpoint
 from hwpq_pipeline.errors import HwpqError
 from hwpq_pipeline.layer_columns import IDENTITY, Column, names
+from hwpq_pipeline.method import groups
 from hwpq_pipeline.method.groups import Groups
 from hwpq_pipeline.pipelines.tables import layer_table
 from tests.tiny import tiny_checkpoint, tiny_tokens
@@ -188,3 +189,17 @@ def test_sums_that_are_all_zero_are_refused(places, tmp_path):
     groups = Groups(Checkpoint(places / "model"), layer_map(places / "model"), Statistics(target))
     with pytest.raises(HwpqError, match="all sums of all layers are zero"):
         groups.silent()
+
+
+def test_large_layers_of_a_group_are_worked_on_one_by_one(places, monkeypatch):
+    together = make(places)
+    whole = {group.name: group for group in together}
+    monkeypatch.setattr(groups, "LARGE", 1)
+    apart = list(make(places))
+    assert len(apart) == len(together.layers) > len(whole)
+    for group in apart:
+        (layer,) = group.layers
+        stack = whole[together.input_of(layer.name)]
+        (rows,) = (rows for other, rows in stack.rows if other.name == layer.name)
+        assert torch.equal(group.weight, stack.weight[rows])
+        assert torch.equal(group.gram, stack.gram)

@@ -158,6 +158,12 @@ def test_chunks_give_what_all_tokens_at_once_give(groups, monkeypatch, dtype):
         assert one.name == other.name
         assert float((one.gram - other.gram).norm() / one.gram.norm()) < tolerance
         assert float((one.original - other.original).norm() / one.original.norm()) < 10 * tolerance
+    monkeypatch.setattr("hwpq_pipeline.method.groups.LARGE", 0)  # and each layer alone
+    for one in walk(groups, step, dtype):
+        (layer,) = one.layers
+        (stack, rows) = next((stack, rows) for stack in whole for other, rows in stack.rows if other is layer)
+        assert float((one.original - stack.original[rows]).norm() / one.original.norm()) < 10 * tolerance
+    monkeypatch.undo()
     monkeypatch.setattr(sequential, "ALL_AT_ONCE", 0)
     assert [group.name for group in walk(groups)] == [group.name for group in whole]
 

@@ -7,16 +7,18 @@ the process's own memory.
 
 from __future__ import annotations
 
+import shutil
+import weakref
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import mkdtemp
 
 import numpy as np
 import torch
 from torch import Tensor
 
 #: Bytes that are kept in memory.
-IN_MEMORY = 2**28
+IN_MEMORY = 2**26
 
 
 class Spool:
@@ -35,15 +37,14 @@ class Spool:
         self._held: list[Tensor | None] = []
         self._kinds: list[tuple[torch.dtype, tuple[int, ...], torch.device]] = []
         self._bytes = 0
-        self._files: TemporaryDirectory[str] | None = None
-        self._root = Path()
+        self._root: Path | None = None
         for tensor in tensors:
             self.append(tensor)
 
     def close(self) -> None:
         """Remove the files; they go with the object otherwise."""
-        if self._files is not None:
-            self._files.cleanup()
+        if self._root is not None:
+            shutil.rmtree(self._root, ignore_errors=True)
 
     def __len__(self) -> int:
         return len(self._held)
@@ -53,9 +54,9 @@ class Spool:
         self._held.append(None)
         self._kinds.append((tensor.dtype, tuple(tensor.shape), tensor.device))
         self._bytes += tensor.nbytes
-        if self._files is None and self._bytes > self.in_memory:
-            self._files = TemporaryDirectory(dir=self.directory, prefix="states-")
-            self._root = Path(self._files.name)
+        if self._root is None and self._bytes > self.in_memory:
+            self._root = Path(mkdtemp(dir=self.directory, prefix="states-"))
+            weakref.finalize(self, shutil.rmtree, self._root, ignore_errors=True)
             for number, held in enumerate(self._held[:-1]):
                 if held is not None:
                     self[number] = held
@@ -63,25 +64,22 @@ class Spool:
 
     def __setitem__(self, number: int, tensor: Tensor) -> None:
         self._kinds[number] = (tensor.dtype, tuple(tensor.shape), tensor.device)
-        if self._files is None:
+        if self._root is None:
             self._held[number] = tensor
             return
         self._held[number] = None
-        _raw(tensor.cpu()).tofile(self._file(number))
+        _raw(tensor.cpu()).tofile(self._root / f"{number}.bin")
 
     def __getitem__(self, number: int) -> Tensor:
         held = self._held[number]
         if held is not None:
             return held
         dtype, shape, device = self._kinds[number]
-        raw = torch.from_numpy(np.fromfile(self._file(number), dtype=np.uint8))
+        raw = torch.from_numpy(np.fromfile(f"{self._root}/{number}.bin", dtype=np.uint8))
         return raw.view(dtype).view(shape).to(device)
 
     def __iter__(self) -> Iterator[Tensor]:
         return (self[number] for number in range(len(self)))
-
-    def _file(self, number: int) -> Path:
-        return self._root / f"{number}.bin"
 
 
 def _raw(tensor: Tensor) -> np.ndarray[tuple[int], np.dtype[np.uint8]]:

@@ -8,7 +8,6 @@ outputs lack times the inputs that it gets now (`compression.correction`).
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
@@ -99,6 +98,7 @@ class BlockState:
         weights: the parameters of the model, by name.
         layers: the block's.
         stacks: those that are compressed, by input group.
+        kinds: of each stack: those of one kind do not feed one another.
         routes: which experts the dense block chooses.
         notes: what the dense block showed.
         tokens: of all chunks.
@@ -111,6 +111,7 @@ class BlockState:
     weights: Mapping[str, Tensor]
     layers: tuple[Layer, ...]
     stacks: dict[str, tuple[Layer, ...]]
+    kinds: dict[str, str]
     routes: Routes
     notes: Notes
     tokens: int
@@ -125,10 +126,6 @@ class BlockState:
     def bias(self, layer: Layer) -> Tensor | None:
         """A layer's bias, where its product adds one."""
         return self.weights.get(layer.place.tensor.removesuffix("weight") + "bias")
-
-    def kind(self, group: str) -> str:
-        """What a group is, experts' numbers aside: groups of one kind do not feed one another."""
-        return re.sub(r"\.\d+(?=\.)", ".*", self.stacks[group][0].place.tensor)
 
 
 @dataclass(frozen=True)

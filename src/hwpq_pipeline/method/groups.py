@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from math import prod
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -38,6 +39,8 @@ from hwpq_pipeline.method.recipe import Recipe
 from hwpq_pipeline.method.sums import AGAIN, InputSums, StoredSums
 
 R = TypeVar("R")
+#: Bytes of a group's weights above which its layers are worked on one by one; steps take up to nine times as many.
+LARGE = 2**26
 #: Columns of the layer table by layer name.
 Facts = dict[str, Mapping[str, Any]]
 
@@ -171,14 +174,19 @@ class Groups:
         return Groups(self.checkpoint, self.layers, self.statistics, self.device, self.recipe, block)
 
     def members(self) -> dict[str, tuple[Layer, ...]]:
-        """Layers by input group, in module order; a group has its first layer's name."""
+        """Layers by input group, in module order; a group has its first layer's name. Large layers are apart."""
         members: dict[tuple[str, Recipe | None], list[Layer]] = {}
         for layer in self.layers if self.block is None else self.layers.in_block(self.block):
             name = layer.name if self.statistics is None else self.statistics.group_of(layer.name)
             own = None if self.recipe is None else self.recipe.for_layer(layer.name)
             if own is None or own.changes_weights:
                 members.setdefault((name, own), []).append(layer)
-        return {layers[0].name: tuple(layers) for layers in members.values()}
+        parts = (part for layers in members.values() for part in _parts(layers))
+        return {layers[0].name: layers for layers in parts}
+
+    def input_of(self, group: str) -> str:
+        """The input group in the statistics that a group, or a part of one, belongs to."""
+        return group if self.statistics is None else self.statistics.group_of(group)
 
     def silent(self) -> list[str]:
         """Layers that no calibration token reached: all their inputs are zero. The energies alone are read.
@@ -244,6 +252,12 @@ class Groups:
                 weight = weight.pin_memory()
         sums = None if self.statistics is None else StoredSums(self.statistics, name)
         return Group(name, layers, sums, self.checkpoint.torch_dtype, weight, weight)
+
+
+def _parts(layers: list[Layer]) -> Iterator[tuple[Layer, ...]]:
+    """The layers together, or one by one where together they are large: rows do not depend on one another."""
+    large = 4 * sum(prod(layer.shape) for layer in layers) > LARGE
+    return ((layer,) for layer in layers) if large else iter([tuple(layers)])
 
 
 class Executor(Protocol):

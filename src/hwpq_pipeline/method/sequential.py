@@ -50,7 +50,7 @@ from hwpq_pipeline.method.sections import Sequence
 
 R = TypeVar("R")
 #: Bytes of a block's activations up to which all tokens run at once, and of a chunk's above.
-ALL_AT_ONCE, CHUNK = 2**30, 2**28
+ALL_AT_ONCE, CHUNK = 2**30, 2**27
 
 
 class _Stop(Exception):
@@ -96,10 +96,11 @@ def walk_in_sequence(
         with blockwise.filled(number) as block:
             runs = tuple(partial(_forward, walk, block, inputs[number]) for inputs in extra)
             stacks = {name: layers for name, layers in groups.members().items() if layers[0].block == number}
+            kinds = {name: _kind(groups.input_of(name)) for name in stacks}
             layers = groups.layers.in_block(number)
             notes = Notes(Spool() if len(runs) > 1 else Spool(in_memory=2 * ALL_AT_ONCE))
             tokens = sum(ids.numel() for ids in chunks)
-            state = BlockState(block, blockwise.parameters(), layers, stacks, Routes(block), notes, tokens)
+            state = BlockState(block, blockwise.parameters(), layers, stacks, kinds, Routes(block), notes, tokens)
             run_dense(state, runs, dense, compressed)
             for group in run_compressed(walk, state, runs, compressed):
                 kept[group.name] = finish(group)
@@ -108,11 +109,16 @@ def walk_in_sequence(
 
 def _chunks(groups: Groups, ids: Tensor) -> tuple[Tensor, ...]:
     """The tokens, all at once or in chunks of samples, by the bytes that a block's activations take."""
-    widths = {re.sub(r"\d+", "*", name): layers[0].shape[1] for name, layers in groups.members().items()}
+    widths = {_kind(groups.input_of(name)): layers[0].shape[1] for name, layers in groups.members().items()}
     stream = max(min(layer.shape) for layer in groups.layers)
     widest = max(max(layer.shape) for layer in groups.layers)
     sample = 4 * ids.shape[1] * (sum(widths.values()) + 4 * widest + 6 * stream)
     return (ids,) if len(ids) * sample <= ALL_AT_ONCE else ids.split(max(1, CHUNK // sample))
+
+
+def _kind(name: str) -> str:
+    """An input group's name without experts' numbers: they are of one kind."""
+    return re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name)
 
 
 def _forward(walk: Walk, block: nn.Module, extra: Inputs, hidden: Tensor) -> Tensor:
@@ -160,14 +166,14 @@ def _next_sums(walk: Walk, state: BlockState, runs: tuple[Run, ...], hidden: Spo
     left = [name for name in state.stacks if name not in state.done]
 
     def meet(added: set[str], chunk: int, name: str, x: Tensor) -> None:
-        kind = state.kind(name)
-        if sums and kind != state.kind(next(iter(sums))):
+        kind = state.kinds[name]
+        if sums and kind != state.kinds[next(iter(sums))]:
             return
         if name not in sums:
             sums[name] = GroupSums(walk, state, state.stacks[name])
         _add(state, sums[name], chunk, name, x)
         added.add(name)
-        if all(other in added for other in left if state.kind(other) == kind):
+        if all(other in added for other in left if state.kinds[other] == kind):
             raise _Stop
 
     for chunk, run in enumerate(runs):
