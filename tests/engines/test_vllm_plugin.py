@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 
 from benchmarks.engines import ask, python_of
 from hwpq_pipeline.calibration.statistics import collect_statistics
-from hwpq_pipeline.checkpoints.packed import WEIGHTS
+from hwpq_pipeline.checkpoints.packed_form import WEIGHTS
 from hwpq_pipeline.export.semi_structured import export_semi_structured
 from hwpq_pipeline.method.recipe import Recipe
 from hwpq_pipeline.method.run import write_model

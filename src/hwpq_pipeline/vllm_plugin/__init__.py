@@ -20,7 +20,7 @@ def register() -> None:
     """
     from vllm.model_executor.layers.quantization import register_quantization_config
 
-    from hwpq_pipeline.checkpoints.packed import METHOD
+    from hwpq_pipeline.checkpoints.packed_form import METHOD
     from hwpq_pipeline.vllm_plugin.config import HwpqConfig
 
     register_quantization_config(METHOD)(HwpqConfig)

@@ -14,7 +14,7 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from vllm.platforms import current_platform
 
-from hwpq_pipeline.checkpoints.packed import AGAIN, METHOD, WEIGHTS, PackedForm
+from hwpq_pipeline.checkpoints.packed_form import AGAIN, METHOD, WEIGHTS, PackedForm
 from hwpq_pipeline.checkpoints.reader import read_names, read_tensors
 from hwpq_pipeline.errors import HwpqError
 from hwpq_pipeline.vllm_plugin.linear import HwpqLinearMethod, best_kernel

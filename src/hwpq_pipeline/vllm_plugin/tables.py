@@ -14,7 +14,7 @@ from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBa
 from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
 from vllm.model_executor.utils import set_weight_attrs
 
-from hwpq_pipeline.checkpoints.packed import AGAIN, PackedForm
+from hwpq_pipeline.checkpoints.packed_form import AGAIN, PackedForm
 from hwpq_pipeline.compression.codes import scaled
 from hwpq_pipeline.errors import HwpqError
 from hwpq_pipeline.kernels.int8_linear import int8_linear, int8_rows
