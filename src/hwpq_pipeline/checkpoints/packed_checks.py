@@ -127,13 +127,13 @@ def check_fit(model: nn.Module, form: PackedForm, tensors: Mapping[str, Tensor],
             raise HwpqError(f"no tensor {names[0]}", where=where, remedy=AGAIN)
 
 
-def check_file(directory: Path, form: PackedForm, build: Callable[[], nn.Module]) -> None:
+def check_file(directory: Path, form: PackedForm, build: Callable[[], nn.Module | None]) -> None:
     """All of these checks on a folder, its tensors read one at a time and compared with their checksums.
 
     Args:
         directory: of the checkpoint.
         form: what it says.
-        build: gives its model on the meta device.
+        build: gives its model on the meta device, or None where it is not known.
 
     Raises:
         HwpqError: a file that is missing or damaged, or tensors that are not those of the form and the model.
@@ -147,4 +147,5 @@ def check_file(directory: Path, form: PackedForm, build: Callable[[], nn.Module]
         check_finite(tensor, where=f"{file}: {name}")
         shapes[name] = torch.empty_like(tensor, device="meta")
     check_layers(form, shapes)
-    check_fit(build(), form, shapes, where=str(file))
+    if (model := build()) is not None:
+        check_fit(model, form, shapes, where=str(file))

@@ -30,7 +30,7 @@ class HwpqTableMethod(QuantizeMethodBase):  # type: ignore[misc]
     def __init__(self, form: PackedForm) -> None:
         self.plain = UnquantizedEmbeddingMethod()
         self.dtype = getattr(torch, str(form.table_dtype))
-        self.scale_dtype = getattr(torch, str(form.scale_dtype))
+        self.scale_dtype = getattr(torch, form.scale_dtype or "float32")  # float32 holds those of a form without a grid
 
     def create_weights(
         self,
