@@ -94,12 +94,17 @@ def test_a_library_that_was_cut_is_compiled_again(source: Path) -> None:
 
 
 @needs_compiler
-def test_two_processes_at_once_make_one_build(source: Path) -> None:
+def test_two_processes_at_once_make_one_build(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls, compiler = source.parent / "calls", source.parent / "g++"
+    compiler.write_text(f'#!/bin/sh\necho "$@" >> {calls}\nsleep 1\nexec /usr/bin/env g++ "$@"\n')
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
     both = [in_a_process(source), in_a_process(source)]
     said = {process.communicate()[0] for process in both}
     assert [process.returncode for process in both] == [0, 0]
     assert len(said) == 1
     assert is_finished(Path(said.pop().strip()))
+    assert sum(f" -c {source} " in call for call in calls.read_text().splitlines()) == 1
 
 
 def test_a_build_that_does_not_end_is_named(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
