@@ -143,6 +143,8 @@ def test_without_a_compiler_numbas_kernel_serves(tmp_path, monkeypatch):
     monkeypatch.setenv("CXX", "/bin/false")
     answer = ask("vllm", {"model": export, "prompts": TINY_PROMPTS, "new_tokens": 4})
     assert "tokens" in answer, answer
+    assert (tmp_path / "extensions").is_dir()
+    assert not list((tmp_path / "extensions").rglob("*.so"))
 
 
 def serve_fails(export: Path, *options: str, before: str = "pass") -> str:
