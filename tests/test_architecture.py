@@ -14,8 +14,9 @@ from pathlib import Path
 import pytest
 
 PACKAGE = "hwpq_pipeline"
-# The mathematics must run wherever torch does; llvmlite is numba's, triton only the CUDA kernels look for.
-MATHEMATICS_MAY_IMPORT = {"llvmlite", "numba", "numpy", "torch", "triton", PACKAGE}
+# The mathematics must run wherever torch does. filelock is torch's own dependency and llvmlite numba's; triton only the
+# CUDA kernels look for.
+MATHEMATICS_MAY_IMPORT = {"filelock", "llvmlite", "numba", "numpy", "torch", "triton", PACKAGE}
 # Each framework, and the modules that may import it; pyproject.toml's contracts must name all others.
 MAY_KNOW = {
     "kedro": {

@@ -129,7 +129,7 @@ def load(directory: str | Path, *, device: str = "cpu", dtype: torch.dtype = tor
     Args:
         directory: a compressed-tensors export, or a packed 2:4 one (`semi-structured`).
         device: where it runs.
-        dtype: that it runs in; packed weights stay packed on the CPU.
+        dtype: that it runs in. A packed export stays packed on the CPU, and everything else of it is float32 there.
 
     Raises:
         HwpqError: no such checkpoint, or a damaged one.

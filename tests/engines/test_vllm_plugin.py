@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 
 from benchmarks.engines import ask, python_of
 from hwpq_pipeline.calibration.statistics import collect_statistics
-from hwpq_pipeline.checkpoints.packed import WEIGHTS
+from hwpq_pipeline.checkpoints.packed_form import WEIGHTS
 from hwpq_pipeline.export.semi_structured import export_semi_structured
 from hwpq_pipeline.method.recipe import Recipe
 from hwpq_pipeline.method.run import write_model
@@ -136,6 +136,17 @@ def test_a_server_answers(packed, tmp_path):
     assert "numba's kernel is used" not in (tmp_path / "server.log").read_text(encoding="utf-8")
 
 
+def test_without_a_compiler_numbas_kernel_serves(tmp_path, monkeypatch):
+    """As with one that answers with an error, which stopped vLLM."""
+    export = tiny_export(tmp_path, {"quantization": {"grid": "int8"}})
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "extensions"))
+    monkeypatch.setenv("CXX", "/bin/false")
+    answer = ask("vllm", {"model": export, "prompts": TINY_PROMPTS, "new_tokens": 4})
+    assert "tokens" in answer, answer
+    assert (tmp_path / "extensions").is_dir()
+    assert not list((tmp_path / "extensions").rglob("*.so"))
+
+
 def serve_fails(export: Path, *options: str, before: str = "pass") -> str:
     """What a server says of a model that it refuses; `before` runs first."""
     script = f"import runpy; {before}; runpy.run_module({SERVER!r}, run_name='__main__')"
@@ -155,6 +166,9 @@ REFUSED = {
     "a flipped bit": "its bytes are not those that were written",
     "no norm": "tensors instead of",
     "a missing tensor": "no tensor model.layers.0.mlp.up_proj.weight_scale. Export the variant again",
+    "a short norm": "model.norm.weight: shape (255,) instead of (256,). Export the variant again",
+    "a second file": "model.safetensors stands beside packed.safetensors. Remove it.",
+    "a dense model": "no section quantization_config: this is no packed export. Serve the folder of an export",
     "a part of a fused layer": "some parts of this fused layer are packed and others are not",
 }
 
@@ -175,9 +189,12 @@ def test_what_cannot_be_served_ends_in_one_line(what, tmp_path):
         file.write_bytes(damaged)
     elif "missing" in what or "norm" in what:
         tensors = load_file(file)
-        del tensors["model.norm.weight" if "norm" in what else "model.layers.0.mlp.up_proj.weight_scale"]
-        save_file(tensors, file)
-    said = serve_fails(export, before=before)
+        norm = tensors.pop("model.norm.weight" if "norm" in what else "model.layers.0.mlp.up_proj.weight_scale")
+        save_file(tensors | ({"model.norm.weight": norm[:-1]} if "short" in what else {}), file)
+    elif "second" in what:
+        save_file({"model.norm.weight": load_file(file)["model.norm.weight"]}, export / "model.safetensors")
+    dense = "dense" in what
+    said = serve_fails(tmp_path / "model" if dense else export, *["--quantization", "hwpq"] * dense, before=before)
     if "fused" in what:  # known in a worker only, whose root cause vLLM's last line points to
         assert REFUSED[what] in said
     else:

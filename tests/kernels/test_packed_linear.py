@@ -234,13 +234,3 @@ def test_a_device_without_a_kernel_is_named() -> None:
     kept, positions = pack_two_of_four(two_of_four(4, 32, torch.Generator().manual_seed(0)))
     with pytest.raises(HwpqError, match="packed_linear: there is no kernel for the device 'meta'"):
         arrange(kept.to("meta"), positions, torch.ones(4, 1))
-
-
-@needs_compiler
-def test_what_does_not_belong_together_is_refused_by_the_native_kernel() -> None:
-    native.build()
-    weight, _ = made("int8", 40, 64)
-    with pytest.raises(RuntimeError, match="do not belong together"):
-        torch.ops.hwpq_native.packed_linear(torch.ones(1, 64), weight.values, weight.places, weight.scale, None, 5, 40)
-    with pytest.raises(RuntimeError, match="another width"):
-        torch.ops.hwpq_native.packed_linear(torch.ones(1, 96), weight.values, weight.places, weight.scale, None, 4, 40)

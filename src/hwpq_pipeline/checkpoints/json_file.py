@@ -20,14 +20,16 @@ def read_json(path: str | Path) -> dict[str, Any]:
     """A JSON object from a file.
 
     Raises:
-        HwpqError: the file is missing, or is not a JSON object.
+        HwpqError: the file is missing or a folder, or is not a JSON object.
     """
     path = Path(path)
     try:
         value = json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_number)
         json.dumps(value, ensure_ascii=False).encode("utf-8")  # half a character could not be written again
-    except FileNotFoundError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:  # the latter where its folder is a file
         raise HwpqError("no such file", where=str(path), remedy=FETCH_AGAIN) from error
+    except IsADirectoryError as error:
+        raise HwpqError("a folder, and no file", where=str(path), remedy=FETCH_AGAIN) from error
     except (ValueError, RecursionError) as error:
         raise HwpqError(f"not valid JSON ({said(error)})", where=str(path), remedy=FETCH_AGAIN) from error
     if not isinstance(value, dict):

@@ -14,19 +14,16 @@ from torch import Tensor
 
 from hwpq_pipeline.checkpoints.compressed import CompressedModel, open_compressed
 from hwpq_pipeline.checkpoints.layers import layer_map
-from hwpq_pipeline.checkpoints.packed import PackedForm, pack_codes, pack_weight, write_packed
+from hwpq_pipeline.checkpoints.packed import pack_codes, pack_weight, write_packed
+from hwpq_pipeline.checkpoints.packed_form import PACKABLE, PackedForm
 from hwpq_pipeline.checkpoints.reader import Checkpoint
 from hwpq_pipeline.checkpoints.side_files import copy_side_files
-from hwpq_pipeline.compression.grids import GRIDS
 from hwpq_pipeline.errors import HwpqError
 from hwpq_pipeline.runtime import load_packed
 
 from .card import CardInfo, Storage
 from .comparison import Logits, ReadBack, exact, model_logits
 from .formats import Format
-
-#: Codes of 4-bit floats, held as halves, are more than 4 bits wide; no kernel here multiplies them.
-_PACKABLE = tuple(name for name, grid in GRIDS.items() if not grid.coarsening)
 
 
 def export_semi_structured(
@@ -73,12 +70,13 @@ def _form(compressed: CompressedModel, tensors: Mapping[str, Tensor]) -> PackedF
     """What the tensors are; all packed layers are of one kind."""
     layer, tables = min(compressed.layers), tuple(sorted(compressed.embeddings))
     scale = tensors.get(f"{layer}.weight_scale")
+    grid, group_size = compressed.format_of(layer) if layer in compressed.quantized else (None, None)
     return PackedForm(
         layers=tuple(sorted(compressed.layers)),
         kept_dtype=_name(tensors[f"{layer}.weight_kept"]),
         scale_dtype=None if scale is None else _name(scale),
-        group_size=compressed.group_size,
-        grid=compressed.grid,
+        group_size=group_size,
+        grid=grid,
         tables=tables,
         table_dtype=_name(tensors[f"{tables[0]}.weight"]) if tables else None,
     )
@@ -125,4 +123,4 @@ def _how_to_load(_info: CardInfo) -> str:
 
 
 STORAGE = Storage("semi-structured", "hwpq-pipeline", _how_to_load, stores_zeros=False)
-FORMAT = Format("semi-structured", export_semi_structured, STORAGE, ReadBack(_open, exact), _PACKABLE, ("2of4",))
+FORMAT = Format("semi-structured", export_semi_structured, STORAGE, ReadBack(_open, exact), PACKABLE, ("2of4",))

@@ -11,6 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from hwpq_pipeline.kernels.inference import check_input
+
 #: torch's kernel reads whole vectors of inputs, past the end of others: with 100 inputs it crashes.
 WORD = 32
 
@@ -22,7 +24,11 @@ def int8_linear(x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
         x: any float dtype; it is rounded to bfloat16.
         codes: (out, in) int8.
         scale: (out,).
+
+    Raises:
+        HwpqError: inputs that are no floats, of another width, or that want gradients.
     """
+    check_input(x, codes.shape[1], where="int8_linear")
     if x.shape[-1] % WORD:
         return (x.float() @ (codes.float() * scale[:, None].float()).T).to(x.dtype)
     given = x.reshape(-1, x.shape[-1]).to(torch.bfloat16).contiguous()

@@ -21,53 +21,76 @@ from torch import Tensor, nn
 
 from hwpq_pipeline.checkpoints.buffers import compute_buffers
 from hwpq_pipeline.checkpoints.layers import meta_model
-from hwpq_pipeline.checkpoints.packed import AGAIN, PackedCheckpoint, PackedLayer
+from hwpq_pipeline.checkpoints.packed import PackedCheckpoint, PackedLayer
+from hwpq_pipeline.checkpoints.packed_checks import check_fit
+from hwpq_pipeline.checkpoints.packed_form import AGAIN, FLOATS
 from hwpq_pipeline.errors import HwpqError
 from hwpq_pipeline.kernels.packed_linear import Kernel
 from hwpq_pipeline.kernels.packed_linear import native as native_kernel
 
+from .fixed import fix
 from .packed_linear import PackedLinear, dense_weight
 from .tables import Int8Embedding, Int8Head
 
 
 def load_packed(
-    directory: str | Path, device: str = "cpu", dtype: torch.dtype = torch.bfloat16, *, native: bool = False
+    directory: str | Path,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.bfloat16,
+    *,
+    native: bool = False,
 ) -> Any:
-    """The causal LM of a packed export, in evaluation mode; `generate` works as with any other.
+    """The causal LM of a packed export, in evaluation mode and for inference only; `generate` works as with any other.
 
     Args:
         directory: the export.
         device: `cpu` or a CUDA device.
-        dtype: bfloat16 or float16, for CUDA; on the CPU everything except the packed weights is float32.
+        dtype: a float dtype of 16 or 32 bits, for CUDA; on the CPU everything except the packed weights is float32,
+            whatever is given.
         native: whether to use the C++ kernel on the CPU; it wants g++ and ninja.
 
     Raises:
-        HwpqError: not a packed export, a damaged one, no CUDA device of that name, or no compiler.
+        HwpqError: not a packed export, a damaged one, no device or dtype of that name, or no compiler.
     """
     directory = Path(directory)
+    place = _place(device, dtype)
     packed = PackedCheckpoint(directory)
-    on_cuda = torch.device(device).type == "cuda"
-    if on_cuda and not torch.cuda.is_available():
-        raise HwpqError("there is no CUDA device", where=f"device {device!r}", remedy="Load it with device='cpu'.")
+    on_cuda = place.type == "cuda"
     kernel: Kernel = "native" if native else "numba"
     if native and not on_cuda:
         native_kernel.build()
     model: Any = meta_model(directory)
+    check_fit(model, packed.form, packed.tensors, where=packed.where)
     for layer in packed.form.layers:
-        linear, found = _linear(model, layer), packed.take(layer)
-        _check_shape(found, linear, layer)
+        found = packed.take(layer)
         if on_cuda:
-            linear.weight = _semi_structured(found, layer, device, dtype)
+            model.get_submodule(layer).weight = _semi_structured(found, layer, place, dtype)
         else:
             parent, _, name = layer.rpartition(".")
             bias = packed.tensors.pop(f"{layer}.bias", None)
             setattr(model.get_submodule(parent), name, PackedLinear(found, bias, name=layer, kernel=kernel))
     codes = _tables(packed) if native and not on_cuda else {}
-    rest = {name: tensor.to(device, dtype if on_cuda else torch.float32) for name, tensor in packed.rest().items()}
-    _fill(model, rest, device, str(directory))
+    rest = {name: tensor.to(place, dtype if on_cuda else torch.float32) for name, tensor in packed.rest().items()}
+    _fill(model, rest, str(place), str(directory))
     for name, (table, scale) in codes.items():
         _keep_codes(model, name, table, scale)
-    return model.eval()
+    return fix(model.eval(), codes=bool(codes))
+
+
+def _place(device: object, dtype: object) -> torch.device:
+    """The device of that name, if a model of that dtype can be there."""
+    try:
+        found = torch.device(device) if isinstance(device, str | torch.device) else None
+    except RuntimeError:  # torch knows no such name
+        found = None
+    if found is None or found.type not in ("cpu", "cuda"):
+        raise HwpqError("a packed model is not loaded there", where=f"device {device!r}", remedy="Give cpu or cuda.")
+    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+        raise HwpqError("there is no CUDA device", where=f"device {device!r}", remedy="Load it with device='cpu'.")
+    if not isinstance(dtype, torch.dtype) or str(dtype).removeprefix("torch.") not in FLOATS:
+        names = " or ".join(f"torch.{name}" for name in FLOATS)
+        raise HwpqError("a packed model does not compute in it", where=f"dtype {dtype!r}", remedy=f"Give {names}.")
+    return found
 
 
 def _tables(packed: PackedCheckpoint) -> dict[str, tuple[Tensor, Tensor]]:
@@ -95,21 +118,7 @@ def _keep_codes(model: Any, name: str, codes: Tensor, scale: Tensor) -> None:
             model.set_submodule(path, Int8Head(codes, scale))
 
 
-def _linear(model: nn.Module, layer: str) -> Any:
-    """The empty `nn.Linear` of that name."""
-    try:
-        return model.get_submodule(layer)
-    except AttributeError as error:
-        raise HwpqError("the model has no such layer", where=layer, remedy=AGAIN) from error
-
-
-def _check_shape(packed: PackedLayer, linear: Any, layer: str) -> None:
-    rows, kept = packed.kept.shape
-    if (rows, 2 * kept) != (linear.out_features, linear.in_features):
-        raise HwpqError(f"packed values of shape {(rows, kept)} do not fit", where=layer, remedy=AGAIN)
-
-
-def _semi_structured(packed: PackedLayer, layer: str, device: str, dtype: torch.dtype) -> nn.Parameter:
+def _semi_structured(packed: PackedLayer, layer: str, device: torch.device, dtype: torch.dtype) -> nn.Parameter:
     """The weight as the sparse tensor cores read it."""
     weight = dense_weight(packed, where=layer).to(device, dtype)
     return nn.Parameter(torch.sparse.to_sparse_semi_structured(weight), requires_grad=False)

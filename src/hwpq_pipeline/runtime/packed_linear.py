@@ -11,12 +11,14 @@ compressed-tensors export. The native kernel rounds the inputs of integer weight
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from hwpq_pipeline.checkpoints.packed import PackedLayer
 from hwpq_pipeline.compression.codes import scaled
 from hwpq_pipeline.compression.packing import check_positions, unpack_two_of_four
 from hwpq_pipeline.kernels.packed_linear import Kernel, Packed, arrange, packed_linear
+
+from .fixed import Fixed
 
 
 def dense_weight(packed: PackedLayer, *, where: str) -> Tensor:
@@ -33,7 +35,7 @@ def dense_weight(packed: PackedLayer, *, where: str) -> Tensor:
     return weight.float() if packed.scale is None else scaled(weight, packed.scale)
 
 
-class PackedLinear(nn.Module):
+class PackedLinear(Fixed):
     """`nn.Linear` with a packed 2:4 weight, for inference on the CPU.
 
     Args:
@@ -57,7 +59,11 @@ class PackedLinear(nn.Module):
         self.weight: Packed = arrange(kept, packed.positions, ones, four_bits=packed.four_bits)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(…, in) to (…, out), with the dtype of `x`."""
+        """(…, in) to (…, out), with the dtype of `x`.
+
+        Raises:
+            HwpqError: inputs that are no floats, of another width, or that want gradients.
+        """
         return packed_linear(self.weight, x, self.bias, kernel=self.kernel)
 
     def extra_repr(self) -> str:

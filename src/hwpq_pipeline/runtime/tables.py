@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from hwpq_pipeline.kernels.int8_linear import int8_linear, int8_rows
 
+from .fixed import Fixed
 
-class Int8Embedding(nn.Module):
+
+class Int8Embedding(Fixed):
     """`nn.Embedding` of codes.
 
     Args:
@@ -25,7 +27,7 @@ class Int8Embedding(nn.Module):
         return int8_rows(ids, self.codes, self.scale, torch.float32)
 
 
-class Int8Head(nn.Module):
+class Int8Head(Fixed):
     """`nn.Linear` of codes, its products in bfloat16.
 
     Args:
@@ -38,5 +40,9 @@ class Int8Head(nn.Module):
         self.codes, self.scale = codes, scale.flatten()
 
     def forward(self, x: Tensor) -> Tensor:
-        """(…, out) of (…, in), with the dtype of `x`."""
+        """(…, out) of (…, in), with the dtype of `x`.
+
+        Raises:
+            HwpqError: inputs that are no floats, of another width, or that want gradients.
+        """
         return int8_linear(x, self.codes, self.scale)

@@ -3,7 +3,7 @@
 vLLM calls `register` in each of its processes, by the entry point `vllm.general_plugins`. From then on it knows the
 quantization method `hwpq`, which the export's `config.json` names. vLLM wants other versions of transformers and numba
 than this project, so the project is installed beside it without its dependencies (docs/engines.md), and this room
-imports nothing but torch, numpy, numba, safetensors, and vLLM itself.
+imports nothing but torch, numpy, numba, safetensors, vLLM itself, and vLLM's transformers for the shapes of a model.
 
     config    reads the section of `config.json`, and says which method a layer has
     linear    packed layers, fused ones (q, k and v; gate and up) and shards of tensor parallelism included
@@ -20,7 +20,7 @@ def register() -> None:
     """
     from vllm.model_executor.layers.quantization import register_quantization_config
 
-    from hwpq_pipeline.checkpoints.packed import METHOD
+    from hwpq_pipeline.checkpoints.packed_form import METHOD
     from hwpq_pipeline.vllm_plugin.config import HwpqConfig
 
     register_quantization_config(METHOD)(HwpqConfig)

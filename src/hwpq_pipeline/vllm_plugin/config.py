@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -14,26 +16,37 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from vllm.platforms import current_platform
 
-from hwpq_pipeline.checkpoints.packed import AGAIN, METHOD, WEIGHTS, PackedForm
-from hwpq_pipeline.checkpoints.reader import read_names, read_tensors
+from hwpq_pipeline.checkpoints.layers import meta_model
+from hwpq_pipeline.checkpoints.packed_checks import check_file
+from hwpq_pipeline.checkpoints.packed_form import METHOD, SECTION, WEIGHTS, PackedForm
 from hwpq_pipeline.errors import HwpqError
 from hwpq_pipeline.vllm_plugin.linear import HwpqLinearMethod, best_kernel
 from hwpq_pipeline.vllm_plugin.tables import HwpqTableMethod
 
 #: vLLM's interface for plugins changes between minor versions. The plugin was run with these.
 VERSIONS = ("0.32",)
-_CONFIG = f"quantization_config of {METHOD}"
+_CONFIG = f"{SECTION} of {METHOD}"
+logger = logging.getLogger(__name__)
 
 
 class HwpqConfig(QuantizationConfig):  # type: ignore[misc]
     """vLLM's view of a packed export.
 
     Args:
-        form: what the export holds.
+        form: what the export holds; None, as vLLM gives it, where the model's config has no section.
+
+    Raises:
+        HwpqError: there is no form.
     """
 
-    def __init__(self, form: PackedForm) -> None:
+    def __init__(self, form: PackedForm | None = None) -> None:
         super().__init__()
+        if form is None:
+            raise HwpqError(
+                f"no section {SECTION}: this is no packed export",
+                where="config.json",
+                remedy="Serve the folder of an export of format semi-structured, or leave out --quantization.",
+            )
         self.form = form
         self.layers = set(form.layers)
 
@@ -62,27 +75,21 @@ class HwpqConfig(QuantizationConfig):  # type: ignore[misc]
         return made
 
     def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
-        """Look into a local export, where its folder is known: that its tensors are there, and their bytes right.
+        """Look into a local export, where its folder is known: that its tensors are those of its config, and intact.
 
-        vLLM itself notices neither. Of an export that it fetches from a hub it tells no folder.
+        vLLM itself notices little of it. Of an export that it fetches from a hub it tells no folder.
 
         Raises:
-            HwpqError: a file that is missing or damaged, or lacks a tensor.
+            HwpqError: a file that is missing or damaged, other tensors than the config tells of, or a second file of
+                weights, which vLLM would read too.
         """
         del hf_config, revision
-        if not Path(model_name).is_dir():
+        folder = Path(model_name)
+        if not folder.is_dir():
             return
-        file = Path(model_name) / WEIGHTS
-        names = set(read_names(file))
-        parts = ("kept", "positions") if self.form.scale_dtype is None else ("kept", "positions", "scale")
-        wanted = [f"{layer}.weight_{part}" for layer in self.form.layers for part in parts]
-        wanted += [f"{table}.{part}" for table in self.form.tables for part in ("weight", "weight_scale")]
-        if missing := [name for name in wanted if name not in names]:
-            raise HwpqError(f"no tensor {missing[0]}", where=str(file), remedy=AGAIN)
-        if len(names) != self.form.tensors:
-            raise HwpqError(f"{len(names)} tensors instead of {self.form.tensors}", where=str(file), remedy=AGAIN)
-        for name in sorted(names):  # one at a time: its checksum is compared
-            read_tensors(file, [name])
+        if others := sorted(file.name for file in folder.glob("*.safetensors") if file.name != WEIGHTS):
+            raise HwpqError(f"{others[0]} stands beside {WEIGHTS}", where=str(folder), remedy="Remove it.")
+        check_file(folder, self.form, functools.partial(_model, folder))
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
         """How a layer is computed; None where vLLM's own way is right.
@@ -139,3 +146,13 @@ class HwpqConfig(QuantizationConfig):  # type: ignore[misc]
     def get_config_filenames() -> list[str]:
         """None: all is in `config.json`."""
         return []
+
+
+def _model(folder: Path) -> nn.Module | None:
+    """The export's model without weights, or None: vLLM serves models that its transformers does not know."""
+    try:
+        found: nn.Module = meta_model(folder)
+    except HwpqError as error:
+        logger.warning("%s The export's shapes are not compared with the model.", error)
+        return None
+    return found

@@ -19,7 +19,7 @@ from torch import Tensor
 from vllm.model_executor.layers.linear import LinearMethodBase, register_weight_loader_v2_supported_method
 from vllm.model_executor.parameter import ChannelQuantScaleParameter, GroupQuantScaleParameter, ModelWeightParameter
 
-from hwpq_pipeline.checkpoints.packed import AGAIN, PackedForm
+from hwpq_pipeline.checkpoints.packed_form import AGAIN, PackedForm
 from hwpq_pipeline.compression.packing import check_positions, unpack_nibbles
 from hwpq_pipeline.errors import HwpqError
 from hwpq_pipeline.kernels.packed_linear import KINDS, WORD, Kernel, arrange, native, packed_linear_op

@@ -14,7 +14,7 @@ from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBa
 from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
 from vllm.model_executor.utils import set_weight_attrs
 
-from hwpq_pipeline.checkpoints.packed import AGAIN, PackedForm
+from hwpq_pipeline.checkpoints.packed_form import AGAIN, PackedForm
 from hwpq_pipeline.compression.codes import scaled
 from hwpq_pipeline.errors import HwpqError
 from hwpq_pipeline.kernels.int8_linear import int8_linear, int8_rows
@@ -30,7 +30,7 @@ class HwpqTableMethod(QuantizeMethodBase):  # type: ignore[misc]
     def __init__(self, form: PackedForm) -> None:
         self.plain = UnquantizedEmbeddingMethod()
         self.dtype = getattr(torch, str(form.table_dtype))
-        self.scale_dtype = getattr(torch, str(form.scale_dtype))
+        self.scale_dtype = getattr(torch, form.scale_dtype or "float32")  # float32 holds those of a form without a grid
 
     def create_weights(
         self,

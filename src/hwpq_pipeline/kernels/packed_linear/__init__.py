@@ -26,13 +26,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from hwpq_pipeline.errors import HwpqError
 from hwpq_pipeline.kernels.devices import on_the_cpu, to_the_cpu
+from hwpq_pipeline.kernels.inference import check_input
 from hwpq_pipeline.kernels.packed_linear import layout, native
 from hwpq_pipeline.kernels.packed_linear.layout import KINDS, KINDS_OF_INTEGERS, ROWS, WORD
 
@@ -42,6 +43,7 @@ __all__ = [
 ]  # fmt: skip
 
 Kernel = Literal["numba", "native"]
+_KERNELS = get_args(Kernel)
 #: Rows of inputs up to which numba's kernel is faster than to unpack the weight and multiply.
 FEW = 256
 
@@ -56,6 +58,9 @@ class Packed:
         scale: (blocks, scale groups, 8) float32.
         kind: a name in `KINDS`.
         shape: (out, in) of the weight that it stands for.
+
+    Raises:
+        ValueError: tensors that do not belong together.
     """
 
     values: Tensor
@@ -63,6 +68,12 @@ class Packed:
     scale: Tensor
     kind: str
     shape: tuple[int, int]
+
+    def __post_init__(self) -> None:
+        rows, columns = self.shape
+        words = layout.check_weight(self.values, self.places, self.scale, KINDS.index(self.kind), rows)
+        if -(-columns // WORD) != words:
+            raise ValueError(f"packed_linear: {columns} inputs for {words} words of {WORD}")
 
     @property
     def nbytes(self) -> int:
@@ -113,18 +124,14 @@ def packed_linear(weight: Packed, x: Tensor, bias: Tensor | None = None, *, kern
         kernel: which.
 
     Raises:
-        HwpqError: inputs of another width, a device without a kernel, or no compiler for the native one.
+        HwpqError: inputs that are no floats, of another width, or that want gradients; a device without a kernel; an
+            unknown kernel, or no compiler for the native one.
     """
-    if x.shape[-1] != weight.shape[1]:
-        raise HwpqError(
-            f"{x.shape[-1]} inputs instead of {weight.shape[1]}",
-            where="packed_linear",
-            remedy="Give the layer its own.",
-        )
-    arguments = (weight.values, weight.places, weight.scale, bias, KINDS.index(weight.kind), weight.shape[0])
+    check_input(x, weight.shape[1], where="packed_linear")
     op = packed_linear_op(kernel)
-    if kernel == "numba" and not torch.compiler.is_compiling():
-        op = _by_numba  # the dispatcher's way into Python and back costs more than a small layer's product
+    if kernel == "numba" and x.device.type == "cpu" and not torch.compiler.is_compiling():
+        return _multiply(weight, bias, x)  # the dispatcher's way into Python and back costs more than a small product
+    arguments = (weight.values, weight.places, weight.scale, bias, KINDS.index(weight.kind), weight.shape[0])
     if x.device.type == "cpu":
         return op(x, *arguments)
     return on_the_cpu(lambda given: op(given, *arguments), x, where="packed_linear")
@@ -134,8 +141,10 @@ def packed_linear_op(kernel: Kernel) -> Callable[..., Tensor]:
     """A kernel's op: (x, values, places, scale, bias, kind, rows) to the product.
 
     Raises:
-        HwpqError: no compiler for the native one.
+        HwpqError: an unknown name, or no compiler for the native one.
     """
+    if kernel not in _KERNELS:
+        raise HwpqError(f"no kernel {kernel!r}", where="packed_linear", remedy=f"Choose one of {', '.join(_KERNELS)}.")
     found: Callable[..., Tensor] = torch.ops.hwpq.packed_linear.default
     if kernel == "native":
         if not torch.compiler.is_compiling():  # nothing is built while it is traced
@@ -163,9 +172,19 @@ _library.define(
 def _by_numba(
     x: Tensor, values: Tensor, places: Tensor, scale: Tensor, bias: Tensor | None, kind: int, rows: int
 ) -> Tensor:
-    columns = x.shape[-1]
+    if not 0 <= kind < len(KINDS):
+        raise ValueError("packed_linear: no such kind of values")
+    weight = Packed(values, places, scale, KINDS[kind], (rows, x.shape[-1] if x.ndim else 0))
+    check_input(x, weight.shape[1], where="packed_linear")
+    return _multiply(weight, bias, x)
+
+
+def _multiply(weight: Packed, bias: Tensor | None, x: Tensor) -> Tensor:
+    """By numba's kernel, whose inputs are checked."""
+    rows, columns = weight.shape
+    if bias is not None:
+        layout.check_bias(bias, rows)
     given = x.reshape(-1, columns).float()
-    weight = Packed(values, places, scale, KINDS[kind], (rows, columns))
     if given.shape[0] <= FEW:
         from hwpq_pipeline.kernels.packed_linear import cpu
 

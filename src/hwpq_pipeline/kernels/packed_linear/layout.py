@@ -19,11 +19,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hwpq_pipeline.kernels.inference import FLOATS
+
 ROWS, WORD = 8, 32
 KEPT = WORD // 2
 #: By number, which the op is given.
 KINDS = ("float32", "bfloat16", "float16", "float8_e4m3fn", "int8", "int4")
 KINDS_OF_INTEGERS = ("int8", "int4")
+#: Bytes of a word of eight rows, by kind.
+_BYTES = tuple(ROWS * KEPT * width // 8 for width in (32, 16, 16, 8, 8, 4))
+_BYTE, _FLOAT = torch.uint8, torch.float32
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
 
 
@@ -88,6 +93,51 @@ def scale_of(scale: Tensor) -> Tensor:
     """(blocks, scale groups, 8) float32 of scales (out, scale groups)."""
     padded = torch.nn.functional.pad(scale.float(), (0, 0, 0, -scale.shape[0] % ROWS))
     return padded.view(-1, ROWS, scale.shape[1]).transpose(1, 2).contiguous()
+
+
+def check_weight(values: Tensor, places: Tensor, scale: Tensor, kind: int, rows: int) -> int:
+    """Refuse a weight that a kernel would read beyond its end.
+
+    Args:
+        values, places, scale: in the layout.
+        kind: number of its kind.
+        rows: that it stands for.
+
+    Returns:
+        Words of inputs that it takes.
+
+    Raises:
+        ValueError: tensors that do not belong together.
+    """
+    if not (values.dtype is _BYTE and places.dtype is _BYTE and scale.dtype is _FLOAT):
+        raise ValueError("packed_linear: values and places are bytes, scales float32")
+    (blocks, words, width), (scaled, groups, lanes) = _three(places), _three(scale)
+    if (
+        not 0 <= kind < len(KINDS)
+        or (width, scaled, lanes) != (WORD, blocks, ROWS)
+        or _three(values) != (blocks, words, _BYTES[kind])
+        or not groups
+        or words % groups
+        or -(-rows // ROWS) != blocks
+    ):
+        raise ValueError("packed_linear: values, places, scales, kind and rows do not belong together")
+    return words
+
+
+def _three(tensor: Tensor) -> tuple[int, ...]:
+    """Its three dimensions; zeros if it has others."""
+    shape = tensor.shape
+    return (0, 0, 0) if len(shape) != 3 else shape
+
+
+def check_bias(bias: Tensor, rows: int) -> None:
+    """Refuse a bias that is not one float for each output.
+
+    Raises:
+        ValueError: it is another.
+    """
+    if bias.shape != (rows,) or bias.dtype not in FLOATS:
+        raise ValueError(f"packed_linear: a bias {bias.dtype} {tuple(bias.shape)} for {rows} outputs")
 
 
 def fake(x: Tensor, *arguments: Any) -> Tensor:

@@ -349,7 +349,8 @@ at::Tensor unpack(const at::Tensor& values, const at::Tensor& places, const at::
                   int64_t rows, int64_t columns) {
   check(values, places, scale, kind);
   const int64_t words = places.size(1), groups = scale.size(1);
-  TORCH_CHECK((columns + WORD - 1) / WORD <= words && places.size(0) * ROWS >= rows, "packed_linear: another shape");
+  TORCH_CHECK((columns + WORD - 1) / WORD == words && (rows + ROWS - 1) / ROWS == places.size(0),
+              "packed_linear: another shape");
   at::Tensor dense = at::empty({rows, columns}, scale.options());
   float* target = dense.data_ptr<float>();
   const uint8_t *v = values.data_ptr<uint8_t>(), *p = places.data_ptr<uint8_t>();
@@ -364,9 +365,13 @@ at::Tensor unpack(const at::Tensor& values, const at::Tensor& places, const at::
 at::Tensor packed_linear(const at::Tensor& x, const at::Tensor& values, const at::Tensor& places, const at::Tensor& scale,
                          const c10::optional<at::Tensor>& bias, int64_t kind, int64_t rows, int64_t few) {
   check(values, places, scale, kind);
+  TORCH_CHECK(x.dim() > 0, "packed_linear: inputs without a dimension");
+  TORCH_CHECK(!bias.has_value() || (bias->dim() == 1 && bias->size(0) == rows && at::isFloatingType(bias->scalar_type())),
+              "packed_linear: another bias than one float for each output");
   if (few < 0) few = most_rows(kind);
   const int64_t columns = x.size(-1), words = places.size(1), blocks = places.size(0), groups = scale.size(1);
-  TORCH_CHECK((columns + WORD - 1) / WORD == words && blocks * ROWS >= rows, "packed_linear: inputs of another width");
+  TORCH_CHECK((columns + WORD - 1) / WORD == words && (rows + ROWS - 1) / ROWS == blocks,
+              "packed_linear: inputs or outputs of another width");
   std::vector<int64_t> shape = x.sizes().vec();
   shape.back() = rows;
   const int64_t count = columns ? x.numel() / columns : 0;
@@ -412,6 +417,17 @@ at::Tensor packed_linear(const at::Tensor& x, const at::Tensor& values, const at
   return found;
 }
 
+// Above the kernel, where it is known whether gradients are wanted: there are none.
+at::Tensor for_inference(const at::Tensor& x, const at::Tensor& values, const at::Tensor& places, const at::Tensor& scale,
+                         const c10::optional<at::Tensor>& bias, int64_t kind, int64_t rows, int64_t few) {
+  const bool wanted = x.requires_grad() || scale.requires_grad() || (bias.has_value() && bias->requires_grad());
+  TORCH_CHECK(!(wanted && at::GradMode::is_enabled()), "packed_linear: an input wants gradients, and this is for inference only");
+  static const auto op =
+      c10::Dispatcher::singleton().findSchemaOrThrow("hwpq_native::packed_linear", "").typed<decltype(packed_linear)>();
+  const at::AutoDispatchBelowAutograd below;
+  return op.call(x, values, places, scale, bias, kind, rows, few);
+}
+
 }  // namespace
 
 TORCH_LIBRARY(hwpq_native, library) {
@@ -423,3 +439,5 @@ TORCH_LIBRARY_IMPL(hwpq_native, CPU, library) {
   library.impl("packed_linear", &packed_linear);
   library.impl("unpack", &unpack);
 }
+
+TORCH_LIBRARY_IMPL(hwpq_native, Autograd, library) { library.impl("packed_linear", &for_inference); }
