@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from hwpq_pipeline.compression import correction
 from hwpq_pipeline.compression.correction import corrected_target
 from hwpq_pipeline.errors import HwpqError
 
@@ -39,7 +40,9 @@ def solved(weight: Tensor, x: Tensor, t: Tensor) -> Tensor:
     return torch.linalg.solve(gram + ridge, (t.T @ x + weight @ ridge).T).T
 
 
-def test_many_steps_reach_the_ridge_solution(problem: Problem) -> None:
+@pytest.mark.parametrize("tile", [correction.TILE, 4 * 2 * IN, 1])
+def test_many_steps_reach_the_ridge_solution(problem: Problem, monkeypatch: pytest.MonkeyPatch, tile: int) -> None:
+    monkeypatch.setattr(correction, "TILE", tile)
     weight, x, t = problem
     found = corrected_target(weight, x.T @ x, missing(weight, x, t), steps=200, damping=DAMPING)
     assert torch.allclose(found.double(), solved(weight, x, t), atol=1e-3)

@@ -133,7 +133,8 @@ def _refine(weight: Tensor, mask: Tensor, gram: Tensor, *, search: MaskSearch, l
         values, keep = _descend(problem, _admm(problem, search.rounds), 0, search.sweeps)
     else:
         values, keep = _descend(problem, None, search.rounds, search.sweeps)
-    refined = (values / root) * keep
+    del problem, scaled  # as large as all that follows
+    refined = values.div_(root).mul_(keep)
     return _guard(weight, mask, gram, refined, keep, layers if search.structure == "unstructured" else None)
 
 

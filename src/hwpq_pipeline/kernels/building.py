@@ -8,7 +8,7 @@
 
 A finished build is loaded without writing, so a cache may be read-only. One whose bytes are not those of its digest (a
 file that was cut) is compiled again: to load it would end the process. torch's lock alone is a file that stays when its
-process is killed, and whoever comes next waits for ever.
+process is killed, and the next process waits for ever.
 
 It needs a C++ compiler and ninja. Nothing is downloaded.
 """
