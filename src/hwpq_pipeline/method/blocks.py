@@ -223,9 +223,11 @@ class GroupSums:
         """(rows, in_features) Σ (t − W₀x̃) x̃ᵀ of what the outputs lack.
 
         A writer's outputs are wanted themselves, so W₀x̃ is computed. For the others `t − W₀x̃ = W₀(x − x̃)`, and one
-        product serves all rows: `W₀ Σ (x − x̃) x̃ᵀ`.
+        product serves all rows: `W₀ Σ (x − x̃) x̃ᵀ`. The sums are let go: there is no second call.
         """
-        return torch.cat([self._of_layer(layer) for layer in self.layers])
+        found = torch.cat([self._of_layer(layer) for layer in self.layers])
+        self._lacking, self._shift = {}, None
+        return found
 
     def _of_layer(self, layer: Layer) -> Tensor:
         if self._shift is None or layer.name in self._lacking:

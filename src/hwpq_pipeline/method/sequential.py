@@ -256,12 +256,11 @@ def _add(state: BlockState, sums: GroupSums, chunk: int, name: str, x: Tensor) -
 def _compress(walk: Walk, state: BlockState, name: str, sums: GroupSums) -> Group:
     """The group after the recipe's steps, towards its corrected target; the model gets its weights."""
     layers = state.stacks[name]
-    original = torch.cat([state.weight(layer) for layer in layers])
     gram = sums.gram.result().to(walk.device)
-    target = original
+    target = torch.cat([state.weight(layer) for layer in layers])
     if not sums.seldom:
         target = corrected_target(
-            original, gram, sums.shortfall(), steps=walk.sequence.steps, damping=walk.sequence.damping, where=name
+            target, gram, sums.shortfall(), steps=walk.sequence.steps, damping=walk.sequence.damping, where=name
         )
     group = walk.step(Group(name, layers, LiveSums(gram, sums.seldom), walk.stored, target, target))
     for layer, part in group.rows:
