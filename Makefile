@@ -31,7 +31,7 @@ UI_PORT  ?= 5000
 BASE     ?= main
 
 .PHONY: help install run repro ci sweep ui lint check format dvc-dependencies test coverage test-fast test-browser screenshots test-postgres test-sweep test-architectures test-damage \
-	engines test-engines viz pipeline-picture bench-selection bench-selection-quality bench-number-formats bench-healing bench-peers bench-inference bench-runtime bench-serving bench-gpu lock clean
+	engines test-engines viz pipeline-picture bench-selection bench-selection-quality bench-number-formats bench-healing bench-peers bench-inference bench-runtime bench-serving bench-scale bench-gpu lock clean
 
 help:  ## what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 26
@@ -219,6 +219,10 @@ bench-inference: $(STAMP) | data/07_export/paper-2of4-fp8  ## tokens a second of
 
 bench-runtime: $(STAMP) | data/07_export/2of4-int8.formats  ## packed 2:4 in transformers beside the dense model, and on a random one of 1.1 billion (ten minutes)
 	python -m benchmarks.runtime $(ARGS)
+
+MODELS ?= 1.1B
+bench-scale: $(STAMP) | data/02_intermediate/documents.parquet  ## seconds and peak memory of each stage on random models (MODELS; ARGS=--blocks 4 for a part): an hour for 1.1B
+	python -m benchmarks.scale --models $(MODELS) $(ARGS)
 
 bench-serving: $(STAMP) $(ENGINES)/vllm/.installed | data/07_export/2of4-int8.formats  ## packed 2:4 in vLLM beside vLLM's own: decoding, prompts, quality (twenty minutes)
 	python -m benchmarks.serving $(ARGS)

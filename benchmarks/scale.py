@@ -1,7 +1,7 @@
 """Seconds and peak memory of each stage against a model's size, by the commands that a user types.
 
-    python -m benchmarks.scale --models 1.1B
-    python -m benchmarks.scale --models 7B --blocks 4
+    make bench-scale
+    make bench-scale MODELS=7B ARGS="--blocks 4"
 
 Llama-shaped checkpoints with random weights, in shards of one block, are written on the spot, and `kedro run` takes one
 variant (2:4 and INT4, preset `quality`, in sequence) from `fetch` to `evaluate`, each stage in a process of its own.

@@ -140,9 +140,12 @@ def plan(env: str | None) -> None:
         speed=operations_a_second(),
     )
     console().print(_plan_table(rows))
+    tables = sum(rows * columns for rows, columns in shapes.tables)
     console().print(
-        f"Memory: about {shapes.parameters * 4 / 1e9:.1f} GB for the model in float32, and as much again for "
-        "activations and one layer's work. The seconds come from a product timed here: they tell minutes from hours."
+        f"Memory: {4e-9 * tables:.1f} GB for embedding and head, {4e-9 * shapes.block:.1f} GB for one decoder block, "
+        "and 1 to 3 GB for Python, activations and one layer's work. A variant with a budget, or one that is healed, "
+        f"takes {4e-9 * shapes.parameters:.1f} GB more for the whole model. "
+        "The seconds come from a product timed here: they tell minutes from hours."
     )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from hwpq_pipeline.decoder.loading import load_causal_lm
 from hwpq_pipeline.decoder.spool import Spool
 from hwpq_pipeline.decoder.walk import final_states
 from hwpq_pipeline.errors import HwpqError
-from tests.tiny import tiny_checkpoint, tiny_tokens
+from tests.tiny import tiny_checkpoint, tiny_config, tiny_tokens
 
 TOKENS = tiny_tokens(5, 24)
 
@@ -55,6 +57,32 @@ def test_one_block_at_a_time_has_weights(model: Path) -> None:
             stored = load_file(model / "model.safetensors")[f"model.layers.{number}.mlp.up_proj.weight"]
             assert torch.equal(block.get_parameter("mlp.up_proj.weight"), stored.float())
     assert empty(blockwise) == [True, True]
+
+
+PEAK = """
+import sys, torch
+from pathlib import Path
+from hwpq_pipeline.decoder.blockwise import BlockwiseModel
+from hwpq_pipeline.decoder.walk import final_states
+ids = torch.zeros(2, 8, dtype=torch.int64)
+list(final_states(BlockwiseModel(sys.argv[1], torch.float32, remedy="r"), ids.split(1)))
+print(next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")).split()[1])
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak is read from Linux's /proc")
+def test_memory_does_not_grow_with_the_number_of_blocks(tmp_path: Path) -> None:
+    def peak(model: Path) -> int:
+        command = [sys.executable, "-c", PEAK, str(model)]
+        return 1024 * int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+    width = 512
+    sizes = {"hidden_size": width, "intermediate_size": 4 * width, "num_key_value_heads": 4}
+    shallow, deep = (
+        tiny_checkpoint(tmp_path / str(blocks), tiny_config(**sizes, num_hidden_layers=blocks)) for blocks in (2, 12)
+    )
+    block = 4 * (4 + 3 * 4) * width**2
+    assert peak(deep) - peak(shallow) < 3 * block  # of ten
 
 
 @pytest.mark.parametrize("damage", ["missing", "shape", "bit"])

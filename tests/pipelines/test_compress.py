@@ -166,9 +166,10 @@ def test_a_mask_that_keeps_nothing_is_refused(places, tmp_path):
     variant = Variant.model_validate({"description": "d", "selection": STRUCTURES["unstructured"], "recovery": {}})
     samples = pd.DataFrame({"tokens": list(TOKENS)})
     _, masks, *_ = select_weights(places / "model", places / "statistics", samples, "v", variant, CPU, tmp_path)
-    tensors = read_tensors(masks)
+    file = masks / "model.layers.1.mlp.gate_proj.safetensors"
+    tensors = read_tensors(file)
     tensors["model.layers.1.mlp.up_proj.keep"].zero_()
-    save_file(tensors, masks)
+    save_file(tensors, file)
     recipe = settled_recipe(variant, {})
     with pytest.raises(HwpqError, match=r"^model\.layers\.1\.mlp\.up_proj: its mask keeps no weight"):
         compress_weights(places / "model", places / "statistics", samples, masks, "v", recipe, CPU, tmp_path)

@@ -70,13 +70,13 @@ class BlockwiseModel:
         largest = max(sum(part.nbytes for part in block.parameters()) for block in self.blocks)
         self._manage_memory = return_freed_memory if largest > LARGE else keep_freed_memory
         self._manage_memory()
-        self._empty = [(module, _state(module)) for module in self.blocks.modules()]
         prefixes = [f"{self.blocks_name}."]
         if not head and (own := self._own_head()) is not None:
             prefixes.append(f"{own}.")
         self._fill(name for name in self.sources if not name.startswith(tuple(prefixes)))
         for name, buffer in self.model.named_buffers():
             _put(self.model, name, buffer.to(self.device))
+        self._empty = [(module, _state(module)) for module in self.blocks.modules()]
         with quiet_transformers():
             self.model.tie_weights(missing_keys=self._missing)
         for module in self.model.modules():
@@ -127,12 +127,11 @@ class BlockwiseModel:
         Raises:
             HwpqError: a weight cannot be read, or is not as it was written.
         """
-        prefix = f"{self.blocks_name}.{number}."
-        self._fill([name for name in self.sources if name.startswith(prefix)])
-        block = self.blocks[number]
-        for module in block.modules():
-            _unpack(module)
+        prefix, block = f"{self.blocks_name}.{number}.", self.blocks[number]
         try:
+            self._fill(name for name in self.sources if name.startswith(prefix))
+            for module in block.modules():
+                _unpack(module)
             yield block
         finally:
             inside = {id(module) for module in block.modules()}
@@ -170,10 +169,10 @@ class BlockwiseModel:
 
 def _quantizer(checkpoint: Checkpoint) -> Any:
     """What transformers loads a quantized checkpoint with; None for a dense one."""
-    from transformers.quantizers.auto import AutoHfQuantizer
-
     if (config := checkpoint.config.get("quantization_config")) is None:
         return None
+    from transformers.quantizers.auto import AutoHfQuantizer
+
     quantizer = AutoHfQuantizer.from_config(dict(config), pre_quantized=True)
     quantizer.validate_environment(device_map=None, weights_only=True)
     return quantizer

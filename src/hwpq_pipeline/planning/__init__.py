@@ -5,7 +5,8 @@ With n weights in the compressible layers, m other parameters and T tokens:
     export        n·bits/8, a scale of one or two bytes a row or group, 2·m; under a budget what that allows
     statistics    Σ in² · 4 bytes over distinct layer inputs
     on disk       the export, masks of n/8 bytes, the neutral form of about n bytes
-    memory        4·(n + m) bytes for the model in float32, and about as much again
+    memory        in float32 embedding, head and one decoder block, beside its activations and one layer's work;
+                  4·(n + m) bytes for the whole model under a budget or when it is healed
     calibrate     2·T·(n + Σ in²) operations;   evaluate 2·T·(n + 2·head) for each variant
     compress      2·out·in² operations a layer, for each step of recovery and sweep of descent;
                   sequential, 2·T·(2·n + 2·Σ in²) more, and the activations of two runs of a block in memory

@@ -40,6 +40,14 @@ class Shapes:
         return self.weights + self.others
 
     @property
+    def block(self) -> int:
+        """Weights of the compressible layers of the largest decoder block."""
+        blocks: dict[int, int] = {}
+        for layer in self.layers:
+            blocks[layer.block] = blocks.get(layer.block, 0) + layer.shape[0] * layer.shape[1]
+        return max(blocks.values(), default=0)
+
+    @property
     def inputs(self) -> int:
         """Σ in² over distinct inputs, four a block as in today's transformers.
 

@@ -30,6 +30,7 @@ from hwpq_pipeline.kernels.packed_linear import native as native_kernel
 
 from .fixed import fix
 from .packed_linear import PackedLinear, dense_weight
+from .shared_inputs import share_products
 from .tables import Int8Embedding, Int8Head
 
 
@@ -74,7 +75,10 @@ def load_packed(
     _fill(model, rest, str(place), str(directory))
     for name, (table, scale) in codes.items():
         _keep_codes(model, name, table, scale)
-    return fix(model.eval(), codes=bool(codes))
+    fix(model.eval(), codes=bool(codes))
+    if not on_cuda:
+        share_products(model)
+    return model
 
 
 def _place(device: object, dtype: object) -> torch.device:

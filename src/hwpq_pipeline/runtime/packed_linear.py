@@ -10,6 +10,8 @@ compressed-tensors export. The native kernel rounds the inputs of integer weight
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
@@ -19,6 +21,9 @@ from hwpq_pipeline.compression.packing import check_positions, unpack_two_of_fou
 from hwpq_pipeline.kernels.packed_linear import Kernel, Packed, arrange, packed_linear
 
 from .fixed import Fixed
+
+if TYPE_CHECKING:
+    from .shared_inputs import SharedProduct
 
 
 def dense_weight(packed: PackedLayer, *, where: str) -> Tensor:
@@ -57,6 +62,7 @@ class PackedLinear(Fixed):
         self.bias = None if bias is None else bias.float()
         ones = torch.ones(rows, 1) if scale is None else scale
         self.weight: Packed = arrange(kept, packed.positions, ones, four_bits=packed.four_bits)
+        self.shared: tuple[SharedProduct, int] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """(…, in) to (…, out), with the dtype of `x`.
@@ -64,6 +70,9 @@ class PackedLinear(Fixed):
         Raises:
             HwpqError: inputs that are no floats, of another width, or that want gradients.
         """
+        if self.shared is not None:
+            product, number = self.shared
+            return product.part(number, x)
         return packed_linear(self.weight, x, self.bias, kernel=self.kernel)
 
     def extra_repr(self) -> str:
