@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -89,7 +88,7 @@ def new_project(target: Path, checkpoint: Path, documents: Path) -> None:
     """A project folder with the shipped configuration, for one variant of the checkpoint."""
     shutil.copytree(ROOT / "conf", target / "conf")
     shutil.copy(ROOT / "pyproject.toml", target / "pyproject.toml")
-    (target / "src").symlink_to(ROOT / "src")
+    shutil.copytree(ROOT / "src", target / "src", ignore=shutil.ignore_patterns("__pycache__"))  # Kedro takes no link
     model = {"kind": "directory", "name": "random", "path": str(checkpoint), "license": "none", "dtype": "bfloat16"}
     corpus = {"kind": "local", "name": "text", "path": str(documents), "license": "none", "column": "text"}
     shared = yaml.safe_load((ROOT / "conf" / "base" / "parameters.yml").read_text())
@@ -112,20 +111,29 @@ def run_stage(project: Path, stage: str) -> dict[str, Any]:
     own = [] if stage in ("fetch", "calibrate", "reference") else ["--namespaces", f"variants.{NAME}"]
     command = [sys.executable, "-m", "kedro", "run", "--pipelines", stage, *own]
     before, begun = _disk(project / "data"), time.perf_counter()
-    with subprocess.Popen(
-        command, cwd=project, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-    ) as process:
-        said = process.stderr.read() if process.stderr else ""
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        raise RuntimeError(f"{stage}: {said[-2000:]}")
+    with tempfile.TemporaryFile("w+") as said:
+        process, peak = subprocess.Popen(command, cwd=project, stdout=said, stderr=subprocess.STDOUT), 0
+        while process.poll() is None:
+            peak = _peak(process.pid) or peak
+            time.sleep(0.05)
+        if process.returncode:
+            said.seek(0)
+            raise RuntimeError(f"{stage}: {said.read()[-2000:]}")
     return {
         "stage": stage,
         "seconds": time.perf_counter() - begun,
-        "peak_rss_bytes": usage.ru_maxrss * 1024,
+        "peak_rss_bytes": peak,
         "disk_bytes": _disk(project / "data") - before,
     }
+
+
+def _peak(process: int) -> int:
+    """Largest resident set of a process so far; 0 if it is gone. `getrusage` would begin with its parent's."""
+    try:
+        lines = Path(f"/proc/{process}/status").read_text().splitlines()
+    except OSError:
+        return 0
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM")), 0)
 
 
 def _disk(folder: Path) -> int:

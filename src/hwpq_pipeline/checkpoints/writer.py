@@ -24,7 +24,7 @@ from hwpq_pipeline.checkpoints.checksums import metadata_of
 #: transformers refuses safetensors files whose metadata does not name the framework.
 FORMAT = {"format": "pt"}
 #: A shard is in memory while it is written.
-SHARD_BYTES = 2**29
+SHARD_BYTES = 3 * 2**27
 
 
 @contextmanager
