@@ -17,12 +17,10 @@ towards `W₀X̃`, 48 with the residual stream, 20.6 dense).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
-from hwpq_pipeline.compression.recovery import check_problem, conjugate_gradients, normalised_gram
+from hwpq_pipeline.compression.recovery import check_problem, conjugate_gradients, even_tiles, normalised_gram
 from hwpq_pipeline.errors import HwpqError
 
 #: Bytes of the weights that are solved for at a time, in float32; the solver holds five times as many.
@@ -66,15 +64,7 @@ def corrected_target(
     scaled, root, _ = normalised_gram(gram, damping)
     ones = torch.ones(1, 1, device=weight.device)
     target = torch.empty(weight.shape, device=weight.device)
-    for rows in _tiles(weight):
+    for rows in even_tiles(weight.shape[0], max(1, TILE // (4 * weight.shape[1]))):
         change, _ = conjugate_gradients(scaled, ones, -missing[rows] / root, steps, 0.0)
         torch.add(weight[rows].float(), change.div_(root), out=target[rows])
     return target
-
-
-def _tiles(weight: Tensor) -> Iterator[slice]:
-    """Ranges of rows, all of one size but the last, so that what a step holds is bounded."""
-    rows = weight.shape[0]
-    tiles = -(-4 * weight.numel() // TILE)
-    tile = -(-rows // tiles)
-    return (slice(start, start + tile) for start in range(0, rows, tile))

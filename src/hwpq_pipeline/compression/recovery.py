@@ -195,7 +195,7 @@ def recover(
     result = torch.empty_like(weight)
     before, after, energy = (torch.empty(weight.shape[0], device=weight.device) for _ in range(3))
     taken = 0
-    for rows in _tiles(weight):
+    for rows in even_tiles(weight.shape[0], ROW_TILE_CUDA if weight.is_cuda else ROW_TILE):
         solved, count = _solve_rows(system, weight[rows], mask[rows], steps, out=result[rows])
         before[rows], after[rows], energy[rows] = solved.before, solved.after, solved.energy
         taken = max(taken, count)
@@ -221,14 +221,13 @@ class _System:
         return (torch.linalg.vecdot(change, gradient) - change.square() @ self.shrink).clamp_min_(0.0)
 
 
-def _tiles(weight: Tensor) -> Iterator[slice]:
-    """Ranges of rows, all of one size but the last.
+def even_tiles(rows: int, most: int) -> Iterator[slice]:
+    """Ranges of at most so many rows, all of one size but the last.
 
     A last tile of few rows is multiplied by another routine, whose sums were seen to differ by a bit from one process
     to the next. So the rows are divided evenly.
     """
-    rows = weight.shape[0]
-    tiles = max(1, -(-rows // (ROW_TILE_CUDA if weight.is_cuda else ROW_TILE)))
+    tiles = max(1, -(-rows // most))
     tile = max(1, -(-rows // tiles))
     for start in range(0, rows, tile):
         yield slice(start, start + tile)
