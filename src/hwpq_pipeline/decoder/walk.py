@@ -1,8 +1,8 @@
 """A model's answers with one decoder block in memory.
 
 The model's own forward pass on the first batch leads: when it comes to a block, the block is filled, and the other
-batches go through it first, each with what `record_inputs` wrote down for it. So every weight is read once, and no more
-than one batch is at work.
+batches go through it first, each with what `record_inputs` wrote down for it. So a block's weights are read once (the
+first block's twice, since `record_inputs` runs it), and no more than one batch is at work.
 
 What a block gets beside the hidden states must not depend on what the blocks before it computed. The first batch shows
 whether it does: the inputs that it gets are compared with those that were written down for it.

@@ -64,12 +64,7 @@ def open_model(directory: str | Path, dtype: str, tokens: Tensor) -> Any:
     check_vocabulary(tokens, model.get_input_embeddings().weight.shape[0], where=str(directory))
     with torch.inference_mode(), quiet_transformers():
         logits = model(input_ids=tokens[:1, :_PROBE_TOKENS], use_cache=False).logits
-    if not bool(torch.isfinite(logits).all()):
-        raise HwpqError(
-            "its logits are NaN or infinite",
-            where=str(directory),
-            remedy="The weights are damaged or overflow; compress the model again.",
-        )
+    _check_finite(logits, str(directory))
     return model
 
 
@@ -112,14 +107,18 @@ def run_blockwise(
     model, where, probe = blockwise.model, str(blockwise.checkpoint.path), first[:1, :_PROBE_TOKENS]
     with torch.inference_mode():
         logits = answered_logits(model, probe)
-        if not bool(torch.isfinite(logits).all()):
-            raise HwpqError(
-                "its logits are NaN or infinite",
-                where=where,
-                remedy="The weights are damaged or overflow; compress the model again.",
-            )
+        _check_finite(logits, where)
         head = find_head(model, probe, logits, where)
     return head, chain([first], states)
+
+
+def _check_finite(logits: Tensor, where: str) -> None:
+    if not bool(torch.isfinite(logits).all()):
+        raise HwpqError(
+            "its logits are NaN or infinite",
+            where=where,
+            remedy="The weights are damaged or overflow; compress the model again.",
+        )
 
 
 def _check_activations(blockwise: BlockwiseModel, ids: Tensor, where: str) -> None:
