@@ -30,7 +30,7 @@ OVER_ALL: dict[str, set[str]] = {
 #: Directories that one stage writes for all variants.
 WRITTEN_OVER_ALL = ("data/10_publish", "data/04_recipes", "data/09_comparison/charts")
 #: Catalog entries that are working space, not data.
-WORKING_SPACE = {"data/.cache", "data/.healing", "data/.scratch"}
+WORKING_SPACE = {"data/.cache", "data/.scratch", "data/.work"}
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,7 @@ from benchmarks.healing import judged
 from benchmarks.judge import hidden_states, judge
 from benchmarks.number_formats import loaded
 from hwpq_pipeline.checkpoints.compressed_writer import CompressedWriter
+from hwpq_pipeline.checkpoints.parts import Parts
 from hwpq_pipeline.method.groups import open_groups
 from hwpq_pipeline.method.recipe import Recipe
 from hwpq_pipeline.method.run import compress_model
@@ -23,7 +24,10 @@ def test_a_models_own_norms_and_layers_are_judged(tmp_path: Path) -> None:
     recipe = Recipe.from_variant({"quantization": {"grid": "int8"}})
     (tmp_path / "made").mkdir()
     writer = CompressedWriter(tmp_path / "made")
-    compress_model(open_groups(model_dir, None), {}, recipe, sink=writer.add)
+    groups, parts = open_groups(model_dir, None), Parts(tmp_path / "parts")
+    compress_model(groups, {}, recipe, parts=parts)
+    for name in groups.members():
+        writer.take(parts, name)
     dense, ids = loaded(model_dir), tiny_tokens()
     head, hidden = dense.lm_head.weight.detach().clone(), hidden_states(dense, ids)
     writer.replace({NORM: dense.get_parameter(NORM).detach() * 2})

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from hwpq_pipeline.checkpoints.parts import Parts
 from hwpq_pipeline.checkpoints.writer import write_json, write_tensors
 from hwpq_pipeline.compression.codes import Quantized
 from hwpq_pipeline.compression.grids import GRIDS
@@ -69,9 +70,29 @@ class CompressedWriter:
             group: its layers' names and tensors, `<layer>.codes` and `<layer>.scale`, or `<layer>.weight`, of each.
         """
         write_tensors(self.directory / f"{group.name}.safetensors", group.tensors)
-        self._layers += group.layers
-        if group.grid is not None:
-            self._formats |= dict.fromkeys(group.layers, (group.grid, group.group_size))
+        self._note(group.layers, group.grid, group.group_size)
+
+    def take(self, parts: Parts, name: str) -> Mapping[str, Mapping[str, Any]]:
+        """Take a group's file from the finished parts.
+
+        Args:
+            parts: each with `layers`, `grid`, `group_size` and `facts` told.
+            name: of the group.
+
+        Returns:
+            Its facts by layer name.
+        """
+        told = parts.told(name)
+        parts.hand_over(name, self.directory / f"{name}.safetensors")
+        self._note(told["layers"], told["grid"], told["group_size"])
+        facts: Mapping[str, Mapping[str, Any]] = told["facts"]
+        return facts
+
+    def _note(self, layers: Iterable[str], grid: str | None, group_size: int | None) -> None:
+        names = list(layers)
+        self._layers += names
+        if grid is not None:
+            self._formats |= dict.fromkeys(names, (grid, group_size))
 
     def close(self, variant: str, structure: str, recipe: Mapping[str, Any]) -> None:
         """Write `recipe.json`.

@@ -9,31 +9,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Protocol
 
 from torch import Tensor
 
 from hwpq_pipeline.checkpoints.json_file import read_json
 from hwpq_pipeline.checkpoints.reader import read_tensors
-from hwpq_pipeline.checkpoints.writer import write_json, write_tensors
+from hwpq_pipeline.checkpoints.writer import write_json
 
 INDEX = "index.json"
-
-
-class GroupMasks(Protocol):
-    """What is written of an input group."""
-
-    @property
-    def name(self) -> str: ...  # noqa: D102 (as in `method.select.SelectedGroup`)
-    @property
-    def masks(self) -> Mapping[str, Tensor]: ...  # noqa: D102
 
 
 class Masks(Mapping[str, Tensor]):
     """A variant's packed keep-masks by layer name, each read when it is asked for.
 
     Args:
-        path: the directory that `MaskWriter` wrote.
+        path: the directory that `method.select.gather_masks` wrote.
 
     Raises:
         HwpqError: there is no index, or it is damaged.
@@ -42,6 +32,9 @@ class Masks(Mapping[str, Tensor]):
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self._files: dict[str, str] = read_json(self.path / INDEX)
+
+    def __reduce__(self) -> tuple[type[Masks], tuple[Path]]:
+        return Masks, (self.path,)
 
     def __getitem__(self, layer: str) -> Tensor:
         return read_tensors(self.path / f"{self._files[layer]}.safetensors", [f"{layer}.keep"])[f"{layer}.keep"]
@@ -53,26 +46,17 @@ class Masks(Mapping[str, Tensor]):
         return len(self._files)
 
 
-class MaskWriter:
-    """Writes a variant's masks a group at a time.
+def packed_masks(masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What a group's file holds of its layers' packed keep-masks, uint8 (out, ⌈in / 8⌉), by layer name."""
+    return {f"{layer}.keep": keep for layer, keep in masks.items()}
+
+
+def write_index(directory: Path, files: Mapping[str, str]) -> Path:
+    """Write which file each layer's mask is in, beside the files; the directory.
 
     Args:
-        directory: is made; it must not exist.
+        directory: of the files.
+        files: names of the groups, by layer.
     """
-
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory
-        self._files: dict[str, str] = {}
-        directory.mkdir()
-
-    def add(self, group: GroupMasks) -> None:
-        """Write packed keep-masks, uint8 (out, ⌈in / 8⌉) by layer name; nothing for a group that is not pruned."""
-        if group.masks:
-            tensors = {f"{layer}.keep": keep for layer, keep in group.masks.items()}
-            write_tensors(self.directory / f"{group.name}.safetensors", tensors)
-            self._files |= dict.fromkeys(group.masks, group.name)
-
-    def close(self) -> Path:
-        """Write the index; the directory."""
-        write_json(self.directory / INDEX, self._files)
-        return self.directory
+    write_json(directory / INDEX, files)
+    return directory

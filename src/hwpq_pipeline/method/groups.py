@@ -10,20 +10,17 @@ workers may share them.
 lock while it reads, and so do matrix products. For a GPU the group is read into pinned memory and copied without
 waiting, so that reading, copying and working overlap; results are copied to the host when they are written. One group
 is read ahead and no more: memory is bounded by two groups.
-
-**Executors.** An executor maps a step over groups and yields the results in the groups' order. `serial` does it here
-and now; another one may hand groups to other processes, since steps and groups pickle.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from math import prod
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,7 +35,6 @@ from hwpq_pipeline.method.overrides import check_patterns
 from hwpq_pipeline.method.recipe import Recipe
 from hwpq_pipeline.method.sums import AGAIN, InputSums, StoredSums
 
-R = TypeVar("R")
 #: Bytes of a group's weights above which its layers are worked on one by one; steps take up to nine times as many.
 LARGE = 2**26
 #: Columns of the layer table by layer name.
@@ -144,7 +140,7 @@ class Groups:
         statistics: of their inputs; None where nothing is known of them: every layer is then a group of its own.
         device: where the groups are worked on.
         recipe: with other settings for some layers; see `treated_by`.
-        block: of which alone the groups are wanted; None for all.
+        only: names of the groups that are wanted; None for all.
     """
 
     def __init__(
@@ -154,11 +150,15 @@ class Groups:
         statistics: Statistics | None,
         device: torch.device | None = None,
         recipe: Recipe | None = None,
-        block: int | None = None,
+        only: frozenset[str] | None = None,
     ) -> None:
         self.checkpoint, self.layers, self.statistics = checkpoint, layers, statistics
         self.device = device or torch.device("cpu")
-        self.recipe, self.block = recipe, block
+        self.recipe, self.only = recipe, only
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        statistics = None if self.statistics is None else self.statistics.path
+        return _reopened, (self.checkpoint.path, statistics, self.device, self.recipe, self.only)
 
     def treated_by(self, recipe: Recipe) -> Groups:
         """The same groups for a recipe: layers that it treats otherwise are apart, those that it leaves are in none.
@@ -171,18 +171,23 @@ class Groups:
 
     def of_block(self, block: int) -> Groups:
         """The groups of one decoder block."""
-        return Groups(self.checkpoint, self.layers, self.statistics, self.device, self.recipe, block)
+        return self.only_those(name for name, layers in self.members().items() if layers[0].block == block)
+
+    def only_those(self, names: Iterable[str]) -> Groups:
+        """Some of the groups, by their names."""
+        return Groups(self.checkpoint, self.layers, self.statistics, self.device, self.recipe, frozenset(names))
 
     def members(self) -> dict[str, tuple[Layer, ...]]:
         """Layers by input group, in module order; a group has its first layer's name. Large layers are apart."""
         members: dict[tuple[str, Recipe | None], list[Layer]] = {}
-        for layer in self.layers if self.block is None else self.layers.in_block(self.block):
+        for layer in self.layers:
             name = layer.name if self.statistics is None else self.statistics.group_of(layer.name)
             own = None if self.recipe is None else self.recipe.for_layer(layer.name)
             if own is None or own.changes_weights:
                 members.setdefault((name, own), []).append(layer)
         parts = (part for layers in members.values() for part in _parts(layers))
-        return {layers[0].name: layers for layers in parts}
+        found = {layers[0].name: layers for layers in parts}
+        return {name: layers for name, layers in found.items() if self.only is None or name in self.only}
 
     def input_of(self, group: str) -> str:
         """The input group in the statistics that a group, or a part of one, belongs to."""
@@ -260,20 +265,6 @@ def _parts(layers: list[Layer]) -> Iterator[tuple[Layer, ...]]:
     return ((layer,) for layer in layers) if large else iter([tuple(layers)])
 
 
-class Executor(Protocol):
-    """Maps a step over groups, results in the groups' order."""
-
-    def __call__(self, step: Callable[[Group], R], groups: Iterable[Group]) -> Iterator[R]:
-        """`step(group)` of every group."""
-
-
-def serial(step: Callable[[Group], R], groups: Iterable[Group]) -> Iterator[R]:
-    """One group after the other, in this process."""
-    with torch.inference_mode():
-        for group in groups:
-            yield step(group)
-
-
 def open_groups(model: str | Path, statistics: str | Path | None, device: torch.device | None = None) -> Groups:
     """A checkpoint's input groups.
 
@@ -284,3 +275,14 @@ def open_groups(model: str | Path, statistics: str | Path | None, device: torch.
     """
     known = None if statistics is None else Statistics(statistics)
     return Groups(Checkpoint(model), layer_map(model), known, device)
+
+
+def _reopened(
+    model: Path, statistics: Path | None, device: torch.device, recipe: Recipe | None, only: frozenset[str] | None
+) -> Groups:
+    """The groups in another process, which opens the files once."""
+    opened = _open_once(model, statistics, device)
+    return Groups(opened.checkpoint, opened.layers, opened.statistics, device, recipe, only)
+
+
+_open_once = lru_cache(maxsize=1)(open_groups)

@@ -51,7 +51,7 @@ def write_healed(
         target: an existing, empty directory.
         tokens: (samples, length) calibration tokens; as many as `samples_needed` says.
         states: the folder in which it is written how far this has come; a run that was killed goes on from there.
-            Once the result is in its place, `healing_state.forget_states` empties it.
+            Once the result is in its place, it is for the caller to empty it.
         device: where it is computed.
 
     Raises:

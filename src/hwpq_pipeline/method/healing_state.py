@@ -145,12 +145,6 @@ class State:
         )
 
 
-def forget_states(folder: Path, variant: str) -> None:
-    """Remove a variant's files: its healed model is where it belongs."""
-    for file in folder.glob(f"{variant}.*.safetensors"):
-        file.unlink()
-
-
 def key_of(model_dir: str | Path, student: Student, token_ids: Tensor, healing: Healing) -> str:
     """A digest of all that the healed weights depend on: both models, the tokens, the settings."""
     digest = hashlib.sha256(json.dumps(asdict(healing), sort_keys=True).encode())

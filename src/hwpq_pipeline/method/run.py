@@ -4,12 +4,13 @@ Two schedules, one method. *Independent*: the sums of the dense model are there 
 them, so that an executor may hand them to any workers. *In sequence*: block after block, each group on what the
 compressed ones before it give (`method.sequential`). Both take the same pure steps on a group.
 
-A sink gets each result as soon as it is there, so that memory is bounded by the groups at work.
+Each group is written as soon as it is done, so that memory is bounded by the groups at work, and a run that was killed
+goes on from the last of them (`checkpoints.parts`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -20,16 +21,19 @@ import torch
 from torch import Tensor
 
 from hwpq_pipeline.checkpoints.compressed_writer import CompressedWriter
-from hwpq_pipeline.checkpoints.masks import Masks, MaskWriter
+from hwpq_pipeline.checkpoints.masks import Masks
+from hwpq_pipeline.checkpoints.parts import Parts
+from hwpq_pipeline.decoder.milestones import Milestones
 from hwpq_pipeline.errors import HwpqError
 from hwpq_pipeline.method.allocation import choose_layers
 from hwpq_pipeline.method.embeddings import rounded_embeddings
-from hwpq_pipeline.method.groups import Executor, Facts, Groups, open_groups, serial
+from hwpq_pipeline.method.executor import Executor, serial
+from hwpq_pipeline.method.groups import Facts, Group, Groups, open_groups
 from hwpq_pipeline.method.recipe import Recipe
 from hwpq_pipeline.method.remarks import warn_of_dense_weights, warn_of_silent_layers
-from hwpq_pipeline.method.select import select_model
+from hwpq_pipeline.method.select import gather_masks, select_model
 from hwpq_pipeline.method.sequential import walk_in_sequence
-from hwpq_pipeline.method.steps import CompressedGroup, compress_group, packed, take_steps
+from hwpq_pipeline.method.steps import compress_group, packed, take_steps
 from hwpq_pipeline.progress import with_progress
 
 
@@ -38,60 +42,94 @@ def compress_model(
     masks: Mapping[str, Tensor],
     recipe: Recipe,
     *,
-    sink: Callable[[CompressedGroup], None],
+    parts: Parts,
     tokens: np.ndarray[Any, Any] | Tensor | None = None,
     executor: Executor = serial,
-) -> Facts:
-    """Prune, recover and round every group.
+) -> None:
+    """Prune, recover and round every group that is not finished; `gather_model` makes one whole of the parts.
 
     Args:
         groups: of the dense model (`open_groups`).
-        masks: packed keep-masks by layer name (`select_model`); read only if the recipe selects.
+        masks: packed keep-masks by layer name (`gather_masks`); read only if the recipe selects.
         recipe: what to do.
-        sink: gets each group's compressed layers.
+        parts: takes each group's compressed layers; those of an earlier run are not made again.
         tokens: (samples, length) calibration tokens, for a recipe in sequence.
         executor: where the groups are worked on; a recipe in sequence works in this process.
-
-    Returns:
-        Columns of the layer table by layer name.
 
     Raises:
         HwpqError: a damaged weight, damaged statistics, a missing mask, or a step that cannot be taken.
     """
-    facts: Facts = {}
-    groups = groups.treated_by(recipe)
     if not recipe.changes_weights:
-        return facts
+        return
+    groups = groups.treated_by(recipe)
     warn_of_dense_weights(groups)
     if recipe.needs_text and not recipe.selects:  # else the selection has said it
         warn_of_silent_layers(groups)
-    results: Iterator[CompressedGroup]
+    left = groups.only_those(name for name in groups.members() if not parts.is_whole(name))
     if recipe.sequence is None:
-        results = executor(partial(compress_group, masks=masks, recipe=recipe), groups)
+        results = executor(partial(_compress_and_keep, masks=masks, recipe=recipe, parts=parts), left)
     else:
-        results = _in_sequence(groups, masks, recipe, tokens)
-    for compressed in with_progress(results, "compress: input groups", len(groups.members())):
-        sink(compressed)
-        facts.update(compressed.facts)
-    return facts
+        results = _in_sequence(groups, left, masks, recipe, tokens, parts)
+    for _ in with_progress(results, "compress: input groups", len(left.members())):
+        pass
+
+
+def _compress_and_keep(group: Group, masks: Mapping[str, Tensor], recipe: Recipe, parts: Parts) -> str:
+    return compress_group(group, masks, recipe).keep(parts)
 
 
 def _in_sequence(
-    groups: Groups, masks: Mapping[str, Tensor], recipe: Recipe, tokens: np.ndarray[Any, Any] | Tensor | None
-) -> Iterator[CompressedGroup]:
+    groups: Groups,
+    left: Groups,
+    masks: Mapping[str, Tensor],
+    recipe: Recipe,
+    tokens: np.ndarray[Any, Any] | Tensor | None,
+    parts: Parts,
+) -> Iterator[str]:
+    """Names of the groups as they are finished; a walk that was killed goes on from a milestone."""
     if tokens is None or recipe.sequence is None or groups.statistics is None:
         raise HwpqError(
             "layers in sequence need calibration tokens and statistics", where="compress", remedy="Run calibrate first."
         )
-    dtype = getattr(torch, groups.statistics.dtype)
-    step = partial(take_steps, masks=masks, recipe=recipe)
-    return walk_in_sequence(groups, tokens, step, recipe.sequence, finish=packed, dtype=dtype)
+    unfinished = left.members()
+    if not unfinished:
+        return
+    made = walk_in_sequence(
+        groups,
+        tokens,
+        partial(take_steps, masks=masks, recipe=recipe),
+        recipe.sequence,
+        finish=packed,
+        dtype=getattr(torch, groups.statistics.dtype),
+        milestones=Milestones(parts.folder / "states"),
+        needed=min(layers[0].block for layers in unfinished.values()),
+    )
+    for compressed in made:
+        compressed.keep(parts)
+        if compressed.name in unfinished:
+            yield compressed.name
 
 
-def write_embeddings(model: str | Path, recipe: Recipe, writer: CompressedWriter) -> None:
-    """Round the embedding and the head, if the recipe does, and write them beside the layers."""
-    for table, quantized in rounded_embeddings(model, recipe.embeddings):
+def gather_model(groups: Groups, recipe: Recipe, parts: Parts, target: Path, *, name: str) -> Facts:
+    """The compressed layers of all groups, and the rounded embedding and head, as one model (`checkpoints.compressed`).
+
+    Args:
+        groups, recipe: as for `compress_model`, which has finished.
+        parts: that it made.
+        target: an existing, empty directory.
+        name: of the variant, which the compressed model names.
+
+    Returns:
+        Columns of the layer table by layer name.
+    """
+    facts: Facts = {}
+    writer = CompressedWriter(target)
+    for group in groups.treated_by(recipe).members() if recipe.changes_weights else ():
+        facts.update(writer.take(parts, group))
+    for table, quantized in rounded_embeddings(groups.checkpoint.path, recipe.embeddings):
         writer.embed(table.name, quantized)
+    writer.close(name, recipe.structure, recipe.to_json())
+    return facts
 
 
 def write_model(
@@ -128,18 +166,12 @@ def write_model(
         if tokens is None:
             raise HwpqError("a budget needs calibration tokens", where=name, remedy="Give them.")
         recipe = recipe.with_choices(choose_layers(groups, recipe, tokens, where=name))
-    with TemporaryDirectory(dir=target.parent, prefix="masks-") as scratch:
-        masks = MaskWriter(Path(scratch) / "masks")
-        selected = select_model(groups, recipe, sink=masks.add, executor=executor)
-        writer = CompressedWriter(target)
-        compressed = compress_model(
-            groups,
-            Masks(masks.close()),
-            recipe,
-            sink=writer.add,
-            tokens=tokens,
-            executor=executor,
-        )
-    write_embeddings(model, recipe, writer)
-    writer.close(name, recipe.structure, recipe.to_json())
-    return {layer: {**selected[layer], **compressed.get(layer, {})} for layer in selected}
+    with TemporaryDirectory(dir=target.parent, prefix="work-") as work:
+        masks, selection, compression = (Path(work) / part for part in ("masks", "selection", "compression"))
+        masks.mkdir()
+        select_model(groups, recipe, parts=(selected := Parts(selection)), executor=executor)
+        found = gather_masks(groups, recipe, selected, masks)
+        compressed = Parts(compression)
+        compress_model(groups, Masks(masks), recipe, parts=compressed, tokens=tokens, executor=executor)
+        made = gather_model(groups, recipe, compressed, target, name=name)
+    return {layer: {**found[layer], **made.get(layer, {})} for layer in found}

@@ -8,17 +8,21 @@ worker in another process may take it.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from hwpq_pipeline.checkpoints.masks import packed_masks, write_index
+from hwpq_pipeline.checkpoints.parts import Parts
 from hwpq_pipeline.compression.ewma import Threshold, ewma_select
 from hwpq_pipeline.compression.structured import SPARSITY, select_two_of_four
 from hwpq_pipeline.errors import HwpqError
-from hwpq_pipeline.method.groups import Executor, Facts, Group, Groups, serial
+from hwpq_pipeline.method.executor import Executor, serial
+from hwpq_pipeline.method.groups import Facts, Group, Groups
 from hwpq_pipeline.method.recipe import Recipe
 from hwpq_pipeline.method.remarks import warn_of_silent_layers
 from hwpq_pipeline.method.sections import Selection
@@ -104,30 +108,51 @@ def _named(quantiles: Mapping[str, float]) -> dict[str, float]:
     return {f"contribution_{name}": value for name, value in quantiles.items()}
 
 
-def select_model(
-    groups: Groups, recipe: Recipe, *, sink: Callable[[SelectedGroup], None], executor: Executor = serial
-) -> Facts:
-    """Select in every group.
+def select_model(groups: Groups, recipe: Recipe, *, parts: Parts, executor: Executor = serial) -> None:
+    """Select in every group that is not finished; `gather_masks` makes one whole of the parts.
 
     Args:
         groups: of the dense model (`open_groups`).
         recipe: what to select by; without a selection nothing is done.
-        sink: gets the masks of each group.
+        parts: takes each group's masks; those of an earlier run are not made again.
         executor: where the groups are worked on.
-
-    Returns:
-        Columns of the layer table by layer name; without a selection a reached sparsity of 0.
 
     Raises:
         HwpqError: a damaged weight, damaged statistics, or a layer that the structure does not fit.
     """
-    facts: Facts = {layer.name: {"reached_sparsity": 0.0} for layer in groups.layers}
-    groups = groups.treated_by(recipe)
     if not recipe.selects:
-        return facts
+        return
+    groups = groups.treated_by(recipe)
     warn_of_silent_layers(groups)
-    results = executor(partial(select_group, recipe=recipe), groups)
-    for selected in with_progress(results, "select: input groups", len(groups.members())):
-        sink(selected)
-        facts.update(selected.facts)
+    left = groups.only_those(name for name in groups.members() if not parts.is_whole(name))
+    results = executor(partial(_select_and_keep, recipe=recipe, parts=parts), left)
+    for _ in with_progress(results, "select: input groups", len(left.members())):
+        pass
+
+
+def _select_and_keep(group: Group, recipe: Recipe, parts: Parts) -> str:
+    selected = select_group(group, recipe)
+    parts.keep(selected.name, packed_masks(selected.masks), {"layers": list(selected.masks), "facts": selected.facts})
+    return selected.name
+
+
+def gather_masks(groups: Groups, recipe: Recipe, parts: Parts, target: Path) -> Facts:
+    """The masks of all groups as one directory (`checkpoints.masks`).
+
+    Args:
+        groups, recipe: as for `select_model`, which has finished.
+        parts: that it made.
+        target: an existing, empty directory.
+
+    Returns:
+        Columns of the layer table by layer name; without a selection a reached sparsity of 0.
+    """
+    facts: Facts = {layer.name: {"reached_sparsity": 0.0} for layer in groups.layers}
+    files: dict[str, str] = {}
+    for name in groups.treated_by(recipe).members() if recipe.selects else ():
+        told = parts.told(name)
+        if parts.hand_over(name, target / f"{name}.safetensors"):
+            files |= dict.fromkeys(told["layers"], name)
+        facts.update(told["facts"])
+    write_index(target, files)
     return facts

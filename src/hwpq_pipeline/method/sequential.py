@@ -38,6 +38,7 @@ from hwpq_pipeline.checkpoints.layers import Layer
 from hwpq_pipeline.compression.correction import corrected_target
 from hwpq_pipeline.decoder.blocks import Inputs, first_output, record_inputs
 from hwpq_pipeline.decoder.blockwise import BlockwiseModel
+from hwpq_pipeline.decoder.milestones import Milestones
 from hwpq_pipeline.decoder.products import Products
 from hwpq_pipeline.decoder.routes import Routes
 from hwpq_pipeline.decoder.spool import Spool
@@ -66,6 +67,8 @@ def walk_in_sequence(
     *,
     finish: Callable[[Group], R],
     dtype: torch.dtype = torch.float32,
+    milestones: Milestones | None = None,
+    needed: int = 0,
 ) -> Iterator[R]:
     """A model's groups after ``step``, in module order, each on the outputs of the compressed ones before it.
 
@@ -78,6 +81,9 @@ def walk_in_sequence(
         sequence: how the target is corrected.
         finish: what is kept of a group once its steps are taken.
         dtype: of products over tokens, float32 or bfloat16.
+        milestones: where a walk that was killed left its states, and this one leaves its own; None for nowhere. A
+            block's states are left once all its groups have been taken from this iterator.
+        needed: the first block of which groups are wanted; those before it may be left out.
 
     Raises:
         HwpqError: a weight is damaged, a step cannot be taken, or the model routes tokens by their values.
@@ -91,7 +97,9 @@ def walk_in_sequence(
         _, extra = record_inputs(blockwise.model, blockwise.blocks, chunks, dense)
     blockwise.forget_embedding()
     compressed = Spool(dense)
-    for number in range(len(blockwise.blocks)):
+    spools = {"dense": dense, "compressed": compressed}
+    begin = milestones.restore(spools) if milestones is not None and milestones.block <= needed else 0
+    for number in range(begin, len(blockwise.blocks)):
         kept: dict[str, R] = {}
         with blockwise.filled(number) as block:
             runs = tuple(partial(_forward, walk, block, inputs[number]) for inputs in extra)
@@ -105,6 +113,8 @@ def walk_in_sequence(
             for group in run_compressed(walk, state, runs, compressed):
                 kept[group.name] = finish(group)
         yield from kept.values()
+        if milestones is not None and number + 1 < len(blockwise.blocks):
+            milestones.pass_by(number + 1, spools)
 
 
 def _chunks(groups: Groups, ids: Tensor) -> tuple[Tensor, ...]:

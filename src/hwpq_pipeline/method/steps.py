@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from hwpq_pipeline.checkpoints.compressed_writer import tensors_of
+from hwpq_pipeline.checkpoints.parts import Parts
 from hwpq_pipeline.compression.bits import unpack_bits
 from hwpq_pipeline.compression.codes import dequantize
 from hwpq_pipeline.compression.recovery import recover
@@ -44,6 +45,12 @@ class CompressedGroup:
     facts: Mapping[str, Mapping[str, Any]]
     grid: str | None = None
     group_size: int | None = None
+
+    def keep(self, parts: Parts) -> str:
+        """Write it as a part of its name; the name."""
+        told = {"layers": self.layers, "facts": self.facts, "grid": self.grid, "group_size": self.group_size}
+        parts.keep(self.name, self.tensors, told)
+        return self.name
 
 
 def compress_group(group: Group, masks: Mapping[str, Tensor], recipe: Recipe) -> CompressedGroup:

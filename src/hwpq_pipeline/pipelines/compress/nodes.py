@@ -9,20 +9,21 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from hwpq_pipeline.checkpoints.compressed_writer import CompressedWriter
 from hwpq_pipeline.checkpoints.masks import Masks
+from hwpq_pipeline.checkpoints.parts import Parts
 from hwpq_pipeline.corpus.samples import draw_samples, token_matrix
 from hwpq_pipeline.errors import HwpqError
 from hwpq_pipeline.kernels.devices import choose_device
 from hwpq_pipeline.layer_columns import COMPRESSED
 from hwpq_pipeline.method.groups import open_groups
 from hwpq_pipeline.method.healed import samples_needed, write_healed
-from hwpq_pipeline.method.healing_state import forget_states
 from hwpq_pipeline.method.recipe import Recipe
-from hwpq_pipeline.method.run import compress_model, write_embeddings
+from hwpq_pipeline.method.run import compress_model, gather_model
 from hwpq_pipeline.parameters import Calibration, Compute
 from hwpq_pipeline.pipelines.tables import layer_table
 from hwpq_pipeline.variant import Variant
+from hwpq_pipeline.work.content import tokens_digest, work_key
+from hwpq_pipeline.work.folder import forget_work, open_work, result_folder
 
 
 def settled_recipe(variant: Variant, choices: dict[str, str]) -> Recipe:
@@ -38,7 +39,7 @@ def compress_weights(
     name: str,
     recipe: Recipe,
     compute: Compute,
-    scratch: Path,
+    work: Path,
 ) -> tuple[Path, pd.DataFrame, dict[str, float]]:
     """Prune, recover and round, each group written as soon as it is done.
 
@@ -46,18 +47,19 @@ def compress_weights(
     """
     begun = time.perf_counter()
     groups = open_groups(model, statistics, choose_device(compute.device, tf32=compute.tf32, where="compress"))
-    target = scratch / "compressed"
-    target.mkdir()
-    writer = CompressedWriter(target)
-    facts = compress_model(
-        groups,
-        Masks(masks),
-        recipe,
-        tokens=token_matrix(samples),
-        sink=writer.add,
+    tokens = token_matrix(samples)
+    key = work_key(
+        {"model": model, "statistics": statistics, "masks": masks},
+        recipe=recipe.to_json(),
+        tokens=tokens_digest(tokens),
+        device=str(groups.device),
+        tf32=compute.tf32,
     )
-    write_embeddings(model, recipe, writer)
-    writer.close(name, recipe.structure, recipe.to_json())
+    folder = open_work(work, f"compress.{name}", key)
+    parts = Parts(folder / "parts")
+    compress_model(groups, Masks(masks), recipe, parts=parts, tokens=tokens)
+    target = result_folder(folder)
+    facts = gather_model(groups, recipe, parts, target, name=name)
     return target, layer_table(groups.layers, facts, COMPRESSED), {"compress": time.perf_counter() - begun}
 
 
@@ -91,8 +93,8 @@ def heal_weights(
     tokens: np.ndarray[Any, np.dtype[np.int64]],
     variant: Variant,
     compute: Compute,
-    states: Path,
-    scratch: Path,
+    name: str,
+    work: Path,
 ) -> tuple[Path, dict[str, float]]:
     """Teach the compressed model to answer as the dense one; without `healing` it passes as it is.
 
@@ -102,13 +104,15 @@ def heal_weights(
     recipe = Recipe.from_variant(variant.model_dump())
     if recipe.healing is None:
         return compressed, seconds
-    target = scratch / "healed"
-    target.mkdir()
+    states = work / f"heal.{name}"
+    states.mkdir(exist_ok=True)
+    target = result_folder(states)
     device = choose_device(compute.device, tf32=compute.tf32, where="compress")
     write_healed(model, compressed, recipe, target, tokens=tokens, states=states, device=device)
     return target, {"compress": seconds["compress"] + time.perf_counter() - begun}
 
 
-def forget_healing(compressed: Path, name: str, states: Path) -> None:  # noqa: ARG001 (it is in its place: that is the point)
-    """Remove what a healing would have gone on from, once the compressed model is in its place."""
-    forget_states(states, name)
+def forget_compressing(compressed: Path, table: pd.DataFrame, seconds: dict[str, float], name: str, work: Path) -> None:  # noqa: ARG001 (they are in their places: that is the point)
+    """Remove what a killed run would have gone on from, once the results are in their places."""
+    for stage in ("compress", "heal"):
+        forget_work(work, f"{stage}.{name}")

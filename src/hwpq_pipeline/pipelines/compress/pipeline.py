@@ -8,7 +8,7 @@ from kedro.pipeline import Pipeline, node
 
 from hwpq_pipeline.pipelines.variants import for_each_variant
 
-from .nodes import compress_weights, draw_healing, forget_healing, heal_weights, settled_recipe
+from .nodes import compress_weights, draw_healing, forget_compressing, heal_weights, settled_recipe
 
 
 def create_pipeline(names: Iterable[str]) -> Pipeline:
@@ -18,7 +18,7 @@ def create_pipeline(names: Iterable[str]) -> Pipeline:
             node(settled_recipe, ["params:variant", "choices"], "settled", name="settle_recipe"),
             node(
                 compress_weights,
-                ["model", "statistics", "calibration", "masks", "name", "settled", "params:compute", "scratch"],
+                ["model", "statistics", "calibration", "masks", "name", "settled", "params:compute", "work"],
                 ["layerwise", "compressed_layers", "layerwise_seconds"],
                 name="compress_weights",
             ),
@@ -37,13 +37,18 @@ def create_pipeline(names: Iterable[str]) -> Pipeline:
                     "healing_tokens",
                     "params:variant",
                     "params:compute",
-                    "healing_states",
-                    "scratch",
+                    "name",
+                    "work",
                 ],
                 ["compressed", "compress_seconds"],
                 name="heal_weights",
             ),
-            node(forget_healing, ["compressed", "name", "healing_states"], None, name="forget_healing"),
+            node(
+                forget_compressing,
+                ["compressed", "compressed_layers", "compress_seconds", "name", "work"],
+                None,
+                name="forget_compressing",
+            ),
         ],
         names,
     )

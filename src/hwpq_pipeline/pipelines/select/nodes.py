@@ -7,17 +7,19 @@ from pathlib import Path
 
 import pandas as pd
 
-from hwpq_pipeline.checkpoints.masks import MaskWriter
+from hwpq_pipeline.checkpoints.parts import Parts, kept_json
 from hwpq_pipeline.corpus.samples import token_matrix
 from hwpq_pipeline.kernels.devices import choose_device
 from hwpq_pipeline.layer_columns import SELECTED
 from hwpq_pipeline.method.allocation import choose_layers
 from hwpq_pipeline.method.groups import open_groups
 from hwpq_pipeline.method.recipe import Recipe
-from hwpq_pipeline.method.select import select_model
+from hwpq_pipeline.method.select import gather_masks, select_model
 from hwpq_pipeline.parameters import Compute
 from hwpq_pipeline.pipelines.tables import layer_table
 from hwpq_pipeline.variant import Variant
+from hwpq_pipeline.work.content import tokens_digest, work_key
+from hwpq_pipeline.work.folder import forget_work, open_work, result_folder
 
 
 def select_weights(
@@ -27,7 +29,7 @@ def select_weights(
     name: str,
     variant: Variant,
     compute: Compute,
-    scratch: Path,
+    work: Path,
 ) -> tuple[dict[str, str], Path, pd.DataFrame, dict[str, float]]:
     """Share out the variant's budget, if it has one; then score and select layer by layer.
 
@@ -35,9 +37,24 @@ def select_weights(
     """
     begun = time.perf_counter()
     groups = open_groups(model, statistics, choose_device(compute.device, tf32=compute.tf32, where="select"))
-    recipe = Recipe.from_variant(variant.model_dump())
-    choices = choose_layers(groups, recipe, token_matrix(samples), where=name)
+    recipe, tokens = Recipe.from_variant(variant.model_dump()), token_matrix(samples)
+    key = work_key(
+        {"model": model, "statistics": statistics},
+        recipe=recipe.to_json(),
+        tokens=tokens_digest(tokens),
+        device=str(groups.device),
+        tf32=compute.tf32,
+    )
+    folder = open_work(work, f"select.{name}", key)
+    choices = kept_json(folder / "choices.json", lambda: choose_layers(groups, recipe, tokens, where=name))
     recipe = recipe.with_choices(choices)
-    writer = MaskWriter(scratch / "masks")
-    facts = select_model(groups, recipe, sink=writer.add)
-    return choices, writer.close(), layer_table(groups.layers, facts, SELECTED), {"select": time.perf_counter() - begun}
+    parts = Parts(folder / "parts")
+    select_model(groups, recipe, parts=parts)
+    target = result_folder(folder)
+    facts = gather_masks(groups, recipe, parts, target)
+    return choices, target, layer_table(groups.layers, facts, SELECTED), {"select": time.perf_counter() - begun}
+
+
+def forget_selecting(masks: Path, table: pd.DataFrame, seconds: dict[str, float], name: str, work: Path) -> None:  # noqa: ARG001 (they are in their places: that is the point)
+    """Remove what a killed selection would have gone on from, once its results are in their places."""
+    forget_work(work, f"select.{name}")

@@ -8,7 +8,7 @@ from kedro.pipeline import Pipeline, node
 
 from hwpq_pipeline.pipelines.variants import for_each_variant
 
-from .nodes import select_weights
+from .nodes import forget_selecting, select_weights
 
 
 def create_pipeline(names: Iterable[str]) -> Pipeline:
@@ -17,9 +17,15 @@ def create_pipeline(names: Iterable[str]) -> Pipeline:
         [
             node(
                 select_weights,
-                ["model", "statistics", "calibration", "name", "params:variant", "params:compute", "scratch"],
+                ["model", "statistics", "calibration", "name", "params:variant", "params:compute", "work"],
                 ["choices", "masks", "selected_layers", "select_seconds"],
                 name="select_weights",
+            ),
+            node(
+                forget_selecting,
+                ["masks", "selected_layers", "select_seconds", "name", "work"],
+                None,
+                name="forget_selecting",
             ),
         ],
         names,

@@ -1,0 +1,57 @@
+"""A Kedro hook: a run holds all its outputs, so that no two runs write one of them.
+
+A run is refused before its first node if another one is making anything that it would make. Runs of different variants
+share no output, and go on beside each other.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from kedro.framework.hooks import hook_impl
+from kedro.io import CatalogProtocol
+from kedro.pipeline import Pipeline
+
+from hwpq_pipeline.datasets import CacheDataset
+from hwpq_pipeline.work.locks import held
+
+
+class LockHooks:
+    """Holds the outputs of the run."""
+
+    def __init__(self) -> None:
+        self._held = ExitStack()
+
+    @hook_impl
+    def before_pipeline_run(self, pipeline: Pipeline, catalog: CatalogProtocol[Any, Any]) -> None:
+        """Kedro calls it when it knows what runs.
+
+        Raises:
+            HwpqError: another run is making one of the outputs.
+        """
+        work = catalog.get("work")
+        if not isinstance(work, CacheDataset):  # a catalog of parts of the project
+            return
+        places = (getattr(catalog.get(name), "path", None) for name in sorted(pipeline.all_outputs()))
+        with ExitStack() as taken:
+            for place in filter(None, places):
+                taken.enter_context(held(_lock_of(Path(place), work.path), str(place)))
+            self._held = taken.pop_all()
+
+    @hook_impl
+    def after_pipeline_run(self) -> None:
+        """Kedro calls it when the run has ended well."""
+        self._held.close()
+
+    @hook_impl
+    def on_pipeline_error(self) -> None:
+        """Kedro calls it when a node has failed."""
+        self._held.close()
+
+
+def _lock_of(output: Path, work: Path) -> Path:
+    digest = hashlib.sha256(str(output).encode()).hexdigest()[:12]  # of the whole, which may be too long for a name
+    return work / ".locks" / f"{'+'.join(output.parts[-3:])}.{digest}"
