@@ -35,6 +35,7 @@ from hwpq_pipeline.method.fitting import misfits
 from hwpq_pipeline.method.healed import samples_needed, write_healed
 from hwpq_pipeline.method.recipe import Recipe
 from hwpq_pipeline.method.run import write_model
+from hwpq_pipeline.work.locks import held
 
 Tokens = np.ndarray[Any, Any] | torch.Tensor
 
@@ -95,7 +96,10 @@ def compress(  # noqa: PLR0913 (each is a choice of the user)
     place = choose_device(device, where="compress")
     target = _free(Path(out))
     target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as folder:
+    with (
+        held(target.with_name(f".{target.name}.lock"), str(target)),
+        tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as folder,
+    ):
         scratch = Path(folder)
         statistics = tokens = None
         if made.needs_text:

@@ -27,13 +27,18 @@ from hwpq_pipeline.decoder.blocks import (
     split_inputs,
 )
 from hwpq_pipeline.decoder.blockwise import BlockwiseModel
+from hwpq_pipeline.decoder.milestones import Milestones
 from hwpq_pipeline.errors import HwpqError
 from hwpq_pipeline.progress import Progress, no_progress
 
 
 @torch.inference_mode()
 def final_states(
-    blockwise: BlockwiseModel, batches: Sequence[Tensor], *, progress: Progress = no_progress
+    blockwise: BlockwiseModel,
+    batches: Sequence[Tensor],
+    *,
+    progress: Progress = no_progress,
+    milestones: Milestones | None = None,
 ) -> Iterator[Tensor]:
     """Final hidden states of each batch, shape (samples, length, hidden), float32, in order.
 
@@ -41,6 +46,7 @@ def final_states(
         blockwise: the model.
         batches: token ids, each (samples, length).
         progress: called with (blocks done, blocks).
+        milestones: where a walk that was killed left its states, and this one leaves its own; None for nowhere.
 
     Raises:
         HwpqError: a weight cannot be read, or blocks hand on more than hidden states.
@@ -48,11 +54,15 @@ def final_states(
     model, blocks = blockwise.model, blockwise.blocks
     with blockwise.filled(0):
         hidden, extra = record_inputs(model, blocks, batches)
+        begin = 0 if milestones is None else milestones.restore({"states": hidden})
+        form = extra[0][0].run(blocks[0], hidden[0]) if begin else None  # what blocks that have run would give
     tails: dict[int, Any] = {}
 
     def led(number: int, real: Forward) -> Forward:
         def forward(*positional: Any, **keyword: Any) -> Any:
-            _, inputs = split_inputs(positional, keyword)
+            state, inputs = split_inputs(positional, keyword)
+            if number < begin:
+                return (state, *form[1:]) if isinstance(form, tuple) else state
             if not same_inputs(inputs, extra[0][number]):
                 raise HwpqError(
                     "what a block gets beside the hidden states depends on the blocks before it",
@@ -64,7 +74,10 @@ def final_states(
                     output = extra[index][number].run(real, hidden[index])
                     hidden[index] = first_output(output)
                     tails[index] = output[1:] if isinstance(output, tuple) else None
-                answer = real(*positional, **keyword)
+                answer = inputs.run(real, hidden[0] if 0 < number == begin else state)
+            hidden[0] = first_output(answer)
+            if milestones is not None and number + 1 < len(blocks):
+                milestones.pass_by(number + 1, {"states": hidden})
             progress(number + 1, len(blocks))
             return answer
 

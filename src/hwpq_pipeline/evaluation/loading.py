@@ -30,6 +30,7 @@ from hwpq_pipeline.decoder.blockwise import BlockwiseModel
 from hwpq_pipeline.decoder.dtypes import resolve_dtype
 from hwpq_pipeline.decoder.head import Head, answered_logits, find_head
 from hwpq_pipeline.decoder.loading import load_causal_lm
+from hwpq_pipeline.decoder.milestones import Milestones
 from hwpq_pipeline.decoder.tokens import check_vocabulary
 from hwpq_pipeline.decoder.walk import final_states
 from hwpq_pipeline.errors import HwpqError
@@ -85,7 +86,11 @@ def open_blockwise(directory: str | Path, dtype: str, tokens: Tensor) -> Blockwi
 
 
 def run_blockwise(
-    blockwise: BlockwiseModel, tokens: Tensor, batch: int, progress: Progress = no_progress
+    blockwise: BlockwiseModel,
+    tokens: Tensor,
+    batch: int,
+    progress: Progress = no_progress,
+    milestones: Milestones | None = None,
 ) -> tuple[Head, Iterator[Tensor]]:
     """Take all tokens through the model's body.
 
@@ -94,6 +99,7 @@ def run_blockwise(
         tokens: ids, shape (samples, length).
         batch: samples in a forward pass.
         progress: called with (blocks done, blocks).
+        milestones: where a killed run goes on from; None for nowhere.
 
     Returns:
         Its head, and the final hidden states (what the head multiplies) of each batch, shape (samples, length, hidden),
@@ -102,7 +108,7 @@ def run_blockwise(
     Raises:
         HwpqError: a weight cannot be read, or the logits are not finite or no function of the hidden states.
     """
-    states = final_states(blockwise, tokens.split(batch), progress=progress)
+    states = final_states(blockwise, tokens.split(batch), progress=progress, milestones=milestones)
     first = next(states)
     model, where, probe = blockwise.model, str(blockwise.checkpoint.path), first[:1, :_PROBE_TOKENS]
     with torch.inference_mode():

@@ -27,6 +27,7 @@ from torch import Tensor
 from hwpq_pipeline.checkpoints.reader import Checkpoint
 from hwpq_pipeline.decoder.dtypes import dtype_name
 from hwpq_pipeline.decoder.head import Head, plain_head
+from hwpq_pipeline.decoder.milestones import Milestones
 from hwpq_pipeline.errors import HwpqError
 from hwpq_pipeline.progress import Progress, no_progress
 
@@ -85,6 +86,7 @@ def evaluate_export(
     batch: int = 1,
     dtype: str = "float32",
     progress: Progress = no_progress,
+    work: Path | None = None,
 ) -> Quality:
     """Evaluate an export against the dense model's answer.
 
@@ -96,6 +98,7 @@ def evaluate_export(
         batch: samples in a forward pass; 1 is fastest on a CPU, whose caches hold the activations of one.
         dtype: `float32`, `bfloat16` or `auto`; the same as the reference's.
         progress: called with (blocks done, blocks).
+        work: a folder of this evaluation's own, from which a killed one goes on; None for nowhere.
 
     Raises:
         HwpqError: a corrupt export, a head, tokens or a dtype that are not the reference's, or logits that are not
@@ -108,7 +111,10 @@ def evaluate_export(
     if model_dir is not None and _has_rounded_head(opened[0].model, export_dir):
         opened.append(open_blockwise(model_dir, dtype, tokens))
     _check_head(reference, plain_head(opened[-1].model, str(export_dir)).digest(), reference.linear, str(export_dir))
-    ours, *others = (run_blockwise(blockwise, tokens, batch, progress) for blockwise in opened)
+    ours, *others = (
+        run_blockwise(blockwise, tokens, batch, progress, None if work is None else Milestones(work / name))
+        for blockwise, name in zip(opened, ("export", "dense"), strict=False)
+    )
     judged = _Judged(*ours, *(others[0] if others else (None, None)))
     dense_head = judged.dense_head or judged.head
     _check_head(reference, reference.head_digest, dense_head.linear, str(export_dir))

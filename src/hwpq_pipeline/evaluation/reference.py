@@ -35,6 +35,7 @@ from hwpq_pipeline.checkpoints.reader import read_tensors
 from hwpq_pipeline.checkpoints.writer import atomic_directory, write_json, write_tensors
 from hwpq_pipeline.decoder.dtypes import dtype_name
 from hwpq_pipeline.decoder.head import Head
+from hwpq_pipeline.decoder.milestones import Milestones
 from hwpq_pipeline.decoder.tokens import token_table
 from hwpq_pipeline.errors import HwpqError
 from hwpq_pipeline.progress import Progress, no_progress
@@ -87,6 +88,7 @@ def make_reference(
     batch: int = 1,
     dtype: str = "float32",
     progress: Progress = no_progress,
+    milestones: Milestones | None = None,
 ) -> Reference:
     """Run the dense model over the evaluation tokens and write its answer to a directory.
 
@@ -97,13 +99,14 @@ def make_reference(
         batch: samples in a forward pass; 1 is fastest on a CPU, whose caches hold the activations of one.
         dtype: `float32`, `bfloat16` or `auto`.
         progress: called with (blocks done, blocks).
+        milestones: where a killed run goes on from; None for nowhere.
 
     Raises:
         HwpqError: too few tokens, ids outside the vocabulary, a model that does not load, logits that are not
             finite.
     """
     tokens = check_tokens(token_ids)
-    head, states = run_blockwise(open_blockwise(model_dir, dtype, tokens), tokens, batch, progress)
+    head, states = run_blockwise(open_blockwise(model_dir, dtype, tokens), tokens, batch, progress, milestones)
     samples, length = tokens.shape
     expected = torch.empty(samples, length - 1, head.weight.shape[1])
     constant, nll = torch.empty(samples, length - 1), torch.empty(samples, length - 1)

@@ -23,7 +23,7 @@ from hwpq_pipeline.parameters import Calibration, Compute
 from hwpq_pipeline.pipelines.tables import layer_table
 from hwpq_pipeline.variant import Variant
 from hwpq_pipeline.work.content import tokens_digest, work_key
-from hwpq_pipeline.work.folder import forget_work, open_work, result_folder
+from hwpq_pipeline.work.folder import open_work, result_folder
 
 
 def settled_recipe(variant: Variant, choices: dict[str, str]) -> Recipe:
@@ -110,9 +110,3 @@ def heal_weights(
     device = choose_device(compute.device, tf32=compute.tf32, where="compress")
     write_healed(model, compressed, recipe, target, tokens=tokens, states=states, device=device)
     return target, {"compress": seconds["compress"] + time.perf_counter() - begun}
-
-
-def forget_compressing(compressed: Path, table: pd.DataFrame, seconds: dict[str, float], name: str, work: Path) -> None:  # noqa: ARG001 (they are in their places: that is the point)
-    """Remove what a killed run would have gone on from, once the results are in their places."""
-    for stage in ("compress", "heal"):
-        forget_work(work, f"{stage}.{name}")

@@ -6,9 +6,10 @@ from collections.abc import Iterable
 
 from kedro.pipeline import Pipeline, node
 
+from hwpq_pipeline.pipelines.forgetting import forgetting_of_variant
 from hwpq_pipeline.pipelines.variants import for_each_variant
 
-from .nodes import compress_weights, draw_healing, forget_compressing, heal_weights, settled_recipe
+from .nodes import compress_weights, draw_healing, heal_weights, settled_recipe
 
 
 def create_pipeline(names: Iterable[str]) -> Pipeline:
@@ -43,12 +44,7 @@ def create_pipeline(names: Iterable[str]) -> Pipeline:
                 ["compressed", "compress_seconds"],
                 name="heal_weights",
             ),
-            node(
-                forget_compressing,
-                ["compressed", "compressed_layers", "compress_seconds", "name", "work"],
-                None,
-                name="forget_compressing",
-            ),
+            forgetting_of_variant("compress", ["compressed", "compressed_layers", "compress_seconds"], "heal"),
         ],
         names,
     )

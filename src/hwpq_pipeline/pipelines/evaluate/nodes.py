@@ -12,6 +12,8 @@ from hwpq_pipeline.evaluation.quality import evaluate_export, load_reference
 from hwpq_pipeline.evaluation.size import measure_size
 from hwpq_pipeline.parameters import Evaluation
 from hwpq_pipeline.progress import progress_bar
+from hwpq_pipeline.work.content import tokens_digest, work_key
+from hwpq_pipeline.work.folder import open_work
 
 
 def evaluate(
@@ -20,21 +22,19 @@ def evaluate(
     reference: Path,
     samples: pd.DataFrame,
     evaluation: Evaluation,
+    name: str,
+    work: Path,
 ) -> tuple[dict[str, Any], dict[str, float]]:
     """Load the export as a user would; its figures beside the dense model's, and the seconds it took.
 
     `model_sparsity` stands beside the figures, and `left_dense` where a part of the blocks was not compressed.
     """
-    with progress_bar(f"evaluate {export.name}: decoder blocks") as progress:
-        quality = evaluate_export(
-            export,
-            load_reference(reference),
-            token_matrix(samples),
-            model_dir=model,
-            batch=evaluation.batch,
-            dtype=evaluation.dtype,
-            progress=progress,
-        )
+    tokens, how = token_matrix(samples), evaluation.model_dump(include={"batch", "dtype"})
+    inputs = {"export": export, "model": model, "reference": reference}
+    folder = open_work(work, f"evaluate.{name}", work_key(inputs, tokens=tokens_digest(tokens), **how))
+    with progress_bar(f"evaluate {name}: decoder blocks") as progress:
+        answer = load_reference(reference)
+        quality = evaluate_export(export, answer, tokens, model_dir=model, **how, progress=progress, work=folder)
     conditions = {
         "evaluation_samples": evaluation.samples,
         "evaluation_length": evaluation.length,

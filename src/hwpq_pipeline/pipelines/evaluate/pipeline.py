@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 from kedro.pipeline import Pipeline, node
 
+from hwpq_pipeline.pipelines.forgetting import forgetting_of_variant
 from hwpq_pipeline.pipelines.variants import for_each_variant
 
 from .nodes import evaluate, report
@@ -17,7 +18,7 @@ def create_pipeline(names: Iterable[str]) -> Pipeline:
         [
             node(
                 evaluate,
-                ["export", "model", "reference", "evaluation", "params:evaluation"],
+                ["export", "model", "reference", "evaluation", "params:evaluation", "name", "work"],
                 ["quality", "evaluate_seconds"],
                 name="evaluate",
             ),
@@ -36,6 +37,7 @@ def create_pipeline(names: Iterable[str]) -> Pipeline:
                 ["metrics", "layers"],
                 name="report",
             ),
+            forgetting_of_variant("evaluate", ["metrics", "layers"]),
         ],
         names,
     )

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from kedro.pipeline import Pipeline, node
 
+from hwpq_pipeline.pipelines.forgetting import forgetting
+
 from .nodes import draw_evaluation, refer
 
 
@@ -15,6 +17,7 @@ def create_pipeline() -> Pipeline:
     return Pipeline(
         [
             node(draw_evaluation, ["model", "documents", "params:evaluation"], "evaluation", name="draw_evaluation"),
-            node(refer, ["model", "evaluation", "params:evaluation", "scratch"], "reference", name="make_reference"),
+            node(refer, ["model", "evaluation", "params:evaluation", "work"], "reference", name="make_reference"),
+            forgetting("reference", ["reference"]),
         ]
     )

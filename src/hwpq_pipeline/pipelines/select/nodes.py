@@ -19,7 +19,7 @@ from hwpq_pipeline.parameters import Compute
 from hwpq_pipeline.pipelines.tables import layer_table
 from hwpq_pipeline.variant import Variant
 from hwpq_pipeline.work.content import tokens_digest, work_key
-from hwpq_pipeline.work.folder import forget_work, open_work, result_folder
+from hwpq_pipeline.work.folder import open_work, result_folder
 
 
 def select_weights(
@@ -53,8 +53,3 @@ def select_weights(
     target = result_folder(folder)
     facts = gather_masks(groups, recipe, parts, target)
     return choices, target, layer_table(groups.layers, facts, SELECTED), {"select": time.perf_counter() - begun}
-
-
-def forget_selecting(masks: Path, table: pd.DataFrame, seconds: dict[str, float], name: str, work: Path) -> None:  # noqa: ARG001 (they are in their places: that is the point)
-    """Remove what a killed selection would have gone on from, once its results are in their places."""
-    forget_work(work, f"select.{name}")

@@ -6,9 +6,10 @@ from collections.abc import Iterable
 
 from kedro.pipeline import Pipeline, node
 
+from hwpq_pipeline.pipelines.forgetting import forgetting_of_variant
 from hwpq_pipeline.pipelines.variants import for_each_variant
 
-from .nodes import forget_selecting, select_weights
+from .nodes import select_weights
 
 
 def create_pipeline(names: Iterable[str]) -> Pipeline:
@@ -21,12 +22,7 @@ def create_pipeline(names: Iterable[str]) -> Pipeline:
                 ["choices", "masks", "selected_layers", "select_seconds"],
                 name="select_weights",
             ),
-            node(
-                forget_selecting,
-                ["masks", "selected_layers", "select_seconds", "name", "work"],
-                None,
-                name="forget_selecting",
-            ),
+            forgetting_of_variant("select", ["masks", "selected_layers", "select_seconds"]),
         ],
         names,
     )
