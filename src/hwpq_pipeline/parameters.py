@@ -24,6 +24,7 @@ from pydantic import (
 )
 
 from hwpq_pipeline.checkpoints.kinds import CORPUS_KINDS, MODEL_KINDS, source_problem
+from hwpq_pipeline.execution.engines import ENGINES
 
 #: What numpy's and torch's generators take.
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
@@ -142,6 +143,26 @@ class Compute(Parameters):
     tf32: bool = False
 
 
+class Execution(Parameters):
+    """Who computes: of this machine and its neighbours, not of what is made; the bytes do not depend on it.
+
+    `local` is the process of the run. `dask` gives groups, blocks and sequences to the workers of the scheduler at
+    `address`, or without one to `workers` processes of this machine (`docs/scale.md`).
+    """
+
+    engine: Annotated[str, one_of(ENGINES)] = "local"
+    address: Annotated[str, Field(min_length=1)] | None = None
+    workers: Annotated[int, Field(ge=1)] | None = None
+
+    @model_validator(mode="after")
+    def _belongs_to_dask(self) -> Self:
+        if self.engine != "dask" and (self.address, self.workers) != (None, None):
+            raise ValueError("address and workers are for engine dask")
+        if self.address is not None and self.workers is not None:
+            raise ValueError("the scheduler at the address has its own workers: leave out one of the two")
+        return self
+
+
 class Evaluation(Parameters):
     """Token samples that variants are judged on, and how (pipelines `reference`, `evaluate`, `prompts`)."""
 
@@ -191,6 +212,7 @@ SECTIONS: Mapping[str, type[Parameters]] = {
     "corpus": Corpus,
     "calibration": Calibration,
     "compute": Compute,
+    "execution": Execution,
     "evaluation": Evaluation,
     "export": Export,
     "track": Track,

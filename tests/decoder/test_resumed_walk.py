@@ -24,7 +24,7 @@ class Killed(BaseException):
 def filled(blockwise: BlockwiseModel, met: list[int]) -> BlockwiseModel:
     """The model, which notes the blocks that are filled."""
     real = blockwise.filled
-    blockwise.filled = lambda number: (met.append(number), real(number))[1]  # type: ignore[assignment,method-assign,func-returns-value]
+    blockwise.filled = lambda number: (met.append(number), real(number))[1]  # type: ignore[method-assign,func-returns-value]
     return blockwise
 
 

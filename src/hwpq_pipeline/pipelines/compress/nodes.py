@@ -15,6 +15,7 @@ from hwpq_pipeline.corpus.samples import draw_samples, token_matrix
 from hwpq_pipeline.errors import HwpqError
 from hwpq_pipeline.kernels.devices import choose_device
 from hwpq_pipeline.layer_columns import COMPRESSED
+from hwpq_pipeline.method.executor import of_run
 from hwpq_pipeline.method.groups import open_groups
 from hwpq_pipeline.method.healed import samples_needed, write_healed
 from hwpq_pipeline.method.recipe import Recipe
@@ -57,7 +58,7 @@ def compress_weights(
     )
     folder = open_work(work, f"compress.{name}", key)
     parts = Parts(folder / "parts")
-    compress_model(groups, Masks(masks), recipe, parts=parts, tokens=tokens)
+    compress_model(groups, Masks(masks), recipe, parts=parts, tokens=tokens, executor=of_run())
     target = result_folder(folder)
     facts = gather_model(groups, recipe, parts, target, name=name)
     return target, layer_table(groups.layers, facts, COMPRESSED), {"compress": time.perf_counter() - begun}

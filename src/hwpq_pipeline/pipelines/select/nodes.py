@@ -12,6 +12,7 @@ from hwpq_pipeline.corpus.samples import token_matrix
 from hwpq_pipeline.kernels.devices import choose_device
 from hwpq_pipeline.layer_columns import SELECTED
 from hwpq_pipeline.method.allocation import choose_layers
+from hwpq_pipeline.method.executor import of_run
 from hwpq_pipeline.method.groups import open_groups
 from hwpq_pipeline.method.recipe import Recipe
 from hwpq_pipeline.method.select import gather_masks, select_model
@@ -49,7 +50,7 @@ def select_weights(
     choices = kept_json(folder / "choices.json", lambda: choose_layers(groups, recipe, tokens, where=name))
     recipe = recipe.with_choices(choices)
     parts = Parts(folder / "parts")
-    select_model(groups, recipe, parts=parts)
+    select_model(groups, recipe, parts=parts, executor=of_run())
     target = result_folder(folder)
     facts = gather_masks(groups, recipe, parts, target)
     return choices, target, layer_table(groups.layers, facts, SELECTED), {"select": time.perf_counter() - begun}

@@ -1,0 +1,149 @@
+"""Work on a Dask cluster.
+
+Without an address there is a cluster of this machine's own: worker processes with one thread of Dask each, among which
+the cores are shared. With one, the scheduler there says what workers there are. They must have this code (a worker with
+another version is refused, since its numbers might differ) and see the same files under the same paths.
+
+No more calls are given out than `AHEAD` for each worker, so a cluster that grows or shrinks is used as it is. Dask has
+the call of a lost worker done by another one. If the scheduler is lost, the run ends in one line. What was finished
+lies in `data/.work`, and the same command goes on from there. Workers' log records reach this process's log.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import CancelledError
+from contextlib import ExitStack
+from functools import cached_property
+from itertools import islice
+from typing import Any, TypeVar
+
+import torch
+from distributed import Client, Future, KilledWorker, LocalCluster
+from distributed.comm.core import CommClosedError
+
+from hwpq_pipeline.errors import HwpqError, said
+from hwpq_pipeline.work.content import code_version
+
+T = TypeVar("T")
+R = TypeVar("R")
+#: Calls for each worker that are given out at a time: one at work, and one that waits.
+AHEAD = 2
+#: Seconds in which a scheduler must answer.
+PATIENCE = 20
+
+logger = logging.getLogger(__name__)
+
+
+class Dask:
+    """The workers of a cluster, which is connected to, or started, when the first work is given out.
+
+    Args:
+        address: of a scheduler; None for a cluster of this machine's own.
+        workers: processes of that; one for each core by default.
+    """
+
+    def __init__(self, address: str | None, workers: int | None) -> None:
+        self.address, self.wanted = address, workers or os.cpu_count() or 1
+        self._open = ExitStack()
+
+    @cached_property
+    def client(self) -> Client:
+        """The connection.
+
+        Raises:
+            HwpqError: no scheduler answers at the address.
+        """
+        if self.address is None:
+            client = Client(self._open.enter_context(_own_cluster(self.wanted)))
+        else:
+            client = _connected(self.address)
+        self._open.enter_context(client)
+        client.forward_logging("hwpq_pipeline", level=logging.INFO)
+        workers = len(client.scheduler_info(n_workers=-1)["workers"])
+        logger.info("Dask: %d workers at %s.", workers, client.scheduler_info()["address"])
+        return client
+
+    def close(self) -> None:
+        """End the connection, and the machine's own cluster."""
+        self._open.close()
+        self.__dict__.pop("client", None)
+
+    @property
+    def workers(self) -> int:
+        """How many there are now; at least one is waited for."""
+        return max(1, len(self.client.scheduler_info(n_workers=-1)["workers"]))
+
+    def map(self, function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
+        """As `Engine.map`; where one call fails, those that wait are called off.
+
+        Raises:
+            HwpqError: the scheduler or too many workers are lost, or a worker has another version of the code.
+        """
+        left, out = iter(items), deque[Future[Any]]()
+        try:
+            while True:
+                wanted = AHEAD * self.workers - len(out)
+                for item in islice(left, max(0, wanted)):
+                    out.append(self.client.submit(_call, code_version(), function, item, pure=False))
+                if not out:
+                    return
+                yield self._result(out.popleft())
+        finally:
+            for future in out:
+                future.cancel(reason="the run has ended")
+
+    def _result(self, future: Future[Any]) -> Any:
+        try:
+            return future.result()
+        except (CancelledError, CommClosedError, TimeoutError) as error:
+            raise HwpqError(
+                f"the scheduler is lost ({said(error)})",
+                where="execution: dask",
+                remedy="Start it again, and run the same command: it goes on from what is finished.",
+            ) from error
+        except KilledWorker as error:
+            raise HwpqError(
+                f"one part of the work ended {error.allowed_failures + 1} workers; they may lack memory",
+                where="execution: dask",
+                remedy="Give workers more memory, or take fewer of them on a machine. Run the same command again.",
+            ) from error
+
+
+def _call(version: str, function: Callable[[T], R], item: T) -> R:
+    """On a worker: the function's result, if the worker has the same code."""
+    if code_version() != version:
+        raise HwpqError(
+            f"a worker on {os.uname().nodename} has another version of the code or of what computes",
+            where="execution: dask",
+            remedy="Install the same commit and the same requirements.lock there.",
+        )
+    with torch.inference_mode():
+        return function(item)
+
+
+def _connected(address: str) -> Client:
+    try:
+        return Client(address, timeout=PATIENCE)
+    except (OSError, ValueError) as error:
+        raise HwpqError(
+            f"no scheduler answers ({said(error)})",
+            where=f"execution.address: {address}",
+            remedy="Start one (`dask scheduler`), or correct the address.",
+        ) from error
+
+
+def _own_cluster(workers: int) -> LocalCluster:
+    threads = max(1, (os.cpu_count() or 1) // workers)
+    environment = {name: str(threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS")}
+    return LocalCluster(
+        n_workers=workers,
+        threads_per_worker=1,
+        env=environment,
+        memory_limit=0,  # Dask's own limit would end a worker in the middle of a large layer
+        dashboard_address=None,
+        silence_logs=logging.ERROR,
+    )
