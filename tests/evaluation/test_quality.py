@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from hwpq_pipeline.checkpoints.digest import sha256_directory
 from hwpq_pipeline.errors import HwpqError
 from hwpq_pipeline.evaluation import loading, reference
 from hwpq_pipeline.evaluation.quality import evaluate_export, load_reference, make_reference
+from hwpq_pipeline.execution.engines import opened
 from hwpq_pipeline.export.compressed_tensors import export_checkpoint
 from tests.export.making import make_compressed
 from tests.tiny import VOCABULARY, tiny_checkpoint, tiny_config, tiny_tokens
@@ -284,3 +286,15 @@ def test_unknown_dtype_and_absurd_loss_are_named() -> None:
         loading.evaluation_dtype("float64")
     with pytest.raises(HwpqError, match="destroyed"):
         reference.perplexity(701.0, "test")
+
+
+@pytest.mark.slow
+def test_workers_of_a_cluster_judge_samples_and_the_figures_are_the_same(tmp_path: Path) -> None:
+    made = export(tmp_path, "int8")
+    make_reference(tmp_path / "model", TOKENS, tmp_path / "reference")
+    answer = load_reference(tmp_path / "reference")
+    alone = evaluate_export(made, answer)
+    with opened("dask", workers=2):
+        shared = evaluate_export(made, answer, work=tmp_path / "work")
+    assert replace(shared, seconds=alone.seconds) == alone
+    assert sorted(part.name for part in (tmp_path / "work" / "parts").glob("*.json")) == ["0.json", "3.json"]

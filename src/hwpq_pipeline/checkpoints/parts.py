@@ -44,7 +44,7 @@ class Parts:
         """
         self._told(name).unlink(missing_ok=True)
         if tensors:
-            write_tensors(self._tensors(name), tensors)
+            write_tensors(self.tensors(name), tensors)
         write_text(self._told(name), json.dumps({"tensors": bool(tensors), "told": told}))
 
     def told(self, name: str) -> dict[str, Any]:
@@ -57,23 +57,24 @@ class Parts:
         try:
             found = json.loads(self._told(name).read_text(encoding="utf-8"))
             if found["tensors"]:
-                read_tensors(self._tensors(name))
+                read_tensors(self.tensors(name))
         except (OSError, ValueError, KeyError, TypeError, HwpqError):
             return False
         return True
 
     def hand_over(self, name: str, target: Path) -> bool:
         """Put a part's file of tensors at `target`, beside which it stays here; false if it has none."""
-        if not self._tensors(name).is_file():
+        if not self.tensors(name).is_file():
             return False
         target.unlink(missing_ok=True)
         try:
-            os.link(self._tensors(name), target)
+            os.link(self.tensors(name), target)
         except OSError:  # another file system, or one without links
-            shutil.copyfile(self._tensors(name), target)
+            shutil.copyfile(self.tensors(name), target)
         return True
 
-    def _tensors(self, name: str) -> Path:
+    def tensors(self, name: str) -> Path:
+        """The file of a part's tensors."""
         return self.folder / f"{name}.safetensors"
 
     def _told(self, name: str) -> Path:

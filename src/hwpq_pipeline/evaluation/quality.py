@@ -7,6 +7,8 @@
 A sample of `length` tokens gives `length − 1` predictions. Softmax is float32, sums are float64. The export is loaded
 as a user loads it (`loading`), so FP8 and INT8 exports round their activations here as they do when deployed.
 
+On a cluster (`execution.engines`) each worker takes some of the samples: none of them depends on another.
+
 Cost: one forward pass of the body over all tokens, and one product with the head. The dense model's answer is read from
 disk (`reference`). That answer holds for an export with the dense model's head alone, so where the head was rounded too
 the dense model runs again.
@@ -15,8 +17,9 @@ the dense model runs again.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +27,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hwpq_pipeline.checkpoints.reader import Checkpoint
+from hwpq_pipeline.checkpoints.parts import Parts
+from hwpq_pipeline.checkpoints.reader import Checkpoint, read_tensors
 from hwpq_pipeline.decoder.dtypes import dtype_name
 from hwpq_pipeline.decoder.head import Head, plain_head
 from hwpq_pipeline.decoder.milestones import Milestones
 from hwpq_pipeline.errors import HwpqError
+from hwpq_pipeline.execution.engines import current
 from hwpq_pipeline.progress import Progress, no_progress
 
 from .loading import evaluation_dtype, open_blockwise, run_blockwise
@@ -44,6 +49,9 @@ from .reference import (
 
 __all__ = ["Quality", "Reference", "evaluate_export", "load_reference", "make_reference"]
 
+#: Negative log-likelihood, divergence and agreement, shape (samples, length − 1) each.
+Answers = tuple[Tensor, Tensor, Tensor]
+_ANSWERS = ("nll", "divergence", "agree")
 #: Rounding leaves the divergence of a model from itself at ±1e-6. A lower value means a reference of another model.
 _KL_FLOOR = -1e-3
 
@@ -98,15 +106,61 @@ def evaluate_export(
         batch: samples in a forward pass; 1 is fastest on a CPU, whose caches hold the activations of one.
         dtype: `float32`, `bfloat16` or `auto`; the same as the reference's.
         progress: called with (blocks done, blocks).
-        work: a folder of this evaluation's own, from which a killed one goes on; None for nowhere.
+        work: a folder of this evaluation's own, from which a killed one goes on; None for nowhere. Workers need it.
 
     Raises:
         HwpqError: a corrupt export, a head, tokens or a dtype that are not the reference's, or logits that are not
             finite.
     """
     begun = time.perf_counter()
-    tokens = reference.tokens if token_ids is None else check_tokens(token_ids)
-    _check_same(reference, tokens, dtype)
+    _check_same(reference, reference.tokens if token_ids is None else check_tokens(token_ids), dtype)
+    judge = partial(_judged, Path(export_dir), model_dir, batch=batch, dtype=dtype)
+    engine = current()
+    if engine.workers == 1 or reference.source is None or work is None:
+        nll, divergence, agree = judge(reference, progress=progress, work=work)
+    else:
+        parts, size = Parts(work / "parts"), len(reference.tokens)
+        step = batch * -(-size // (batch * engine.workers))
+        on_worker = partial(_judge_rows, judge, reference.source, parts, step)
+        for done, _ in enumerate(engine.map(on_worker, range(0, size, step)), start=1):
+            progress(done, -(-size // step))
+        nll, divergence, agree = _joined(parts, range(0, size, step))
+    if not bool(torch.isfinite(nll).all() & torch.isfinite(divergence).all()):
+        raise HwpqError(
+            "logits are NaN or infinite",
+            where=str(export_dir),
+            remedy="The weights are damaged or overflow; compress the model again.",
+        )
+    return _summary(reference, nll, divergence, agree, begun, str(export_dir))
+
+
+def _judge_rows(judge: Callable[..., Answers], source: Path, parts: Parts, step: int, start: int) -> None:
+    """On a worker: judge the samples from `start` on, and write what is found as a part."""
+    name = str(start)
+    if not parts.is_whole(name):
+        some = load_reference(source).of_samples(slice(start, start + step))
+        found = judge(some, work=parts.folder / f"rows-{start}")
+        parts.keep(name, dict(zip(_ANSWERS, found, strict=True)), {})
+
+
+def _joined(parts: Parts, starts: Iterable[int]) -> Answers:
+    read = [read_tensors(parts.tensors(str(start))) for start in starts]
+    nll, divergence, agree = (torch.cat([tensors[name] for tensors in read]) for name in _ANSWERS)
+    return nll, divergence, agree
+
+
+def _judged(
+    export_dir: Path,
+    model_dir: str | Path | None,
+    reference: Reference,
+    *,
+    batch: int,
+    dtype: str,
+    progress: Progress = no_progress,
+    work: Path | None,
+) -> Answers:
+    """Take a reference's samples through the export, and compare; see `_compare_all`."""
+    tokens = reference.tokens
     opened = [open_blockwise(export_dir, dtype, tokens)]
     if model_dir is not None and _has_rounded_head(opened[0].model, export_dir):
         opened.append(open_blockwise(model_dir, dtype, tokens))
@@ -118,14 +172,7 @@ def evaluate_export(
     judged = _Judged(*ours, *(others[0] if others else (None, None)))
     dense_head = judged.dense_head or judged.head
     _check_head(reference, reference.head_digest, dense_head.linear, str(export_dir))
-    nll, divergence, agree = _compare_all(judged, reference, batch)
-    if not bool(torch.isfinite(nll).all() & torch.isfinite(divergence).all()):
-        raise HwpqError(
-            "logits are NaN or infinite",
-            where=str(export_dir),
-            remedy="The weights are damaged or overflow; compress the model again.",
-        )
-    return _summary(reference, nll, divergence, agree, begun, str(export_dir))
+    return _compare_all(judged, reference, batch)
 
 
 @dataclass(frozen=True)
@@ -165,7 +212,7 @@ def _has_rounded_head(model: Any, export_dir: str | Path) -> bool:
     return f"{names.get(id(model.get_output_embeddings()))}.weight_scale" in Checkpoint(export_dir)
 
 
-def _compare_all(judged: _Judged, reference: Reference, batch: int) -> tuple[Tensor, Tensor, Tensor]:
+def _compare_all(judged: _Judged, reference: Reference, batch: int) -> Answers:
     """As `_compare`, over all samples: shape (samples, length − 1) each."""
     nll, divergence = torch.empty(reference.nll.shape), torch.empty(reference.nll.shape)
     agree = torch.empty(reference.nll.shape, dtype=torch.bool)

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -63,6 +63,7 @@ class Reference:
         head_digest: SHA-256 of the head that `expected` was made with.
         dtype: that the dense model ran in.
         linear: whether its head is linear; `expected` holds its hidden states if not.
+        source: the directory that it was read from; None if it was made here.
     """
 
     tokens: Tensor
@@ -73,6 +74,12 @@ class Reference:
     head_digest: str
     dtype: str
     linear: bool = True
+    source: Path | None = None
+
+    def of_samples(self, rows: slice) -> Reference:
+        """The answer to some of the samples."""
+        per_sample = ("tokens", "expected", "constant", "top1", "nll")
+        return replace(self, **{name: getattr(self, name)[rows] for name in per_sample})
 
     @property
     def perplexity(self) -> float:
@@ -125,6 +132,7 @@ def make_reference(
         head_digest=head.digest(),
         dtype=dtype_name(evaluation_dtype(dtype)),
         linear=head.linear,
+        source=None,
     )
     with atomic_directory(target) as partial:
         write_tensors(partial / FILE, tensors)
@@ -142,7 +150,9 @@ def load_reference(directory: str | Path) -> Reference:
     tensors, facts = read_tensors(Path(directory) / FILE), read_json(Path(directory) / FACTS)
     try:
         linear = facts.get("linear", True)
-        return Reference(**tensors, head_digest=facts["head_digest"], dtype=facts["dtype"], linear=linear)
+        return Reference(
+            **tensors, head_digest=facts["head_digest"], dtype=facts["dtype"], linear=linear, source=Path(directory)
+        )
     except (KeyError, TypeError) as error:
         raise HwpqError(f"not a reference ({error})", where=str(directory), remedy=_REMEDY) from error
 
