@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from copy import copy
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import prod
@@ -34,6 +35,7 @@ from hwpq_pipeline.checkpoints.reader import Checkpoint
 from hwpq_pipeline.compression.codes import Quantized
 from hwpq_pipeline.compression.recovery import output_error, relative_error, squared_error
 from hwpq_pipeline.errors import HwpqError
+from hwpq_pipeline.method.dense_sums import dense_sums, sums_of
 from hwpq_pipeline.method.overrides import check_patterns
 from hwpq_pipeline.method.recipe import Recipe
 from hwpq_pipeline.method.sums import AGAIN, InputSums, StoredSums
@@ -159,6 +161,7 @@ class Groups:
         self.checkpoint, self.layers, self.statistics = checkpoint, layers, statistics
         self.device = device or torch.device("cpu")
         self.recipe, self.block = recipe, block
+        self.dense = dense_sums(checkpoint.path, statistics, self.device)
 
     def treated_by(self, recipe: Recipe) -> Groups:
         """The same groups for a recipe: layers that it treats otherwise are apart, those that it leaves are in none.
@@ -167,11 +170,16 @@ class Groups:
             HwpqError: a pattern of the recipe means no layer.
         """
         check_patterns(recipe.overrides, self.layers.names)
-        return Groups(self.checkpoint, self.layers, self.statistics, self.device, recipe) if recipe.overrides else self
+        return self._only(recipe, None) if recipe.overrides else self
 
     def of_block(self, block: int) -> Groups:
         """The groups of one decoder block."""
-        return Groups(self.checkpoint, self.layers, self.statistics, self.device, self.recipe, block)
+        return self._only(self.recipe, block)
+
+    def _only(self, recipe: Recipe | None, block: int | None) -> Groups:
+        found = copy(self)  # with the same `dense`
+        found.recipe, found.block = recipe, block
+        return found
 
     def members(self) -> dict[str, tuple[Layer, ...]]:
         """Layers by input group, in module order; a group has its first layer's name. Large layers are apart."""
@@ -250,8 +258,9 @@ class Groups:
             weight = torch.cat([self.checkpoint.weight(layer.stored) for layer in layers])
             if self.device.type == "cuda":
                 weight = weight.pin_memory()
-        sums = None if self.statistics is None else StoredSums(self.statistics, name)
-        return Group(name, layers, sums, self.checkpoint.torch_dtype, weight, weight)
+        return Group(
+            name, layers, sums_of(name, self.statistics, self.dense), self.checkpoint.torch_dtype, weight, weight
+        )
 
 
 def _parts(layers: list[Layer]) -> Iterator[tuple[Layer, ...]]:
