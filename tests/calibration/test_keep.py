@@ -61,6 +61,10 @@ def test_the_index_and_the_tokens_say_how_to_sum_again(model: Path, tmp_path: Pa
     (tmp_path / "s" / "index.json").write_text(json.dumps(index | {"keep": "some"}))
     with pytest.raises(HwpqError, match=r"not an index of statistics \(keep some\)"):
         Statistics(tmp_path / "s")
+    del index["batch"]
+    (tmp_path / "s" / "index.json").write_text(json.dumps(index))
+    with pytest.raises(HwpqError, match=r"not an index of statistics \('batch'\)"):
+        Statistics(tmp_path / "s")
 
 
 def test_statistics_of_an_earlier_version_hold_their_sums(model: Path, tmp_path: Path) -> None:

@@ -64,8 +64,8 @@ class Statistics:
         tokens: number of tokens summed over.
         keep: `sums`, or `nothing` where matrices were made and left out.
         dtype: of the forward pass that gave them, `float32` or `bfloat16`.
-        batch: samples that went at a time, where nothing is kept.
-        every_expert: whether all tokens went through every expert, where nothing is kept.
+        batch: samples that went at a time, where nothing is kept; else 0.
+        every_expert: whether all tokens went through every expert, where nothing is kept; else false.
 
     Raises:
         HwpqError: the index or a block's file is missing, or the index has another format.
@@ -87,8 +87,9 @@ class Statistics:
             self.dtype = str(self.index.get("dtype", "float32"))
             if self.dtype not in ("float32", "bfloat16"):
                 raise ValueError(f"dtype {self.dtype}")
-            self.batch = int(self.index.get("batch", 1))
-            self.every_expert = bool(self.index.get("every_expert", False))
+            again = self.keep == "nothing"
+            self.batch = int(self.index["batch"]) if again else 0
+            self.every_expert = again and bool(self.index["every_expert"])
             self._files = [str(block["file"]) for block in self.index["blocks"]]
             self._groups = {
                 group["name"]: InputGroup(
@@ -106,7 +107,7 @@ class Statistics:
                 f"not an index of statistics ({error})", where=str(self.path / "index.json"), remedy=_AGAIN
             ) from error
         self._of_layer = {layer: group.name for group in self._groups.values() for layer in group.layers}
-        for file in [*self._files, *([_TOKENS] if self.keep == "nothing" else [])]:
+        for file in [*self._files, *([_TOKENS] if again else [])]:
             if not (self.path / file).is_file():
                 raise HwpqError("no such file", where=str(self.path / file), remedy=_AGAIN)
 
