@@ -22,6 +22,12 @@ def gpt_oss() -> Any:
     )  # fmt: skip
 
 
+def mixtral() -> Any:
+    from transformers import MixtralConfig
+
+    return MixtralConfig(**{**WIDE, "intermediate_size": 48}, num_local_experts=4, num_experts_per_tok=2)
+
+
 def gpt_neo() -> Any:
     from transformers import GPTNeoConfig
 

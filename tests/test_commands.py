@@ -99,6 +99,7 @@ def test_plan_knows_the_bytes_before_they_are_there(small_project):
     statistics = small_project / "data" / "03_primary" / "statistics"
     measured = sum(file.stat().st_size for file in statistics.glob("*.safetensors"))
     assert 4 * shapes.inputs == pytest.approx(measured, rel=0.1)
+    assert "calibration.keep: auto they are kept." in " ".join(shown.split())
     for name, entry in VARIANTS.items():
         assert name in shown
         exported = Checkpoint(small_project / "data" / "07_export" / name)

@@ -120,6 +120,7 @@ def test_shared_parameters_are_written_out_in_full(root, env):
         (Gate, {"maximum_perplexity": 3}, "Extra inputs are not permitted"),
         (Gate, {"minimum_top1_agreement": 90}, "less than or equal to 1"),
         (Export, {"formats": ["ggml"]}, "'gguf', 'gguf-f16'"),
+        (Calibration, {"samples": 1, "length": 8, "seed": 0, "mode": "diagonal", "keep": "sums"}, "remove keep"),
         (Calibration, {"samples": 0, "length": 512, "seed": 0}, "greater than or equal to 1"),
     ],
 )

@@ -106,7 +106,7 @@ def compress(  # noqa: PLR0913 (each is a choice of the user)
             tokens = _tokens(model_dir, calibration, scratch, samples=samples, length=length, seed=seed)
             mode = "gram" if made.needs_gram else "diagonal"
             statistics = scratch / "statistics"
-            collect_statistics(model_dir, tokens, target=statistics, mode=mode, dtype=dtype, device=place)
+            collect_statistics(model_dir, tokens, target=statistics, mode=mode, keep="auto", dtype=dtype, device=place)
         healing_text = None
         if made.healing is not None:
             healing_text = _tokens(

@@ -15,8 +15,12 @@ import click
 from hwpq_pipeline.errors import HwpqError
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from rich.table import Table
 
+    from hwpq_pipeline.calibration.keep import Kept
+    from hwpq_pipeline.checkpoints.layers import Layer
     from hwpq_pipeline.method.recipe import Recipe
     from hwpq_pipeline.method.sections import Quantization, Selection
     from hwpq_pipeline.planning import Row
@@ -129,6 +133,7 @@ def plan(env: str | None) -> None:
         if found := unfitting(model, entries):
             raise PlainError(map(str, found))
         shapes = read_shapes(model)
+        kept = _kept(parameters["calibration"], shapes.layers, model)
     calibration, evaluation = (
         parameters[part]["samples"] * parameters[part]["length"] for part in ("calibration", "evaluation")
     )
@@ -138,6 +143,7 @@ def plan(env: str | None) -> None:
         calibration_tokens=calibration,
         evaluation_tokens=evaluation,
         speed=operations_a_second(),
+        sums_kept=kept is None or kept.sums,
     )
     console().print(_plan_table(rows))
     tables = sum(rows * columns for rows, columns in shapes.tables)
@@ -147,6 +153,17 @@ def plan(env: str | None) -> None:
         f"takes {4e-9 * shapes.parameters:.1f} GB more for the whole model. "
         "The seconds come from a product timed here: they tell minutes from hours."
     )
+    if kept is not None:
+        console().print(kept.told)
+
+
+def _kept(calibration: dict[str, Any], layers: Iterable[Layer], folder: Path) -> Kept | None:
+    """What `calibrate` would keep of the Gram matrices; None if it makes none."""
+    from hwpq_pipeline.calibration.keep import decide
+    from hwpq_pipeline.parameters import Calibration
+
+    chosen = Calibration.model_validate(calibration)
+    return decide(chosen.keep, layers, folder) if chosen.mode == "gram" else None
 
 
 def _plan_table(rows: Sequence[Row]) -> Table:

@@ -121,6 +121,10 @@ class Calibration(Parameters):
 
     With `all_experts` an expert's sums are of all tokens, not of those that are routed to it. A variant in sequence
     makes sums of its own, of the routed tokens.
+
+    `keep` says whether the Gram matrices stay on disk: `sums`, `nothing`, after which each variant that needs them sums
+    them again, or `auto`, which keeps them where they take no more than half of the free space. The results are the
+    same. Mode `diagonal` makes no matrices, so there it stays `auto` and says nothing.
     """
 
     samples: Annotated[int, Field(ge=1)]
@@ -128,8 +132,15 @@ class Calibration(Parameters):
     seed: Seed
     batch: Annotated[int, Field(ge=1)] = 8
     mode: Literal["gram", "diagonal"] = "gram"
+    keep: Literal["sums", "nothing", "auto"] = "auto"
     dtype: Dtype = "auto"
     all_experts: bool = False
+
+    @model_validator(mode="after")
+    def _matrices_can_be_kept(self) -> Self:
+        if self.mode == "diagonal" and self.keep != "auto":
+            raise ValueError(f"keep: {self.keep} is of Gram matrices, and mode diagonal makes none; remove keep")
+        return self
 
 
 class Compute(Parameters):

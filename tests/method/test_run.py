@@ -19,7 +19,8 @@ from hwpq_pipeline.checkpoints.parts import Parts
 from hwpq_pipeline.checkpoints.writer import write_tensors
 from hwpq_pipeline.errors import HwpqError
 from hwpq_pipeline.method.executor import serial
-from hwpq_pipeline.method.groups import Group, Groups, open_groups
+from hwpq_pipeline.method.group import Group
+from hwpq_pipeline.method.groups import Groups, open_groups
 from hwpq_pipeline.method.recipe import Recipe
 from hwpq_pipeline.method.run import compress_model, gather_model, write_model
 from hwpq_pipeline.method.select import gather_masks, select_model

@@ -9,6 +9,9 @@ float32 tensors, or in diagonal mode the second alone:
 
 The diagonal stands beside its matrix because the selection needs nothing else: it reads kilobytes where the matrices
 are hundreds of megabytes. The tensors are sums, not means. Each file can be read alone, whatever the model's size.
+
+With `"keep": "nothing"` in the index the matrices are left out. Then `tokens.safetensors` has the token ids, and the
+index says how they ran (`batch`, `every_expert`): all that is needed to sum the same again (`walk`).
 """
 
 from __future__ import annotations
@@ -28,6 +31,7 @@ from hwpq_pipeline.errors import HwpqError
 #: 2 since the diagonal stands beside the matrix.
 FORMAT = 2
 _AGAIN = "Run the calibrate pipeline again."
+_TOKENS = "tokens.safetensors"
 
 
 @dataclass(frozen=True)
@@ -58,7 +62,10 @@ class Statistics:
     Attributes:
         mode: `gram` or `diagonal`.
         tokens: number of tokens summed over.
+        keep: `sums`, or `nothing` where matrices were made and left out.
         dtype: of the forward pass that gave them, `float32` or `bfloat16`.
+        batch: samples that went at a time, where nothing is kept; else 0.
+        every_expert: whether all tokens went through every expert, where nothing is kept; else false.
 
     Raises:
         HwpqError: the index or a block's file is missing, or the index has another format.
@@ -73,10 +80,16 @@ class Statistics:
             if self.index["mode"] not in ("gram", "diagonal"):
                 raise ValueError(f"mode {self.index['mode']}")
             self.mode: str = self.index["mode"]
+            self.keep = str(self.index.get("keep", "sums"))
+            if self.keep not in ("sums", "nothing"):
+                raise ValueError(f"keep {self.keep}")
             self.tokens = int(self.index["tokens"])
             self.dtype = str(self.index.get("dtype", "float32"))
             if self.dtype not in ("float32", "bfloat16"):
                 raise ValueError(f"dtype {self.dtype}")
+            again = self.keep == "nothing"
+            self.batch = int(self.index["batch"]) if again else 0
+            self.every_expert = again and bool(self.index["every_expert"])
             self._files = [str(block["file"]) for block in self.index["blocks"]]
             self._groups = {
                 group["name"]: InputGroup(
@@ -94,7 +107,7 @@ class Statistics:
                 f"not an index of statistics ({error})", where=str(self.path / "index.json"), remedy=_AGAIN
             ) from error
         self._of_layer = {layer: group.name for group in self._groups.values() for layer in group.layers}
-        for file in self._files:
+        for file in [*self._files, *([_TOKENS] if again else [])]:
             if not (self.path / file).is_file():
                 raise HwpqError("no such file", where=str(self.path / file), remedy=_AGAIN)
 
@@ -130,17 +143,30 @@ class Statistics:
         """Inputs of a group (or of the group of a layer)."""
         return self._groups[self.group_of(layer)].features
 
+    def block_of(self, layer: str) -> int:
+        """Decoder block of a group (or of the group of a layer)."""
+        return self._groups[self.group_of(layer)].block
+
+    def token_ids(self) -> torch.Tensor:
+        """The tokens, (samples, length), int64, where nothing is kept of the matrices.
+
+        Raises:
+            HwpqError: the file is missing or corrupt.
+        """
+        return read_tensors(self.path / _TOKENS, ["token_ids"])["token_ids"]
+
     def gram(self, group: str) -> torch.Tensor:
         """`Σ x xᵀ`, shape (in, in), float32, of a group (or of the group of a layer).
 
         Raises:
-            HwpqError: the statistics are diagonal, the file is corrupt, or the group is unknown.
+            HwpqError: the statistics hold no matrices, the file is corrupt, or the group is unknown.
         """
-        if self.mode != "gram":
+        if self.mode != "gram" or self.keep != "sums":
+            setting = "calibration mode to gram" if self.mode != "gram" else "calibration.keep to sums"
             raise HwpqError(
                 "the statistics hold the diagonal only",
                 where=str(self.path),
-                remedy="Set calibration mode to gram and run the calibrate pipeline again.",
+                remedy=f"Set {setting} and run the calibrate pipeline again.",
             )
         return self._read(group, "gram", 2)
 
@@ -171,10 +197,11 @@ class StatisticsWriter:
     Args:
         directory: an existing, empty directory.
         mode: `gram` or `diagonal`.
+        keep: `sums`, or `nothing` to leave matrices out.
     """
 
-    def __init__(self, directory: Path, mode: str) -> None:
-        self.directory, self.mode = directory, mode
+    def __init__(self, directory: Path, mode: str, keep: str = "sums") -> None:
+        self.directory, self.mode, self.keep = directory, mode, keep
         self._blocks: list[dict[str, Any]] = []
 
     def block(
@@ -193,7 +220,7 @@ class StatisticsWriter:
         file = f"block_{len(self._blocks):03d}.safetensors"
         stored = {}
         for name, total in tensors.items():
-            if self.mode == "gram":
+            if self.mode == "gram" and self.keep == "sums":
                 stored[f"{name}.gram"] = total
             stored[f"{name}.energy"] = total.diagonal().clone() if self.mode == "gram" else total
         write_tensors(self.directory / file, stored)
@@ -204,7 +231,14 @@ class StatisticsWriter:
         ]
         self._blocks.append({"file": file, "groups": entries})
 
-    def close(self, tokens: int, **facts: Any) -> None:
-        """Write the index."""
-        index = {"format": FORMAT, "mode": self.mode, "tokens": tokens, **facts, "blocks": self._blocks}
-        write_json(self.directory / "index.json", index)
+    def close(self, token_ids: torch.Tensor, **facts: Any) -> None:
+        """Write the index, and the token ids where they are needed again.
+
+        Args:
+            token_ids: (samples, length) what was summed over.
+            facts: how it was done.
+        """
+        if self.keep == "nothing":
+            write_tensors(self.directory / _TOKENS, {"token_ids": token_ids})
+        index = {"format": FORMAT, "mode": self.mode, "keep": self.keep, "tokens": token_ids.numel(), **facts}
+        write_json(self.directory / "index.json", index | {"blocks": self._blocks})

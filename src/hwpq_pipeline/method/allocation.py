@@ -25,7 +25,8 @@ from hwpq_pipeline.checkpoints.layers import Layer
 from hwpq_pipeline.errors import HwpqError
 from hwpq_pipeline.method.budget import Option, Shared, share_out, stored_bytes, table_bytes, tables_bytes
 from hwpq_pipeline.method.fitting import misfit
-from hwpq_pipeline.method.groups import Group, Groups
+from hwpq_pipeline.method.group import Group
+from hwpq_pipeline.method.groups import Groups
 from hwpq_pipeline.method.overrides import NOTHING, Override
 from hwpq_pipeline.method.recipe import Recipe
 from hwpq_pipeline.method.sections import Budget, Choice

@@ -18,7 +18,7 @@ from hwpq_pipeline.checkpoints.layers import Layer
 from hwpq_pipeline.decoder.gram import Gram
 from hwpq_pipeline.decoder.routes import Routes
 from hwpq_pipeline.decoder.spool import Spool
-from hwpq_pipeline.method.groups import Group
+from hwpq_pipeline.method.group import Group
 from hwpq_pipeline.method.sections import Sequence
 from hwpq_pipeline.method.stream import Stream
 

@@ -15,7 +15,8 @@ from typing import Any, Protocol, TypeVar
 import torch
 
 from hwpq_pipeline.execution.engines import Local, current
-from hwpq_pipeline.method.groups import Group, Groups
+from hwpq_pipeline.method.group import Group
+from hwpq_pipeline.method.groups import Groups
 
 R = TypeVar("R")
 

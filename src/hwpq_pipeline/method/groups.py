@@ -1,10 +1,7 @@
 """A model's input groups, one at a time: the method's unit of work.
 
-Layers that read the same tensor share one Gram matrix `G` (q/k/v; gate/up). Stacked along their rows they are one
-matrix `W` of shape (Σ out_features, in_features), and every step of the method (select, prune, recover, round) treats
-the rows of `W` independently given `G`. A *group* is therefore the unit of work. It is small enough to be held in
-memory whole. Its layers share one `G`, which each step reads once. It depends on no other group, so that any number of
-workers may share them.
+A *group* (`method.group`) is small enough to be held in memory whole. Its layers share one Gram matrix, which each step
+reads once. It depends on no other group, so that any number of workers may share them.
 
 **Reading ahead.** A thread reads the next group while this one is worked on: safetensors releases the interpreter's
 lock while it reads, and so do matrix products. For a GPU the group is read into pinned memory and copied without
@@ -14,121 +11,29 @@ is read ahead and no more: memory is bounded by two groups.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
-from functools import cached_property, lru_cache
+from dataclasses import replace
+from functools import lru_cache
 from math import prod
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import torch
-from torch import Tensor
 
 from hwpq_pipeline.calibration.store import Statistics
 from hwpq_pipeline.checkpoints.layers import Layer, LayerMap, layer_map
 from hwpq_pipeline.checkpoints.reader import Checkpoint
-from hwpq_pipeline.compression.codes import Quantized
-from hwpq_pipeline.compression.recovery import output_error, relative_error, squared_error
 from hwpq_pipeline.errors import HwpqError
+from hwpq_pipeline.method.dense_sums import dense_sums, sums_of
+from hwpq_pipeline.method.group import Group
 from hwpq_pipeline.method.overrides import check_patterns
 from hwpq_pipeline.method.recipe import Recipe
-from hwpq_pipeline.method.sums import AGAIN, InputSums, StoredSums
+from hwpq_pipeline.method.sums import AGAIN, StoredSums
 
 #: Bytes of a group's weights above which its layers are worked on one by one; steps take up to nine times as many.
 LARGE = 2**26
-#: Columns of the layer table by layer name.
-Facts = dict[str, Mapping[str, Any]]
-
-
-@dataclass(frozen=True)
-class Group:
-    """Layers with one input, stacked, on their way through the steps.
-
-    Attributes:
-        name: of the input group.
-        layers: in module order.
-        sums: of the inputs; None where a recipe needs no data.
-        dtype: that the dense checkpoint stores, which scales are rounded to.
-        original: the dense weights, stacked, shape (rows, in_features), float32.
-        weight: the weights as the last step left them, same shape.
-        mask: bool, same shape, true where a weight is kept; None when nothing is pruned.
-        quantized: codes and scales of `weight`; None before rounding.
-        energy: ‖w₀X‖² of every row, shape (rows,), once a step has needed it.
-        facts: what the steps found out, by layer name: columns of the layer table.
-    """
-
-    name: str
-    layers: tuple[Layer, ...]
-    sums: InputSums | None
-    dtype: torch.dtype
-    original: Tensor
-    weight: Tensor
-    mask: Tensor | None = None
-    quantized: Quantized | None = None
-    energy: Tensor | None = None
-    facts: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-
-    @cached_property
-    def rows(self) -> tuple[tuple[Layer, slice], ...]:
-        """Each layer and its rows in the stack."""
-        found, start = [], 0
-        for layer in self.layers:
-            found.append((layer, slice(start, start + layer.shape[0])))
-            start += layer.shape[0]
-        return tuple(found)
-
-    def with_weight(self, weight: Tensor, **changes: Any) -> Group:
-        """The same group with another weight (and mask, or codes)."""
-        return replace(self, weight=weight, **changes)
-
-    @cached_property
-    def known_gram(self) -> Tensor | None:
-        """The Gram matrix where it is known; see `gram`."""
-        found = None if self.sums is None else self.sums.gram()
-        return None if found is None else found.to(self.original.device)
-
-    @property
-    def gram(self) -> Tensor:
-        """The Gram matrix of the inputs, shape (in_features, in_features), float32; read once a step.
-
-        Raises:
-            HwpqError: only its diagonal, or nothing, is known of the inputs.
-        """
-        if self.known_gram is None:
-            raise HwpqError(
-                "the statistics hold no Gram matrix of its inputs",
-                where=self.name,
-                remedy="Set calibration mode to gram and run the calibrate pipeline again.",
-            )
-        return self.known_gram
-
-    def with_measured_error(self, column: str) -> Group:
-        """Note the weight's error as it stands; see `with_error`. It costs a matrix product, two the first time.
-
-        Without a Gram matrix the error is not known and nothing is noted.
-        """
-        if self.known_gram is None:
-            return self
-        if self.energy is None:
-            error, energy = output_error(self.weight, self.original, self.gram)
-        else:
-            error, energy = squared_error(self.weight - self.original, self.gram), self.energy
-        return self.with_error(column, error, energy)
-
-    def with_error(self, column: str, error: Tensor, energy: Tensor) -> Group:
-        """Note each layer's relative squared output error ‖(W−W₀)X‖²/‖W₀X‖².
-
-        Args:
-            column: of the layer table.
-            error: ‖(w−w₀)X‖² of every row, shape (rows,).
-            energy: ‖w₀X‖² of every row, shape (rows,); kept for the steps that follow.
-        """
-        facts = {
-            layer.name: {**self.facts.get(layer.name, {}), column: relative_error(error[rows], energy[rows])}
-            for layer, rows in self.rows
-        }
-        return replace(self, facts=facts, energy=energy)
 
 
 class Groups:
@@ -141,6 +46,9 @@ class Groups:
         device: where the groups are worked on.
         recipe: with other settings for some layers; see `treated_by`.
         only: names of the groups that are wanted; None for all.
+
+    Attributes:
+        key: by which another process knows groups that it has opened already.
     """
 
     def __init__(
@@ -155,10 +63,12 @@ class Groups:
         self.checkpoint, self.layers, self.statistics = checkpoint, layers, statistics
         self.device = device or torch.device("cpu")
         self.recipe, self.only = recipe, only
+        self.dense = dense_sums(checkpoint.path, statistics, self.device)
+        self.key = uuid4().hex
 
     def __reduce__(self) -> tuple[Any, ...]:
         statistics = None if self.statistics is None else self.statistics.path
-        return _reopened, (self.checkpoint.path, statistics, self.device, self.recipe, self.only)
+        return _reopened, (self.key, self.checkpoint.path, statistics, self.device, self.recipe, self.only)
 
     def treated_by(self, recipe: Recipe) -> Groups:
         """The same groups for a recipe: layers that it treats otherwise are apart, those that it leaves are in none.
@@ -167,7 +77,7 @@ class Groups:
             HwpqError: a pattern of the recipe means no layer.
         """
         check_patterns(recipe.overrides, self.layers.names)
-        return Groups(self.checkpoint, self.layers, self.statistics, self.device, recipe) if recipe.overrides else self
+        return self.limited(recipe, None) if recipe.overrides else self
 
     def of_block(self, block: int) -> Groups:
         """The groups of one decoder block."""
@@ -175,7 +85,13 @@ class Groups:
 
     def only_those(self, names: Iterable[str]) -> Groups:
         """Some of the groups, by their names."""
-        return Groups(self.checkpoint, self.layers, self.statistics, self.device, self.recipe, frozenset(names))
+        return self.limited(self.recipe, frozenset(names))
+
+    def limited(self, recipe: Recipe | None, only: frozenset[str] | None) -> Groups:
+        """The same files, opened already, for another recipe and other names; see the class."""
+        found = object.__new__(Groups)
+        found.__dict__.update(self.__dict__, recipe=recipe, only=only)
+        return found
 
     def members(self) -> dict[str, tuple[Layer, ...]]:
         """Layers by input group, in module order; a group has its first layer's name. Large layers are apart."""
@@ -255,8 +171,9 @@ class Groups:
             weight = torch.cat([self.checkpoint.weight(layer.stored) for layer in layers])
             if self.device.type == "cuda":
                 weight = weight.pin_memory()
-        sums = None if self.statistics is None else StoredSums(self.statistics, name)
-        return Group(name, layers, sums, self.checkpoint.torch_dtype, weight, weight)
+        return Group(
+            name, layers, sums_of(name, self.statistics, self.dense), self.checkpoint.torch_dtype, weight, weight
+        )
 
 
 def _parts(layers: list[Layer]) -> Iterator[tuple[Layer, ...]]:
@@ -278,11 +195,19 @@ def open_groups(model: str | Path, statistics: str | Path | None, device: torch.
 
 
 def _reopened(
-    model: Path, statistics: Path | None, device: torch.device, recipe: Recipe | None, only: frozenset[str] | None
+    key: str,
+    model: Path,
+    statistics: Path | None,
+    device: torch.device,
+    recipe: Recipe | None,
+    only: frozenset[str] | None,
 ) -> Groups:
     """The groups in another process, which opens the files once."""
-    opened = _open_once(model, statistics, device)
-    return Groups(opened.checkpoint, opened.layers, opened.statistics, device, recipe, only)
+    return _open_once(key, model, statistics, device).limited(recipe, only)
 
 
-_open_once = lru_cache(maxsize=1)(open_groups)
+@lru_cache(maxsize=1)
+def _open_once(key: str, model: Path, statistics: Path | None, device: torch.device) -> Groups:
+    found = open_groups(model, statistics, device)
+    found.key = key
+    return found

@@ -28,7 +28,8 @@ from hwpq_pipeline.errors import HwpqError
 from hwpq_pipeline.method.allocation import choose_layers
 from hwpq_pipeline.method.embeddings import rounded_embeddings
 from hwpq_pipeline.method.executor import Executor, serial
-from hwpq_pipeline.method.groups import Facts, Group, Groups, open_groups
+from hwpq_pipeline.method.group import Facts, Group
+from hwpq_pipeline.method.groups import Groups, open_groups
 from hwpq_pipeline.method.recipe import Recipe
 from hwpq_pipeline.method.remarks import warn_of_dense_weights, warn_of_silent_layers
 from hwpq_pipeline.method.select import gather_masks, select_model

@@ -22,7 +22,8 @@ from hwpq_pipeline.compression.ewma import Threshold, ewma_select
 from hwpq_pipeline.compression.structured import SPARSITY, select_two_of_four
 from hwpq_pipeline.errors import HwpqError
 from hwpq_pipeline.method.executor import Executor, serial
-from hwpq_pipeline.method.groups import Facts, Group, Groups
+from hwpq_pipeline.method.group import Facts, Group
+from hwpq_pipeline.method.groups import Groups
 from hwpq_pipeline.method.recipe import Recipe
 from hwpq_pipeline.method.remarks import warn_of_silent_layers
 from hwpq_pipeline.method.sections import Selection

@@ -46,7 +46,8 @@ from hwpq_pipeline.decoder.tokens import checked_ids
 from hwpq_pipeline.errors import HwpqError
 from hwpq_pipeline.method.blocks import BlockState, GroupSums, LiveSums, Notes, Run, Step, Walk
 from hwpq_pipeline.method.dense_run import run_dense
-from hwpq_pipeline.method.groups import Group, Groups
+from hwpq_pipeline.method.group import Group
+from hwpq_pipeline.method.groups import Groups
 from hwpq_pipeline.method.sections import Sequence
 
 R = TypeVar("R")

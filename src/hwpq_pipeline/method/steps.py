@@ -22,7 +22,7 @@ from hwpq_pipeline.compression.refinement import MaskSearch, refine_mask
 from hwpq_pipeline.compression.rounding import Descent, quantize
 from hwpq_pipeline.compression.structured import check_two_of_four
 from hwpq_pipeline.errors import HwpqError
-from hwpq_pipeline.method.groups import Group
+from hwpq_pipeline.method.group import Group
 from hwpq_pipeline.method.recipe import Recipe
 from hwpq_pipeline.method.sections import Quantization, Recovery
 

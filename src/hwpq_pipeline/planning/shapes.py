@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hwpq_pipeline.calibration.keep import squared_inputs
 from hwpq_pipeline.checkpoints.layers import Layer, LayerMap, layer_map, meta_model
 from hwpq_pipeline.checkpoints.reader import Checkpoint
 from hwpq_pipeline.errors import HwpqError
@@ -49,16 +50,8 @@ class Shapes:
 
     @property
     def inputs(self) -> int:
-        """Σ in² over distinct inputs, four a block as in today's transformers.
-
-        The projections of attention share an input, its output has another, and the two halves of the feed-forward part
-        have one each. Shapes cannot tell two inputs of equal width apart, so a block's widest input counts once and its
-        narrowest three times.
-        """
-        widths: dict[int, set[int]] = {}
-        for layer in self.layers:
-            widths.setdefault(layer.block, set()).add(layer.shape[1])
-        return sum(max(found) ** 2 + 3 * min(found) ** 2 for found in widths.values())
+        """Σ in² over distinct inputs (`calibration.keep`)."""
+        return squared_inputs(self.layers)
 
 
 def read_shapes(model: str | Path) -> Shapes:

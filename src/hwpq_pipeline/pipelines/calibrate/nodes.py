@@ -33,7 +33,7 @@ def collect(
     compute: Compute,
     scratch: Path,
 ) -> tuple[Path, dict[str, float]]:
-    """Gram matrices (or their diagonals) of every distinct linear input, and the seconds it took."""
+    """Gram matrices (or their diagonals alone) of every distinct linear input, and the seconds it took."""
     begun = time.perf_counter()
     target = scratch / "statistics"
     with progress_bar("calibrate: decoder blocks") as progress:
@@ -42,6 +42,7 @@ def collect(
             token_matrix(samples),
             target=target,
             mode=calibration.mode,
+            keep=calibration.keep,
             dtype=calibration.dtype,
             batch=calibration.batch,
             every_expert=calibration.all_experts,
