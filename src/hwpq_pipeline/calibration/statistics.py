@@ -10,6 +10,8 @@ Where the matrices are not kept (`keep`), they are summed all the same, and thei
 tokens. `Energy` would take half of the time, but it rounds in another order, and the masks could differ from those that
 are made where the matrices are kept.
 
+A killed run goes on from the last block, and on a cluster each worker takes a block (`relay`).
+
 In float32 the sums would cost nearly as much as the forward pass, so they use the symmetry (see `decoder.gram`). Larger
 batches cost less time, and more memory for one block's activations. Beyond a few thousand tokens a batch nothing is
 gained.
@@ -18,19 +20,25 @@ gained.
 from __future__ import annotations
 
 import logging
+import shutil
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import numpy as np
 import torch
 
 from hwpq_pipeline.calibration.keep import decide
-from hwpq_pipeline.calibration.store import InputGroup, Statistics, StatisticsWriter
+from hwpq_pipeline.calibration.relay import Relay
+from hwpq_pipeline.calibration.store import InputGroup, Statistics, block_part, gather_statistics
 from hwpq_pipeline.calibration.walk import DenseWalk
+from hwpq_pipeline.checkpoints.parts import Parts
 from hwpq_pipeline.checkpoints.writer import atomic_directory
 from hwpq_pipeline.decoder.dtypes import dtype_name, resolve_dtype
 from hwpq_pipeline.decoder.gram import Energy, Gram
+from hwpq_pipeline.decoder.milestones import Milestones
 from hwpq_pipeline.errors import HwpqError
+from hwpq_pipeline.execution.engines import current
 from hwpq_pipeline.progress import Progress, no_progress
 
 __all__ = ["InputGroup", "Statistics", "collect_statistics"]
@@ -50,6 +58,7 @@ def collect_statistics(  # noqa: PLR0913 (each is a choice of the user)
     every_expert: bool = False,
     device: torch.device | str = "cpu",
     progress: Progress = no_progress,
+    work: Path | None = None,
 ) -> Path:
     """Sum `x xᵀ` over tokens for every distinct input of the compressible layers.
 
@@ -64,6 +73,8 @@ def collect_statistics(  # noqa: PLR0913 (each is a choice of the user)
         every_expert: whether all tokens are summed for every expert, not those that are routed to it (`experts`).
         device: where the forward pass and the sums run.
         progress: called with (blocks done, blocks).
+        work: a folder of these statistics' own, from which a killed run goes on, and which workers see; None for
+            nowhere.
 
     Returns:
         The target.
@@ -83,13 +94,44 @@ def collect_statistics(  # noqa: PLR0913 (each is a choice of the user)
         kept = decide(keep, walk.layers, partial)
         if keep == "auto" and mode == "gram":
             logger.info("%s", kept.told)
-        writer = StatisticsWriter(partial, mode, keep="sums" if kept.sums or mode == "diagonal" else "nothing")
-        hidden = walk.begin(partial)
-        for number in range(walk.blocks):
-            found = walk.sums(number, hidden, Gram if mode == "gram" else Energy)
-            writer.block(found.groups, found.totals, found.tokens)
-            progress(number + 1, walk.blocks)
-        hidden.close()
-        again = {"batch": walk.batch, "every_expert": every_expert} if writer.keep == "nothing" else {}
-        writer.close(walk.ids, dtype=dtype_name(precision), **again)
+        keeping = "sums" if kept.sums or mode == "diagonal" else "nothing"
+        folder = partial / "work" if work is None else work
+        parts = Parts(folder / keeping)
+        if current().workers == 1:
+            _sum_here(walk, parts, mode, keeping, Milestones(folder / "states"), progress)
+        else:
+            folder = folder.resolve()
+            relay = Relay(
+                uuid4().hex, folder, Path(model_dir), precision, walk.batch, every_expert, place, mode, keeping
+            )
+            _sum_by_workers(relay, walk, progress)
+        again = {"batch": walk.batch, "every_expert": every_expert} if keeping == "nothing" else {}
+        facts = {"dtype": dtype_name(precision), **again}
+        gather_statistics(parts, walk.blocks, partial, walk.ids, mode=mode, keep=keeping, **facts)
+        if work is None:
+            shutil.rmtree(folder)
     return Path(target)
+
+
+def _sum_here(walk: DenseWalk, parts: Parts, mode: str, keep: str, milestones: Milestones, progress: Progress) -> None:
+    """Take all batches through one block after another in this process; a killed walk goes on."""
+    hidden = walk.begin(parts.folder)
+    whole = next((n for n in range(walk.blocks) if not parts.is_whole(block_part(n))), walk.blocks)
+    begin = milestones.restore({"states": hidden}) if milestones.block <= whole else 0
+    for number in range(whole if whole == walk.blocks else begin, walk.blocks):
+        found = walk.sums(number, hidden, Gram if mode == "gram" else Energy)
+        parts.keep(block_part(number), *found.stored(mode, keep))
+        if number + 1 < walk.blocks:
+            milestones.pass_by(number + 1, {"states": hidden})
+        progress(number + 1, walk.blocks)
+    hidden.close()
+
+
+def _sum_by_workers(relay: Relay, walk: DenseWalk, progress: Progress) -> None:
+    relay.prepare(walk.ids)
+    try:
+        for done, _ in enumerate(current().map(relay, range(walk.blocks)), start=1):
+            progress(done, walk.blocks)
+    except BaseException:
+        relay.stop()
+        raise

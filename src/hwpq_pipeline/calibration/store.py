@@ -24,6 +24,7 @@ from typing import Any
 import torch
 
 from hwpq_pipeline.checkpoints.json_file import read_json
+from hwpq_pipeline.checkpoints.parts import Parts
 from hwpq_pipeline.checkpoints.reader import read_tensors
 from hwpq_pipeline.checkpoints.writer import write_json, write_tensors
 from hwpq_pipeline.errors import HwpqError
@@ -191,54 +192,59 @@ class Statistics:
         return tensor
 
 
-class StatisticsWriter:
-    """Writes a directory of statistics a block at a time.
+def block_part(number: int) -> str:
+    """The name of a block's part, and of its file."""
+    return f"block_{number:03d}"
+
+
+def stored_block(
+    groups: Sequence[tuple[str, Sequence[str]]],
+    totals: Mapping[str, torch.Tensor],
+    tokens: Mapping[str, int] | None,
+    *,
+    mode: str,
+    keep: str = "sums",
+) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """What a block's file holds, and its entry in the index, as a part (`checkpoints.parts`).
 
     Args:
-        directory: an existing, empty directory.
+        groups: name and layers of each input group, in module order.
+        totals: the sum of each group, by its name: `Σ x xᵀ`, or in diagonal mode `Σ x_j²`.
+        tokens: how many tokens reached each group, by its name; None if all did.
         mode: `gram` or `diagonal`.
         keep: `sums`, or `nothing` to leave matrices out.
     """
+    stored = {}
+    for name, total in totals.items():
+        if mode == "gram" and keep == "sums":
+            stored[f"{name}.gram"] = total
+        stored[f"{name}.energy"] = total.diagonal().clone() if mode == "gram" else total
+    entries = [
+        {"name": name, "features": totals[name].shape[0], "layers": list(layers)}
+        | ({} if tokens is None else {"tokens": tokens[name]})
+        for name, layers in groups
+    ]
+    return stored, {"groups": entries}
 
-    def __init__(self, directory: Path, mode: str, keep: str = "sums") -> None:
-        self.directory, self.mode, self.keep = directory, mode, keep
-        self._blocks: list[dict[str, Any]] = []
 
-    def block(
-        self,
-        groups: Sequence[tuple[str, Sequence[str]]],
-        tensors: Mapping[str, torch.Tensor],
-        tokens: Mapping[str, int] | None = None,
-    ) -> None:
-        """Write the next block.
+def gather_statistics(
+    parts: Parts, blocks: int, directory: Path, token_ids: torch.Tensor, *, mode: str, keep: str = "sums", **facts: Any
+) -> None:
+    """The blocks' parts as one directory of statistics.
 
-        Args:
-            groups: name and layers of each input group, in module order.
-            tensors: the sum of each group, by its name: `Σ x xᵀ`, or in diagonal mode `Σ x_j²`.
-            tokens: how many tokens reached each group, by its name; None if all did.
-        """
-        file = f"block_{len(self._blocks):03d}.safetensors"
-        stored = {}
-        for name, total in tensors.items():
-            if self.mode == "gram" and self.keep == "sums":
-                stored[f"{name}.gram"] = total
-            stored[f"{name}.energy"] = total.diagonal().clone() if self.mode == "gram" else total
-        write_tensors(self.directory / file, stored)
-        entries = [
-            {"name": name, "features": tensors[name].shape[0], "layers": list(layers)}
-            | ({} if tokens is None else {"tokens": tokens[name]})
-            for name, layers in groups
-        ]
-        self._blocks.append({"file": file, "groups": entries})
-
-    def close(self, token_ids: torch.Tensor, **facts: Any) -> None:
-        """Write the index, and the token ids where they are needed again.
-
-        Args:
-            token_ids: (samples, length) what was summed over.
-            facts: how it was done.
-        """
-        if self.keep == "nothing":
-            write_tensors(self.directory / _TOKENS, {"token_ids": token_ids})
-        index = {"format": FORMAT, "mode": self.mode, "keep": self.keep, "tokens": token_ids.numel(), **facts}
-        write_json(self.directory / "index.json", index | {"blocks": self._blocks})
+    Args:
+        parts: of all blocks (`block_part`, `stored_block`).
+        blocks: their number.
+        directory: an existing, empty directory.
+        token_ids: (samples, length) what was summed over; written too where they are needed again.
+        mode, keep: as for `stored_block`.
+        facts: how it was done.
+    """
+    entries = []
+    for name in map(block_part, range(blocks)):
+        parts.hand_over(name, directory / f"{name}.safetensors")
+        entries.append({"file": f"{name}.safetensors", **parts.told(name)})
+    if keep == "nothing":
+        write_tensors(directory / _TOKENS, {"token_ids": token_ids})
+    index = {"format": FORMAT, "mode": mode, "keep": keep, "tokens": token_ids.numel(), **facts}
+    write_json(directory / "index.json", index | {"blocks": entries})

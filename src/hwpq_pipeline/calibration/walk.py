@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from torch import nn
 
 from hwpq_pipeline.calibration.blocks import BlockSums
 from hwpq_pipeline.calibration.experts import all_experts
+from hwpq_pipeline.calibration.store import stored_block
 from hwpq_pipeline.checkpoints.json_file import FETCH_AGAIN
 from hwpq_pipeline.checkpoints.layers import layer_map
 from hwpq_pipeline.decoder.blocks import Inputs, first_output, record_inputs
@@ -41,6 +42,17 @@ class Summed:
     groups: list[tuple[str, list[str]]]
     totals: Mapping[str, torch.Tensor]
     tokens: Mapping[str, int]
+
+    def stored(self, mode: str, keep: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        """As `store.stored_block`."""
+        return stored_block(self.groups, self.totals, self.tokens, mode=mode, keep=keep)
+
+
+class States(Protocol):
+    """Hidden states by batch, each (samples, length, hidden)."""
+
+    def __getitem__(self, number: int, /) -> torch.Tensor: ...
+    def __setitem__(self, number: int, tensor: torch.Tensor, /) -> None: ...
 
 
 class DenseWalk:
@@ -96,7 +108,7 @@ class DenseWalk:
         return hidden
 
     @torch.inference_mode()
-    def sums(self, number: int, hidden: Spool, kind: type[Gram] | type[Energy]) -> Summed:
+    def sums(self, number: int, hidden: States, kind: type[Gram] | type[Energy]) -> Summed:
         """Take all batches through a block, and sum what its layers are fed.
 
         Args:
@@ -120,13 +132,13 @@ class DenseWalk:
         return Summed(groups, sums.tensors(groups, self._blockwise.device), tokens)
 
     @torch.inference_mode()
-    def pass_by(self, number: int, hidden: Spool) -> None:
+    def pass_by(self, number: int, hidden: States) -> None:
         """Take all batches through a block of which no sums are wanted; arguments and errors as for `sums`."""
         with self._blockwise.filled(number) as block:
             for _ in self._run(number, block, hidden):
                 pass
 
-    def _run(self, number: int, block: nn.Module, hidden: Spool) -> Iterator[int]:
+    def _run(self, number: int, block: nn.Module, hidden: States) -> Iterator[int]:
         for index, inputs in enumerate(self._extra):
             hidden[index] = first_output(inputs[number].run(block, hidden[index]))
             yield index

@@ -10,6 +10,7 @@ can be done apart, and not where.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Protocol, TypeVar
@@ -90,3 +91,23 @@ def opened(engine: str, address: str | None = None, workers: int | None = None) 
     finally:
         _current.close()
         _current = before
+
+
+@contextmanager
+def stepped_aside() -> Iterator[None]:
+    """While a call waits for another one: on a cluster's worker, let it do another call meanwhile."""
+    if "distributed.worker" not in sys.modules:
+        yield
+        return
+    from distributed import get_worker, rejoin, secede
+
+    try:
+        get_worker()
+    except ValueError:  # not on a worker
+        yield
+        return
+    secede()
+    try:
+        yield
+    finally:
+        rejoin()

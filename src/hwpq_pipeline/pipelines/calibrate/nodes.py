@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
 from hwpq_pipeline.calibration.statistics import collect_statistics
 from hwpq_pipeline.corpus.samples import draw_samples, token_matrix
+from hwpq_pipeline.execution.engines import current
 from hwpq_pipeline.kernels.devices import choose_device
 from hwpq_pipeline.parameters import Calibration, Compute
 from hwpq_pipeline.progress import progress_bar
+from hwpq_pipeline.work.content import tokens_digest, work_key
+from hwpq_pipeline.work.folder import open_work
 
 
 def draw_calibration(model: Path, documents: pd.DataFrame, calibration: Calibration) -> pd.DataFrame:
@@ -31,22 +35,30 @@ def collect(
     samples: pd.DataFrame,
     calibration: Calibration,
     compute: Compute,
-    scratch: Path,
+    work: Path,
 ) -> tuple[Path, dict[str, float]]:
     """Gram matrices (or their diagonals alone) of every distinct linear input, and the seconds it took."""
     begun = time.perf_counter()
-    target = scratch / "statistics"
+    tokens, device = token_matrix(samples), choose_device(compute.device, tf32=compute.tf32, where="calibrate")
+    settings: dict[str, Any] = calibration.model_dump(include={"mode", "keep", "dtype", "batch"})
+    settings["every_expert"] = calibration.all_experts
+    key = work_key(
+        {"model": model},
+        tokens=tokens_digest(tokens),
+        device=str(device),
+        tf32=compute.tf32,
+        engine=type(current()).__name__,  # each leaves its states in its own form
+        **settings,
+    )
+    folder = open_work(work, "calibrate", key)
     with progress_bar("calibrate: decoder blocks") as progress:
-        collect_statistics(
+        target = collect_statistics(
             model,
-            token_matrix(samples),
-            target=target,
-            mode=calibration.mode,
-            keep=calibration.keep,
-            dtype=calibration.dtype,
-            batch=calibration.batch,
-            every_expert=calibration.all_experts,
-            device=choose_device(compute.device, tf32=compute.tf32, where="calibrate"),
+            tokens,
+            target=folder / "result",
+            **settings,
+            device=device,
             progress=progress,
+            work=folder,
         )
     return target, {"calibrate": time.perf_counter() - begun}

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from kedro.pipeline import Pipeline, node
 
+from hwpq_pipeline.pipelines.forgetting import forgetting
+
 from .nodes import collect, draw_calibration
 
 
@@ -16,9 +18,10 @@ def create_pipeline() -> Pipeline:
             ),
             node(
                 collect,
-                ["model", "calibration", "params:calibration", "params:compute", "scratch"],
+                ["model", "calibration", "params:calibration", "params:compute", "work"],
                 ["statistics", "calibrate_seconds"],
                 name="collect_statistics",
             ),
+            forgetting("calibrate", ["statistics", "calibrate_seconds"]),
         ]
     )
