@@ -147,7 +147,7 @@ class State:
 
 def forget_states(folder: Path, variant: str) -> None:
     """Remove a variant's files: its healed model is where it belongs."""
-    for file in folder.glob(f"{variant}.*.safetensors"):
+    for file in folder.glob(f"{variant}.*.safetensors*"):  # also one that a killed process had half written
         file.unlink()
 
 
