@@ -144,7 +144,11 @@ def _configure(project: Path) -> None:
         "report": {"prompts": ["the river"], "new_tokens": 8},
     }
     gates = {"quality_gates": {"variants": {"dense": {"maximum_perplexity_ratio": 1.1}}}}
-    values = {"parameters": shared, "parameters_variants": {"variants": VARIANTS}, "quality_gates": gates}
+    values: dict[str, dict[str, Any]] = {
+        "parameters": shared,
+        "parameters_variants": {"variants": VARIANTS},
+        "quality_gates": gates,
+    }
     for name, value in values.items():
         file = project / "conf" / "base" / f"{name}.yml"
         file.write_text(yaml.safe_dump({**yaml.safe_load(file.read_text()), **value}, sort_keys=False))

@@ -3,7 +3,7 @@
 A tensor's is in its safetensors file (`checksums`), a picture's in PNG itself. JSON and CSV hold no place for one that
 their other readers would not see. Parquet checks its pages, but not its footer. In each of them a flipped bit can be
 another number. So a table or JSON that a stage saves gets `<file>.crc32` beside it, and a directory gets
-`checksums.json` with a line for each of its files that are no safetensors. Both are outputs as the files are, so what
+`checksums.json` with a line for each of its files, null for safetensors. Both are outputs as the files are, so what
 copies one copies the other. A file without one is of others, or of an earlier version, and is taken as it is.
 """
 
@@ -71,8 +71,12 @@ def check_picture(file: Path, *, remedy: str) -> None:
 def list_directory(directory: Path) -> None:
     """Write the checksums of a directory's files into it."""
     (directory / LISTING).unlink(missing_ok=True)
-    files = sorted(path for path in directory.rglob("*") if path.is_file() and path.suffix != ".safetensors")
-    write_json(directory / LISTING, {path.relative_to(directory).as_posix(): crc32_of(path) for path in files})
+    files = sorted(path for path in directory.rglob("*") if path.is_file())
+    listed = {
+        path.relative_to(directory).as_posix(): None if path.suffix == ".safetensors" else crc32_of(path)
+        for path in files
+    }
+    write_json(directory / LISTING, listed)
 
 
 def check_directory(directory: Path, *, remedy: str) -> None:
@@ -91,7 +95,7 @@ def check_directory(directory: Path, *, remedy: str) -> None:
         file = directory / name
         if not file.is_file():
             raise HwpqError("no such file", where=str(file), remedy=remedy)
-        if crc32_of(file) != expected:
+        if file.suffix != ".safetensors" and crc32_of(file) != expected:
             raise _other(file, remedy)
 
 
