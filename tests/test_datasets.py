@@ -11,6 +11,7 @@ import pandas as pd
 import pytest
 from kedro.io import DatasetError
 
+from hwpq_pipeline.checkpoints.digest import sha256_directory
 from hwpq_pipeline.datasets import (
     AtomicDataset,
     CacheDataset,
@@ -148,8 +149,10 @@ def test_every_damage_to_a_directory_is_named(tmp_path):
     (built / "inner").mkdir(parents=True)
     (built / "inner" / "config.json").write_text('{"layers": 8}')
     (built / "w.safetensors").write_bytes(b"has its own")
+    digest = sha256_directory(built)
     dataset = DirectoryDataset(filepath=str(tmp_path / "model"))
     dataset.save(built)
+    assert sha256_directory(dataset.load()) == digest
     for name in ("inner/config.json", "checksums.json"):
         file = tmp_path / "model" / name
         whole = file.read_bytes()
@@ -159,6 +162,9 @@ def test_every_damage_to_a_directory_is_named(tmp_path):
                 continue  # the same list
             assert str(tmp_path / "model") in refused(dataset)
         file.write_bytes(whole)
+    (tmp_path / "model" / "w.safetensors").rename(tmp_path / "w")
+    assert refused(dataset).startswith(f"{tmp_path / 'model' / 'w.safetensors'}: no such file")
+    (tmp_path / "w").rename(tmp_path / "model" / "w.safetensors")
     (tmp_path / "model" / "inner" / "config.json").unlink()
     assert refused(dataset).startswith(
         f"{tmp_path / 'model' / 'inner' / 'config.json'}: no such file. Run the pipeline"
