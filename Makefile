@@ -30,8 +30,8 @@ DATABASE := sqlite:///$(CURDIR)/mlflow.db
 UI_PORT  ?= 5000
 BASE     ?= main
 
-.PHONY: help install run repro ci sweep ui lint check format dvc-dependencies test coverage test-fast test-browser screenshots test-postgres test-sweep test-architectures test-damage \
-	engines test-engines viz pipeline-picture bench-selection bench-selection-quality bench-number-formats bench-healing bench-peers bench-inference bench-runtime bench-serving bench-scale bench-gpu lock clean
+.PHONY: help install run repro ci sweep ui lint check format dvc-dependencies test coverage test-fast test-browser screenshots test-postgres test-sweep test-architectures test-damage test-faults \
+	engines test-engines viz pipeline-picture bench-selection bench-selection-quality bench-number-formats bench-healing bench-peers bench-inference bench-runtime bench-serving bench-scale bench-kills bench-gpu lock clean
 
 help:  ## what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 26
@@ -126,8 +126,12 @@ check: lint  ## linters and types, and the known vulnerabilities of the locked p
 test-damage: $(STAMP)  ## 10,000 damaged files of every kind (minutes); writes benchmarks/results/damage.json
 	python -m tests.damaged_files
 
+# Mounting a small disk needs root, or the right to mount; without it these tests are skipped and say so.
+test-faults: $(STAMP)  ## damaged files, full and read-only disks, kills, at every stage of a tiny model (minutes)
+	OMP_NUM_THREADS=1 pytest -m "faults or not faults" tests/faults $(ARGS)
+
 test-fast: $(STAMP)  ## the tests that take seconds
-	pytest -m "not (slow or e2e or browser or engines or postgres or sweep or architectures)" $(ARGS)
+	pytest -m "not (slow or e2e or browser or engines or postgres or sweep or architectures or faults)" $(ARGS)
 
 # Users' engines, each in an environment of its own: vLLM needs another transformers, and llama.cpp is compiled (g++,
 # cmake; some minutes, once). Their locks name every package. vLLM's leaves out torchvision, torchaudio and torchcodec:
@@ -223,6 +227,10 @@ bench-runtime: $(STAMP) | data/07_export/2of4-int8.formats  ## packed 2:4 in tra
 MODELS ?= 1.1B
 bench-scale: $(STAMP) | data/02_intermediate/documents.parquet  ## seconds and peak memory of each stage on random models (MODELS; ARGS=--blocks 4 for a part): an hour for 1.1B
 	python -m benchmarks.scale --models $(MODELS) $(ARGS)
+
+KILLS ?= 50
+bench-kills: $(STAMP)  ## SIGKILL at KILLS random moments over all stages: bytes, left-overs, work lost (forty minutes for 50)
+	python -m benchmarks.kills --kills $(KILLS) $(ARGS)
 
 bench-serving: $(STAMP) $(ENGINES)/vllm/.installed | data/07_export/2of4-int8.formats  ## packed 2:4 in vLLM beside vLLM's own: decoding, prompts, quality (twenty minutes)
 	python -m benchmarks.serving $(ARGS)

@@ -11,6 +11,7 @@ from kedro.framework.project import pipelines
 from kedro.framework.session import KedroSession
 from kedro.framework.startup import bootstrap_project
 
+from hwpq_pipeline.datasets import AtomicDataset
 from tests.code_dependencies import dependencies_of, modules_of
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -82,6 +83,17 @@ def files(project, names) -> set[str]:
     return found - WORKING_SPACE
 
 
+def checksums(project, names) -> set[str]:
+    """Where the checksums of those datasets stand that have one beside the file."""
+    _, catalog, _ = project
+    return {
+        f"{path}.crc32"
+        for name in names
+        if isinstance(catalog.get(name), AtomicDataset)
+        for path in files(project, [name])
+    }
+
+
 STAGES = stages()
 
 
@@ -128,7 +140,7 @@ def test_data_dependencies(project, stage):
 def test_outputs(project, stage):
     written = {name for node in part(project, stage).nodes for name in node.outputs}
     listed = [path for section in ("outs", "metrics", "plots") for path in entries(STAGES[stage].get(section, []))]
-    wanted = files(project, written)
+    wanted = files(project, written) | checksums(project, written)
     for folder in WRITTEN_OVER_ALL:
         inside = {path for path in wanted if path.startswith(f"{folder}/")}
         wanted = (wanted - inside) | ({folder} if inside else set())

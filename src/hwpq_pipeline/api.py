@@ -11,7 +11,6 @@ Kedro. It writes the same bytes. What it does not do is evaluate: for figures, c
 
 from __future__ import annotations
 
-import tempfile
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -35,6 +34,7 @@ from hwpq_pipeline.method.fitting import misfits
 from hwpq_pipeline.method.healed import samples_needed, write_healed
 from hwpq_pipeline.method.recipe import Recipe
 from hwpq_pipeline.method.run import write_model
+from hwpq_pipeline.processes import temporary_folder
 from hwpq_pipeline.work.locks import held
 
 Tokens = np.ndarray[Any, Any] | torch.Tensor
@@ -98,9 +98,8 @@ def compress(  # noqa: PLR0913 (each is a choice of the user)
     target.parent.mkdir(parents=True, exist_ok=True)
     with (
         held(target.with_name(f".{target.name}.lock"), str(target)),
-        tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as folder,
+        temporary_folder(target.parent, f".{target.name}.") as scratch,
     ):
-        scratch = Path(folder)
         statistics = tokens = None
         if made.needs_text:
             tokens = _tokens(model_dir, calibration, scratch, samples=samples, length=length, seed=seed)

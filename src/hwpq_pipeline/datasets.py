@@ -1,27 +1,35 @@
-"""Kedro datasets that save all or nothing.
+"""Kedro datasets that save all or nothing, and notice what was changed since.
 
 Kedro's own datasets write into the target. A killed run then leaves half a file under the final name, and the next run
-trusts it. Here everything is written beside the target and renamed into place. `AtomicDataset` wraps any file dataset;
-`FileDataset` and `DirectoryDataset` take a file or a directory that a node built in a scratch directory. The price: for
-a moment the disk holds the old version and the new one.
+trusts it. Here everything is written beside the target and renamed into place, with a checksum that every load compares
+(`checkpoints.file_checksums`). `AtomicDataset` wraps any file dataset; `PictureDataset` and `DirectoryDataset` take a
+file or a directory that a node built in a scratch directory. What a killed process left beside the target goes with the
+next save. The price: for a moment the disk holds the old version and the new one.
 """
 
 from __future__ import annotations
 
 import atexit
 import os
-import platform
-import re
 import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
-import psutil
 from kedro.io import AbstractDataset, DatasetError
 from kedro.io.core import parse_dataset_definition
 
+from hwpq_pipeline.checkpoints.file_checksums import (
+    beside,
+    check_directory,
+    check_file,
+    check_picture,
+    crc32_of,
+    list_directory,
+)
 from hwpq_pipeline.errors import HwpqError, reading
+from hwpq_pipeline.processes import left_overs, mark, new_folder
+
+_AGAIN = "Run the pipeline that makes it again."
 
 
 class _PathDataset(AbstractDataset[Any, Any]):
@@ -43,6 +51,7 @@ class _PathDataset(AbstractDataset[Any, Any]):
         return self._filepath.exists()
 
     def _existing(self) -> Path:
+        _put_back(self._filepath)
         if not self._filepath.exists():
             raise HwpqError(
                 "no such file or directory",
@@ -75,52 +84,68 @@ class AtomicDataset(_PathDataset):
             HwpqError: the file is missing, or damaged.
         """
         path = self._existing()
-        with reading(path, remedy="Run the pipeline that makes it again."):
+        with reading(path, remedy=_AGAIN):
+            check_file(path, remedy=_AGAIN)
             return self._wrapped(path).load()
 
     def save(self, data: Any) -> None:
         """Save with the wrapped dataset to a sibling, then rename it into place."""
         self._filepath.parent.mkdir(parents=True, exist_ok=True)
-        partial = self._filepath.with_name(f".{os.getpid()}.partial.{self._filepath.name}")
+        partial = _hidden(self._filepath, "partial")
         try:
             self._wrapped(partial).save(data)
-            os.replace(partial, self._filepath)
+            _move_file(partial, self._filepath)
         finally:
             partial.unlink(missing_ok=True)
 
 
-class FileDataset(_PathDataset):
-    """A file that a node built in a scratch directory. It loads as its path."""
+class PictureDataset(_PathDataset):
+    """A PNG that a node built in a scratch directory. It loads as its path."""
 
     def load(self) -> Path:
-        """The path of the file."""
-        return self._existing()
+        """The path of the file.
+
+        Raises:
+            HwpqError: the file is missing, or damaged.
+        """
+        path = self._existing()
+        check_picture(path, remedy=_AGAIN)
+        return path
 
     def save(self, data: Path) -> None:
         """Move the built file into place."""
-        _move_into_place(Path(data), self._filepath)
+        self._filepath.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(data, self._filepath)
 
 
-class DirectoryDataset(FileDataset):
+class DirectoryDataset(_PathDataset):
     """A directory that a node built in a scratch directory. It loads as its path."""
+
+    def load(self) -> Path:
+        """The path of the directory. Tensors are compared with their checksums when they are read.
+
+        Raises:
+            HwpqError: it is missing, or another of its files is missing or damaged.
+        """
+        path = self._existing()
+        check_directory(path, remedy=_AGAIN)
+        return path
+
+    def save(self, data: Path) -> None:
+        """Write the list of checksums, and move the built directory into place."""
+        list_directory(Path(data))
+        _move_directory(Path(data), self._filepath)
 
 
 class ScratchDataset(_PathDataset):
     """A new, empty directory at every load, on the data's file system. It is removed when the process ends.
 
-    A process that is killed leaves its directory behind. The names tell the machine, the process and when it began, so
-    the next process on that machine removes what belongs to none that lives.
+    A process that is killed leaves its directory behind, and the next one removes it (`processes`).
     """
 
     def load(self) -> Path:
         """Make the directory, and remove those of dead processes."""
-        self._filepath.mkdir(parents=True, exist_ok=True)
-        mine = _process_mark(psutil.Process())
-        machine = mine.rpartition("-")[0].rpartition("-")[0]
-        for left in self._filepath.glob(f"{machine}-*-*.*"):
-            if left.name.partition(".")[0] not in (mine, _mark_of(left.name)):
-                shutil.rmtree(left, ignore_errors=True)
-        fresh = Path(tempfile.mkdtemp(dir=self._filepath, prefix=f"{mine}."))
+        fresh = new_folder(self._filepath)
         atexit.register(shutil.rmtree, fresh, ignore_errors=True)
         return fresh
 
@@ -142,27 +167,51 @@ class CacheDataset(_PathDataset):
         raise DatasetError("nothing can be saved to the cache")
 
 
-def _process_mark(process: psutil.Process) -> str:
-    """`<machine>-<process id>-<when it began>`: an id is used again, but not with the same beginning."""
-    machine = re.sub(r"[^A-Za-z0-9]+", "_", platform.node()) or "machine"
-    return f"{machine}-{process.pid}-{int(process.create_time() * 100)}"
+def _hidden(target: Path, kind: str) -> Path:
+    """A sibling's name that tells the process, and what it is to `target`."""
+    return target.with_name(f".{mark()}.{kind}.{target.name}")
 
 
-def _mark_of(name: str) -> str | None:
-    """The mark of the living process that a directory's name tells the id of; None if there is none."""
+def _put_back(target: Path) -> None:
+    """Give a target its place again, if a process died between the two renames that replace it."""
+    for old in left_overs(target.parent, ".", f".old.{target.name}"):
+        if not target.exists():
+            os.replace(old, target)
+
+
+def _tidy(target: Path) -> None:
+    """Remove what dead processes left of a target."""
+    _put_back(target)
+    for old in left_overs(target.parent, ".", f".old.{target.name}"):
+        shutil.rmtree(old, ignore_errors=True)
+    for partial in left_overs(target.parent, ".", f".partial.{target.name}"):
+        partial.unlink(missing_ok=True)
+
+
+def _move_file(built: Path, target: Path) -> None:
+    """Replace `target` by `built`, and its checksum: a reader may find none for a moment, but never another file's."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    _tidy(target)
+    sum_file = beside(target)
+    _tidy(sum_file)
+    partial = _hidden(sum_file, "partial")
     try:
-        return _process_mark(psutil.Process(int(name.partition(".")[0].split("-")[-2])))
-    except (psutil.Error, ValueError, IndexError):
-        return None
+        partial.write_text(f"{crc32_of(built)}\n", encoding="ascii")
+        sum_file.unlink(missing_ok=True)
+        os.replace(built, target)
+        os.replace(partial, sum_file)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
-def _move_into_place(built: Path, target: Path) -> None:
+def _move_directory(built: Path, target: Path) -> None:
     """Replace `target` by `built`; a whole version exists at every moment."""
     target.parent.mkdir(parents=True, exist_ok=True)
+    _tidy(target)
     if not target.is_dir():
         os.replace(built, target)
         return
-    old = target.with_name(f".{os.getpid()}.old.{target.name}")
+    old = _hidden(target, "old")
     os.replace(target, old)
     try:
         os.replace(built, target)

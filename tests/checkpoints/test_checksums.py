@@ -86,6 +86,13 @@ def test_a_damaged_list_of_checksums_is_one_line(tmp_path: Path) -> None:
         read_tensors(tmp_path / "t.safetensors")
 
 
+def test_a_list_of_checksums_that_lacks_a_tensor_is_damaged(tmp_path: Path) -> None:
+    """A bit was flipped in the tensor's name there."""
+    save_file({"a": torch.ones(2)}, tmp_path / "t.safetensors", metadata={"crc32": '{"c": "00000000"}'})
+    with pytest.raises(HwpqError, match=r"t\.safetensors: a: its bytes are not those"):
+        read_tensors(tmp_path / "t.safetensors")
+
+
 def test_a_model_with_a_flipped_bit_is_not_loaded(tmp_path: Path) -> None:
     model = tiny_checkpoint(tmp_path / "model")
     tensors = load_file(model / "model.safetensors")

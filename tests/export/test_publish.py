@@ -153,6 +153,7 @@ def export(tmp_path: Path) -> Path:
     folder.mkdir()
     (folder / "model.safetensors").write_bytes(b"weights" * 1000)
     (folder / "config.json").write_text("{}")
+    (folder / "checksums.json").write_text("{}")  # names another card, and is not sent
     card = CardInfo("int4", "Four bits.", "tiny/model", "apache-2.0", "int4", "dense")
     (folder / "README.md").write_text(render_card(card, compressed_tensors.STORAGE))
     return folder

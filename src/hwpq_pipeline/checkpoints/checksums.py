@@ -92,7 +92,6 @@ def _checksums(entry: str) -> dict[str, str]:
 def _compare(handle: Any, name: str, pieces: Iterable[torch.Tensor], where: str, remedy: str) -> None:
     with reading(where, remedy=remedy):
         entry = (handle.metadata() or {}).get(ENTRY)
-        expected = None if entry is None else _checksums(entry).get(name)
-        intact = expected is None or expected == crc32(pieces)
+        intact = entry is None or _checksums(entry).get(name) == crc32(pieces)  # a list that lacks one is damaged
     if not intact:
         raise HwpqError("its bytes are not those that were written", where=where, remedy=remedy)

