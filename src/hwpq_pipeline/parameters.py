@@ -158,17 +158,19 @@ class Execution(Parameters):
     """Who computes: of this machine and its neighbours, not of what is made; the bytes do not depend on it.
 
     `local` is the process of the run. `dask` gives groups, blocks and sequences to the workers of the scheduler at
-    `address`, or without one to `workers` processes of this machine (`docs/scale.md`).
+    `address`, or without one to `workers` processes of this machine (`docs/scale.md`). Workers that do not see this
+    disk get `files` by an address of fsspec, such as `s3://bucket/prefix`.
     """
 
     engine: Annotated[str, one_of(ENGINES)] = "local"
     address: Annotated[str, Field(min_length=1)] | None = None
     workers: Annotated[int, Field(ge=1)] | None = None
+    files: Annotated[str, Field(pattern=r"^[a-z0-9]+://")] | None = None
 
     @model_validator(mode="after")
     def _belongs_to_dask(self) -> Self:
-        if self.engine != "dask" and (self.address, self.workers) != (None, None):
-            raise ValueError("address and workers are for engine dask")
+        if self.engine != "dask" and (self.address, self.workers, self.files) != (None, None, None):
+            raise ValueError("address, workers and files are for engine dask")
         if self.address is not None and self.workers is not None:
             raise ValueError("the scheduler at the address has its own workers: leave out one of the two")
         return self

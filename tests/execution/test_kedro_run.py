@@ -1,4 +1,4 @@
-"""`kedro run` with Dask's workers: all outputs are those of one process, and a lost scheduler leaves a state to go on from."""
+"""`kedro run` with Dask's workers: all outputs are those of one process."""
 
 from __future__ import annotations
 

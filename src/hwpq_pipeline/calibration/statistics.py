@@ -97,7 +97,7 @@ def collect_statistics(  # noqa: PLR0913 (each is a choice of the user)
         keeping = "sums" if kept.sums or mode == "diagonal" else "nothing"
         folder = partial / "work" if work is None else work
         parts = Parts(folder / keeping)
-        if current().workers == 1:
+        if current().workers == 1 or not current().shares_disk:
             _sum_here(walk, parts, mode, keeping, Milestones(folder / "states"), progress)
         else:
             folder = folder.resolve()

@@ -17,15 +17,17 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import CancelledError
 from contextlib import ExitStack
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import islice
 from typing import Any, TypeVar
 
+import cloudpickle
 import torch
 from distributed import Client, Future, KilledWorker, LocalCluster
 from distributed.comm.core import CommClosedError
 
 from hwpq_pipeline.errors import HwpqError, said
+from hwpq_pipeline.execution.carrying import Carrier
 from hwpq_pipeline.work.content import code_version
 
 T = TypeVar("T")
@@ -44,11 +46,26 @@ class Dask:
     Args:
         address: of a scheduler; None for a cluster of this machine's own.
         workers: processes of that; one for each core by default.
+        files: where files travel by, for workers that do not see this disk (`execution.carrying`); None if they do.
     """
 
-    def __init__(self, address: str | None, workers: int | None) -> None:
-        self.address, self.wanted = address, workers or os.cpu_count() or 1
+    def __init__(self, address: str | None, workers: int | None, files: str | None = None) -> None:
+        self.address, self.wanted, self.files = address, workers or os.cpu_count() or 1, files
         self._open = ExitStack()
+
+    @property
+    def shares_disk(self) -> bool:
+        """Whether workers see this process's files."""
+        return self.files is None
+
+    @cached_property
+    def carrier(self) -> Carrier | None:
+        """What brings files to workers and back, where they do not see this disk."""
+        if self.files is None:
+            return None
+        carrier = Carrier(self.files)
+        self._open.callback(carrier.close)
+        return carrier
 
     @cached_property
     def client(self) -> Client:
@@ -70,7 +87,8 @@ class Dask:
     def close(self) -> None:
         """End the connection, and the machine's own cluster."""
         self._open.close()
-        self.__dict__.pop("client", None)
+        for name in ("client", "carrier"):
+            self.__dict__.pop(name, None)
 
     @property
     def workers(self) -> int:
@@ -84,14 +102,19 @@ class Dask:
             HwpqError: the scheduler or too many workers are lost, or a worker has another version of the code.
         """
         left, out = iter(items), deque[Future[Any]]()
+        carrier = self.carrier
+        task: Any = function if carrier is None else carrier.packed(function)
         try:
             while True:
                 wanted = AHEAD * self.workers - len(out)
                 for item in islice(left, max(0, wanted)):
-                    out.append(self.client.submit(_call, code_version(), function, item, pure=False))
+                    out.append(self.client.submit(_call, code_version(), task, item, pure=False))
                 if not out:
                     return
-                yield self._result(out.popleft())
+                result = self._result(out.popleft())
+                if carrier is not None:
+                    carrier.collect()
+                yield result
         finally:
             for future in out:
                 future.cancel(reason="the run has ended")
@@ -113,7 +136,7 @@ class Dask:
             ) from error
 
 
-def _call(version: str, function: Callable[[T], R], item: T) -> R:
+def _call(version: str, function: Callable[[T], R] | bytes, item: T) -> R:
     """On a worker: the function's result, if the worker has the same code."""
     if code_version() != version:
         raise HwpqError(
@@ -121,8 +144,14 @@ def _call(version: str, function: Callable[[T], R], item: T) -> R:
             where="execution: dask",
             remedy="Install the same commit and the same requirements.lock there.",
         )
+    made: Callable[[T], R] = _unpacked(function) if isinstance(function, bytes) else function
     with torch.inference_mode():
-        return function(item)
+        return made(item)
+
+
+@lru_cache(maxsize=1)
+def _unpacked(function: bytes) -> Any:
+    return cloudpickle.loads(function)
 
 
 def _connected(address: str) -> Client:

@@ -29,6 +29,10 @@ class Engine(Protocol):
     def workers(self) -> int:
         """How many calls are at work at a time."""
 
+    @property
+    def shares_disk(self) -> bool:
+        """Whether all of them see the same files."""
+
     def map(self, function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
         """`function(item)` of every item, in order.
 
@@ -49,6 +53,11 @@ class Local:
         """One."""
         return 1
 
+    @property
+    def shares_disk(self) -> bool:
+        """It is one process."""
+        return True
+
     def map(self, function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
         """As `Engine.map`."""
         return map(function, items)
@@ -66,13 +75,16 @@ def current() -> Engine:
 
 
 @contextmanager
-def opened(engine: str, address: str | None = None, workers: int | None = None) -> Iterator[Engine]:
+def opened(
+    engine: str, address: str | None = None, workers: int | None = None, files: str | None = None
+) -> Iterator[Engine]:
     """Make an engine the current one while the context lasts.
 
     Args:
         engine: `local` or `dask`.
         address: of a Dask scheduler; None for a cluster of this machine's own, which ends with the context.
         workers: processes of that cluster; one for each core by default.
+        files: where files travel by, for workers that do not see this disk.
 
     Raises:
         HwpqError: an unknown engine.
@@ -85,7 +97,7 @@ def opened(engine: str, address: str | None = None, workers: int | None = None) 
         return
     from hwpq_pipeline.execution.cluster import Dask  # imports Dask, so only where it is asked for
 
-    before, _current = _current, Dask(address, workers)
+    before, _current = _current, Dask(address, workers, files)
     try:
         yield _current
     finally:
