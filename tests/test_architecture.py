@@ -20,8 +20,8 @@ MATHEMATICS_MAY_IMPORT = {"filelock", "llvmlite", "numba", "numpy", "torch", "tr
 # Each framework, and the modules that may import it; pyproject.toml's contracts must name all others.
 MAY_KNOW = {
     "kedro": {
-        "__main__", "cli", "commands", "datasets", "failures", "locking", "messages", "pipeline_registry", "pipelines",
-        "project", "settings",
+        "__main__", "cli", "commands", "datasets", "executing", "failures", "locking", "messages",
+        "pipeline_registry", "pipelines", "project", "settings",
     },
     "mlflow": {"__main__", "tracking"},
 }  # fmt: skip

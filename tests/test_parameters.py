@@ -12,7 +12,7 @@ from pydantic import BaseModel, ValidationError
 
 from hwpq_pipeline.configuration import mistakes
 from hwpq_pipeline.method.recipe import Recipe
-from hwpq_pipeline.parameters import Calibration, Compute, Corpus, Evaluation, Export, Model, Prompts, Track
+from hwpq_pipeline.parameters import Calibration, Compute, Corpus, Evaluation, Execution, Export, Model, Prompts, Track
 from hwpq_pipeline.pipelines.gate.limits import Gate, QualityGates
 from hwpq_pipeline.variant import LayerSettings, Quantization, Recovery, Selection, Variant
 
@@ -21,6 +21,7 @@ SHARED: dict[str, type[BaseModel]] = {
     "corpus": Corpus,
     "calibration": Calibration,
     "compute": Compute,
+    "execution": Execution,
     "evaluation": Evaluation,
     "export": Export,
     "track": Track,
