@@ -4,7 +4,7 @@
     make bench-kills KILLS=4
 
 A small random model (`benchmarks.kills_project`) goes through every stage once, undisturbed, each a command of its own.
-Then, so many times: a stage and a moment within its seconds are drawn, the same for the same seed; its outputs are
+Then, so many times: a stage and a moment within its work are drawn, the same for the same seed; its outputs are
 removed; its command is started, and its whole process group is killed at the moment; the same command is run again.
 All outputs are compared to the byte with the undisturbed ones, and the working space must be empty. Some commands are
 `dvc repro`. Work lost is what both runs computed more than the undisturbed one. The seconds until a run's first node,
@@ -68,12 +68,12 @@ class Ran:
 
 
 def run(project: Path, command: Sequence[str], kill_at: float | None = None) -> Ran:
-    """Run a command in a process group of its own, on one thread; kill the group after `kill_at` seconds."""
+    """Run a command in a process group of its own, on one thread; kill the group after `kill_at` seconds of work."""
     (project / "tmp").mkdir(exist_ok=True)
     names = ("OMP_NUM_THREADS", "NUMBA_NUM_THREADS", "KEDRO_DISABLE_TELEMETRY", "DVC_NO_ANALYTICS", "HF_HUB_OFFLINE")
     environment = {**os.environ, **dict.fromkeys(names, "1"), "DO_NOT_TRACK": "true", "MPLBACKEND": "Agg"}
     environment |= {"PYTHONPATH": str(project / "src"), "TMPDIR": str(project / "tmp")}
-    begun, start = time.perf_counter(), list[float]()
+    begun, start, working = time.perf_counter(), list[float](), threading.Event()
     said: list[bytes] = []
     process = subprocess.Popen(
         command, cwd=project, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
@@ -84,10 +84,14 @@ def run(project: Path, command: Sequence[str], kill_at: float | None = None) -> 
             said.append(line)
             if _BEGUN in line and not start:
                 start.append(time.perf_counter() - begun)
+                working.set()
+        working.set()
 
     listener = threading.Thread(target=listen)
     listener.start()
     try:
+        if kill_at is not None:
+            working.wait()
         process.wait(kill_at)
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
@@ -112,13 +116,15 @@ def undisturbed(project: Path, every: Sequence[Job]) -> dict[Job, dict[str, Any]
 
 
 def kill(project: Path, job: Job, whole: dict[str, Any], moment: float) -> dict[str, Any]:
-    """Kill a job at a share of its seconds, run it again, and compare.
+    """Kill a job at a share of its seconds, run it again, and compare. A run that ends before is none: earlier, then.
 
     Raises:
         RuntimeError: the second run fails.
     """
     remove_outputs(job, project)
-    first = run(project, job.command, kill_at=moment * whole["seconds"])
+    while (first := run(project, job.command, kill_at=moment * whole["work"])).status != -signal.SIGKILL:
+        moment /= 2
+        remove_outputs(job, project)
     kept = work_kept(project)
     second = run(project, job.command)
     if second.status:
@@ -129,8 +135,6 @@ def kill(project: Path, job: Job, whole: dict[str, Any], moment: float) -> dict[
         "stage": job.stage,
         "variant": job.variant,
         "by": job.by,
-        "killed": first.status == -signal.SIGKILL,
-        "in_work": first.start is not None,
         "kept_files": kept,
         "seconds": {
             "undisturbed": round(whole["seconds"], 2),
@@ -171,20 +175,24 @@ def chosen(kills: int, seed: int) -> list[tuple[Job, float]]:
 def table(report: dict[str, Any]) -> str:
     """The results for people: a row a command, and a paragraph."""
     lines = [
-        "| command | kills | in work | same bytes | left-overs | undisturbed work s | most lost s | most lost parts |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|",
+        "| command | kills | same bytes | left-overs | undisturbed work s | most lost s | most lost parts |",
+        "|---|---:|---:|---:|---:|---:|---:|",
     ]
     groups: dict[str, list[dict[str, Any]]] = {}
     for row in report["rows"]:
         name = row["stage"] if row["variant"] is None else f"{row['stage']}@{row['variant']}"
         groups.setdefault(name if row["by"] == "kedro" else f"{name}, dvc", []).append(row)
     for name, rows in sorted(groups.items()):
-        lines.append(
-            f"| {name} | {len(rows)} | {sum(row['in_work'] for row in rows)} "
-            f"| {sum(not row['differing'] for row in rows)} | {sum(bool(row['left_over']) for row in rows)} "
-            f"| {rows[0]['work_seconds']['undisturbed']:.1f} | {max(row['work_seconds']['lost'] for row in rows):.1f} "
-            f"| {max(row['lost_parts'] for row in rows):.1f} of {rows[0]['parts']} |"
+        cells = (
+            name,
+            len(rows),
+            sum(not row["differing"] for row in rows),
+            sum(bool(row["left_over"]) for row in rows),
+            f"{rows[0]['work_seconds']['undisturbed']:.1f}",
+            f"{max(row['work_seconds']['lost'] for row in rows):.1f}",
+            f"{max(row['lost_parts'] for row in rows):.1f} of {rows[0]['parts']}",
         )
+        lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join([*lines, "", summary(report)])
 
 
@@ -196,9 +204,9 @@ def summary(report: dict[str, Any]) -> str:
     most = max(row["work_seconds"]["lost"] for row in rows)
     where = report["machine"]
     return (
-        f"{len(rows)} kills, {sum(row['in_work'] for row in rows)} of them after the first node had begun and "
-        f"{sum(row['by'] == 'dvc' for row in rows)} through `dvc repro`: {same} results equal to the byte, "
-        f"{dirty} with left-overs after the next success. Most work lost at a kill: {most:.1f} s. "
+        f"{len(rows)} kills in the work of a stage, {sum(row['by'] == 'dvc' for row in rows)} through `dvc repro`: "
+        f"{same} results equal to the byte, {dirty} with left-overs after the next success. "
+        f"Most work lost at a kill: {most:.1f} s. "
         f"Seed {report['seed']}, one thread of {processor(where)}, load {where['load_before']:.1f} before. "
         f"A part is an input group, or a block where one needs those before it; a stage that is not divided is one."
     )

@@ -11,6 +11,7 @@
     serving     docs/results.md             benchmarks/results/serving.json (`make bench-serving`)
     runtime     docs/results.md             benchmarks/results/runtime.json (`make bench-runtime`)
     inference   docs/results.md             benchmarks/results/inference.json (`make bench-inference`)
+    kills       docs/reliability.md         benchmarks/results/kills.json (`make bench-kills`)
     presets     docs/choosing-a-variant.md  benchmarks/results/peers.json and the presets themselves
 
 Each replaces what stands between its two markers on its page. `results` also copies the pictures to `docs/images/`.
@@ -34,6 +35,7 @@ from benchmarks import by_bits
 from benchmarks.claims import claims, headline, metrics, presets
 from benchmarks.healing import table as healing_table
 from benchmarks.inference_tables import decoding_table, layer_table, measured_on, speed
+from benchmarks.kills import table as kills_table
 from benchmarks.machine import machine, processor
 from benchmarks.number_formats import table as formats_table
 from benchmarks.output import RESULTS
@@ -189,6 +191,11 @@ def runtime() -> str:
     return runtime_table(json.loads((RESULTS / "runtime.json").read_text())).strip()
 
 
+def kills() -> str:
+    """Stages that were killed, as its bench wrote them."""
+    return kills_table(json.loads((RESULTS / "kills.json").read_text()))
+
+
 #: Each name's page, and what makes it.
 PAGES: dict[str, tuple[str, Callable[[], str]]] = {
     "headline": ("README.md", headline),
@@ -202,6 +209,7 @@ PAGES: dict[str, tuple[str, Callable[[], str]]] = {
     "serving": ("docs/results.md", serving),
     "runtime": ("docs/results.md", runtime),
     "inference": ("docs/results.md", inference),
+    "kills": ("docs/reliability.md", kills),
     "presets": ("docs/choosing-a-variant.md", presets),
 }
 

@@ -17,7 +17,7 @@ def test_every_page_has_both_markers_once(root: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["selection", "peers", "bits", "healing", "formats", "serving", "runtime", "inference", "presets"]
+    "name", ["selection", "peers", "bits", "healing", "formats", "serving", "runtime", "inference", "kills", "presets"]
 )
 def test_the_committed_tables_are_those_of_the_committed_results(root: Path, name: str) -> None:
     """What needs no run: the others are made from `data/`."""

@@ -16,6 +16,8 @@ from tests.small import ok
 from tests.tiny import tiny_tokens
 
 pytestmark = pytest.mark.slow
+#: Room for a part of what a stage writes, as a share. `report` replaces file after file: it needs room for one alone.
+ROOM = {stage: 0.1 if stage == "report" else 0.5 for stage in OUTPUTS}
 
 
 def bytes_of(disk: Disk, stage: str) -> int:
@@ -61,10 +63,10 @@ def test_a_read_only_disk_is_one_line(disk: Disk) -> None:
 
 
 @pytest.mark.faults
-@pytest.mark.parametrize("share", [0, 0.5])
+@pytest.mark.parametrize("room", [False, True], ids=["full", "room for a part"])
 @pytest.mark.parametrize("stage", OUTPUTS)
-def test_a_full_disk_at_every_stage(disk: Disk, stage: str, share: float) -> None:
-    check_full(disk, stage, share)
+def test_a_full_disk_at_every_stage(disk: Disk, stage: str, room: bool) -> None:
+    check_full(disk, stage, ROOM[stage] if room else 0)
 
 
 @pytest.mark.faults
@@ -82,9 +84,10 @@ def test_a_database_on_a_full_disk(disk: Disk) -> None:
         line = refusal(run_stage(disk.project, "track", env={"MLFLOW_TRACKING_URI": f"sqlite:///{database}"}))
     finally:
         disk.empty()
-        database.unlink(missing_ok=True)
+        for file in disk.data.glob("runs.db*"):  # and its lock
+            file.unlink()
     assert "MLflow failed" in line
-    assert "the results are on disk" in line
+    assert "The results are on disk" in line
 
 
 def test_hidden_states_on_a_full_disk(disk: Disk) -> None:
