@@ -31,7 +31,7 @@ UI_PORT  ?= 5000
 BASE     ?= main
 
 .PHONY: help install run repro ci sweep ui lint check format dvc-dependencies test coverage test-fast test-browser screenshots test-postgres test-sweep test-architectures test-damage test-faults \
-	engines test-engines viz pipeline-picture bench-selection bench-selection-quality bench-number-formats bench-healing bench-peers bench-inference bench-runtime bench-serving bench-scale bench-kills bench-gpu lock clean
+	engines test-engines viz pipeline-picture bench-selection bench-selection-quality bench-number-formats bench-healing bench-peers bench-inference bench-runtime bench-serving bench-scale bench-workers bench-kills bench-gpu lock clean
 
 help:  ## what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 26
@@ -227,6 +227,9 @@ bench-runtime: $(STAMP) | data/07_export/2of4-int8.formats  ## packed 2:4 in tra
 MODELS ?= 1.1B
 bench-scale: $(STAMP) | data/02_intermediate/documents.parquet  ## seconds and peak memory of each stage on random models (MODELS; ARGS=--blocks 4 for a part): an hour for 1.1B
 	python -m benchmarks.scale --models $(MODELS) $(ARGS)
+
+bench-workers: $(STAMP) | data/02_intermediate/documents.parquet  ## seconds of calibrate and compress against Dask's workers, and whether bytes change (fifteen minutes)
+	python -m benchmarks.workers $(ARGS)
 
 KILLS ?= 50
 bench-kills: $(STAMP)  ## SIGKILL at KILLS random moments over all stages: bytes, left-overs, work lost (forty minutes for 50)

@@ -174,17 +174,16 @@ def _content(file: Path) -> bytes:
 def left_over(project: Path) -> list[str]:
     """Working space of a run, in the project's data and in its folder for temporary files."""
     data, temporary = project / "data", project / "tmp"
-    kept = (".cache", ".healing", ".scratch", ".work", ".gitignore")  # DVC writes .gitignore beside an output
+    kept = (".cache", ".scratch", ".work", ".locks", ".gitignore")  # DVC writes .gitignore beside an output
     hidden = [path for path in data.rglob(".*") if path.name not in kept]
-    inside = [path for name in (".scratch", ".healing", ".work") for path in (data / name).rglob("*")]
+    inside = [path for name in (".scratch", ".work") for path in (data / name).rglob("*") if path.name not in kept]
     named = [*data.rglob("*.partial"), *data.rglob("*.old"), *temporary.glob("*")]
     return sorted({path.relative_to(project).as_posix() for path in (*hidden, *inside, *named)})
 
 
 def work_kept(project: Path) -> int:
     """Files that a killed run left for the next one to go on from."""
-    folders = [project / "data" / name for name in (".work", ".healing")]
-    return sum(path.is_file() for folder in folders for path in folder.rglob("*"))
+    return sum(path.is_file() for path in (project / "data" / ".work").rglob("*") if path.parent.name != ".locks")
 
 
 def remove_outputs(job: Job, project: Path) -> None:
@@ -193,7 +192,6 @@ def remove_outputs(job: Job, project: Path) -> None:
         if place.is_dir():
             shutil.rmtree(place)
         place.unlink(missing_ok=True)
-    for name in (".work", ".healing"):
-        shutil.rmtree(project / "data" / name, ignore_errors=True)
+    shutil.rmtree(project / "data" / ".work", ignore_errors=True)
     (project / "dvc.lock").unlink(missing_ok=True)
     shutil.rmtree(project / ".dvc" / "cache", ignore_errors=True)

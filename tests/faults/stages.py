@@ -46,11 +46,11 @@ def refusal(done: subprocess.CompletedProcess[str]) -> str:
 
 
 def tree(folder: Path) -> dict[str, str]:
-    """The digest of every file below a folder, hidden ones and those of no use included."""
+    """The digest of every file below a folder, hidden ones included, but for what a failed run leaves to go on from."""
     return {
         path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in sorted(folder.rglob("*"))
-        if path.is_file()
+        if path.is_file() and ".work" not in path.parts
     }
 
 
@@ -64,7 +64,8 @@ def without_seconds(files: dict[str, str]) -> dict[str, str]:
 def left_over(project: Path) -> list[str]:
     """Files and folders of `data/` that are working space of a run, and should be gone after it."""
     data = project / "data"
-    hidden = [path for path in data.rglob(".*") if path.name not in (".gitkeep", ".cache", ".healing", ".scratch")]
-    inside = [path for name in (".scratch", ".healing", ".work") for path in (data / name).rglob("*")]
+    kept = (".gitkeep", ".cache", ".scratch", ".work", ".locks")
+    hidden = [path for path in data.rglob(".*") if path.name not in kept]
+    inside = [path for name in (".scratch", ".work") for path in (data / name).rglob("*") if path.name not in kept]
     named = [*data.rglob("*.partial"), *data.rglob("*.old")]
     return sorted({path.relative_to(data).as_posix() for path in (*hidden, *inside, *named)})

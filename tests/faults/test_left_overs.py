@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import signal
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -23,18 +25,24 @@ def whole(small_project: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     return copy_small_project(small_project, tmp_path_factory.mktemp("left-overs") / "project")
 
 
+def written(data: Path) -> bool:
+    """Whether a running stage has written something that is no result yet."""
+    files = [*(data / ".scratch").glob("*/**/*"), *(data / ".work").glob("[a-z]*/**/*")]
+    return any(path.is_file() for path in files)
+
+
 def killed_while_it_writes(project: Path, stage: str) -> bool:
-    """Run a stage, and kill its process as soon as there is a file in its scratch folder; whether it was caught."""
+    """Run a stage, and kill its process as soon as it has written something; whether it was caught."""
     status: list[int] = []
     thread = threading.Thread(target=lambda: status.append(run_stage(project, stage).returncode))
     thread.start()
     killed = False
     while thread.is_alive() and not killed:
-        written = next((path for path in (project / "data" / ".scratch").glob("*/**/*") if path.is_file()), None)
-        if written is not None:
-            folder = written.relative_to(project / "data" / ".scratch").parts[0]
-            os.kill(int(folder.partition(".")[0].split("-")[1]), signal.SIGKILL)
-            killed = True
+        with suppress(StopIteration, OSError, ValueError):  # it comes and goes
+            lock = next((project / "data" / ".work" / ".locks").iterdir())
+            if written(project / "data"):
+                os.kill(json.loads(lock.read_text())["process"], signal.SIGKILL)
+                killed = True
         time.sleep(0.001)
     thread.join()
     return killed and status != [0]
