@@ -131,8 +131,8 @@ def table(report: dict[str, Any]) -> str:
     lines = [
         "# Seconds against the number of workers",
         "",
-        f"A random Llama, {BLOCKS} blocks of (1024, 4096); {SAMPLES} × {LENGTH} calibration tokens, {BATCH} samples a batch;",
-        "2:4 and INT4, not in sequence. One thread a worker, and one where it is one process. One run a row.",
+        f"A random Llama, {BLOCKS} blocks of (1024, 4096); {SAMPLES} × {LENGTH} calibration tokens, {BATCH} samples a",
+        "batch; 2:4 and INT4, not in sequence. One thread a worker, and one where it is one process. One run a row.",
         f"{about['cores']} × {about['processor']} ({about['capability']}).",
         "",
         "| stage | workers | seconds | of one worker | bytes |",
