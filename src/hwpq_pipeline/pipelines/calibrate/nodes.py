@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 
 import pandas as pd
@@ -10,6 +9,7 @@ import pandas as pd
 from hwpq_pipeline.calibration.statistics import collect_statistics
 from hwpq_pipeline.corpus.samples import draw_samples, token_matrix
 from hwpq_pipeline.kernels.devices import choose_device
+from hwpq_pipeline.measuring import Measured, Measuring
 from hwpq_pipeline.parameters import Calibration, Compute
 from hwpq_pipeline.progress import progress_bar
 
@@ -32,9 +32,9 @@ def collect(
     calibration: Calibration,
     compute: Compute,
     scratch: Path,
-) -> tuple[Path, dict[str, float]]:
-    """Gram matrices (or their diagonals) of every distinct linear input, and the seconds it took."""
-    begun = time.perf_counter()
+) -> tuple[Path, Measured]:
+    """Gram matrices (or their diagonals) of every distinct linear input, and what that took."""
+    measuring = Measuring("calibrate")
     target = scratch / "statistics"
     with progress_bar("calibrate: decoder blocks") as progress:
         collect_statistics(
@@ -48,4 +48,4 @@ def collect(
             device=choose_device(compute.device, tf32=compute.tf32, where="calibrate"),
             progress=progress,
         )
-    return target, {"calibrate": time.perf_counter() - begun}
+    return target, measuring.end(target)

@@ -17,7 +17,7 @@ def create_pipeline() -> Pipeline:
             node(
                 collect,
                 ["model", "calibration", "params:calibration", "params:compute", "scratch"],
-                ["statistics", "calibrate_seconds"],
+                ["statistics", "calibrate_measured"],
                 name="collect_statistics",
             ),
         ]

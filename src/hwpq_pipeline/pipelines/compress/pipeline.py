@@ -19,7 +19,7 @@ def create_pipeline(names: Iterable[str]) -> Pipeline:
             node(
                 compress_weights,
                 ["model", "statistics", "calibration", "masks", "name", "settled", "params:compute", "scratch"],
-                ["layerwise", "compressed_layers", "layerwise_seconds"],
+                ["layerwise", "compressed_layers", "layerwise_measured"],
                 name="compress_weights",
             ),
             node(
@@ -32,7 +32,7 @@ def create_pipeline(names: Iterable[str]) -> Pipeline:
                 heal_weights,
                 [
                     "layerwise",
-                    "layerwise_seconds",
+                    "layerwise_measured",
                     "model",
                     "healing_tokens",
                     "params:variant",
@@ -40,7 +40,7 @@ def create_pipeline(names: Iterable[str]) -> Pipeline:
                     "healing_states",
                     "scratch",
                 ],
-                ["compressed", "compress_seconds"],
+                ["compressed", "compress_measured"],
                 name="heal_weights",
             ),
             node(forget_healing, ["compressed", "name", "healing_states"], None, name="forget_healing"),

@@ -8,6 +8,7 @@ import pandas as pd
 
 from hwpq_pipeline.corpus.samples import draw_samples, token_matrix
 from hwpq_pipeline.evaluation.quality import make_reference
+from hwpq_pipeline.measuring import Measured, Measuring
 from hwpq_pipeline.parameters import Evaluation
 from hwpq_pipeline.progress import progress_bar
 
@@ -19,11 +20,12 @@ def draw_evaluation(model: Path, documents: pd.DataFrame, evaluation: Evaluation
     )
 
 
-def refer(model: Path, samples: pd.DataFrame, evaluation: Evaluation, scratch: Path) -> Path:
-    """What the divergence of any variant needs of the dense model on the evaluation tokens."""
+def refer(model: Path, samples: pd.DataFrame, evaluation: Evaluation, scratch: Path) -> tuple[Path, Measured]:
+    """What the divergence of any variant needs of the dense model on the evaluation tokens, and what that took."""
+    measuring = Measuring("reference")
     target = scratch / "reference"
     with progress_bar("reference: decoder blocks") as progress:
         make_reference(
             model, token_matrix(samples), target, batch=evaluation.batch, dtype=evaluation.dtype, progress=progress
         )
-    return target
+    return target, measuring.end(target)

@@ -15,6 +15,11 @@ def create_pipeline() -> Pipeline:
     return Pipeline(
         [
             node(draw_evaluation, ["model", "documents", "params:evaluation"], "evaluation", name="draw_evaluation"),
-            node(refer, ["model", "evaluation", "params:evaluation", "scratch"], "reference", name="make_reference"),
+            node(
+                refer,
+                ["model", "evaluation", "params:evaluation", "scratch"],
+                ["reference", "reference_measured"],
+                name="make_reference",
+            ),
         ]
     )

@@ -18,7 +18,7 @@ def create_pipeline(names: Iterable[str]) -> Pipeline:
             node(
                 select_weights,
                 ["model", "statistics", "calibration", "name", "params:variant", "params:compute", "scratch"],
-                ["choices", "masks", "selected_layers", "select_seconds"],
+                ["choices", "masks", "selected_layers", "select_measured"],
                 name="select_weights",
             ),
         ],
