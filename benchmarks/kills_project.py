@@ -17,6 +17,7 @@ from typing import Any
 
 import yaml
 
+from hwpq_pipeline.measuring import COSTS
 from tests.tiny import tiny_checkpoint, tiny_config, tiny_documents
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -50,12 +51,17 @@ SHARED = ("fetch", "calibrate", "reference")
 OF_A_VARIANT = ("select", "compress", "export", "evaluate", "prompts")
 _OUTPUTS = {
     "fetch": ("01_raw", "02_intermediate/documents.parquet"),
-    "calibrate": ("02_intermediate/calibration.parquet", "03_primary/statistics", "03_primary/calibrate_seconds.json"),
-    "reference": ("02_intermediate/evaluation.parquet", "03_primary/reference"),
+    "calibrate": ("02_intermediate/calibration.parquet", "03_primary/statistics", "03_primary/calibrate_measured.json"),
+    "reference": ("02_intermediate/evaluation.parquet", "03_primary/reference", "03_primary/reference_measured.json"),
     "recipes": ("04_recipes",),
     "select": ("05_selection/{}",),
     "compress": ("06_models/{}",),
-    "export": ("07_export/{}", "07_export/{}.formats", "07_export/{}.seconds.json"),
+    "export": (
+        "07_export/{}",
+        "07_export/{}.formats",
+        "07_export/{}.formats.measured.json",
+        "07_export/{}.measured.json",
+    ),
     "evaluate": ("08_reporting/{}",),
     "prompts": ("08_prompts/{}.json",),
     "report": ("09_comparison",),
@@ -63,7 +69,7 @@ _OUTPUTS = {
 }
 #: Their bytes hold seconds. Of `metrics.json` all but the seconds is compared.
 _TIMED = (
-    "seconds.json", "metrics.json.crc32", "comparison.csv", "comparison.csv.crc32", "index.html", "index.html.crc32",
+    "measured.json", "metrics.json.crc32", "comparison.csv", "comparison.csv.crc32", "index.html", "index.html.crc32",
     "pareto.png",
 )  # fmt: skip
 
@@ -168,7 +174,7 @@ def _content(file: Path) -> bytes:
     if file.name != "metrics.json":
         return file.read_bytes()
     figures = json.loads(file.read_text())
-    return json.dumps({name: value for name, value in figures.items() if name != "seconds"}).encode()
+    return json.dumps({name: value for name, value in figures.items() if name not in COSTS}).encode()
 
 
 def left_over(project: Path) -> list[str]:

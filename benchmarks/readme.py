@@ -43,7 +43,8 @@ from benchmarks.peers.contest import seconds
 from benchmarks.peers.jobs import TASKS
 from benchmarks.runtime import render as runtime_table
 from benchmarks.serving import render as serving_table
-from hwpq_pipeline.figures import FIGURES, TIMES, cells, values
+from hwpq_pipeline.figures import FIGURES, cells, values
+from hwpq_pipeline.measuring import SECONDS
 
 ROOT = Path(__file__).resolve().parents[1]
 BEGIN, END = "<!-- {}: made by `python -m benchmarks.readme` -->", "<!-- end of {} -->"
@@ -71,7 +72,7 @@ def results() -> str:
     rows = [[f"`{name}`", *cells(values(metrics(name), where=name))] for name in variants]
     lines = [f"| {' | '.join(cell)} |" for cell in (heads, ["---"] * len(heads), *rows)]
     calibration, evaluation = parameters["calibration"], parameters["evaluation"]
-    calibrated = metrics(next(iter(variants)))[TIMES]["calibrate"]
+    calibrated = metrics(next(iter(variants)))[SECONDS]["calibrate"]
     lines += [
         "",
         (

@@ -33,7 +33,7 @@ from hwpq_pipeline.checkpoints.digest import sha256_directory
 
 MODEL, BLOCKS, SAMPLES, LENGTH, BATCH = "0.5B", 8, 16, 512, 2
 STAGES = {"calibrate": "03_primary/statistics", "compress": f"06_models/{NAME}/model"}
-SECONDS = {"calibrate": "03_primary/calibrate_seconds.json", "compress": f"06_models/{NAME}/seconds.json"}
+MEASURED = {"calibrate": "03_primary/calibrate_measured.json", "compress": f"06_models/{NAME}/measured.json"}
 ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS"), "1")
 
 
@@ -84,8 +84,8 @@ def run(project: Path, stage: str, execution: dict[str, Any]) -> dict[str, Any]:
     done = subprocess.run(command, cwd=project, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"{stage}: {done.stdout[-1500:]}{done.stderr[-1500:]}")
-    noted = json.loads((project / "data" / SECONDS[stage]).read_text())
-    return {"seconds": next(iter(noted.values())), "digest": sha256_directory(output)}
+    noted = json.loads((project / "data" / MEASURED[stage]).read_text())
+    return {"seconds": noted[stage]["seconds"], "digest": sha256_directory(output)}
 
 
 def with_workers(project: Path, stage: str, workers: int, kill_after: float | None = None) -> dict[str, Any]:

@@ -20,7 +20,8 @@ PACKAGE = "hwpq_pipeline"
 RECIPES = {"hwpq_pipeline.method.presets", "hwpq_pipeline.method.recipe", "hwpq_pipeline.method.sections"}
 NO_DEPENDENCY = {
     "hwpq_pipeline", "hwpq_pipeline.errors", "hwpq_pipeline.parameters", "hwpq_pipeline.variant",
-    "hwpq_pipeline.pipelines", "hwpq_pipeline.pipelines.variants", "hwpq_pipeline.progress", *RECIPES,
+    "hwpq_pipeline.measuring", "hwpq_pipeline.pipelines", "hwpq_pipeline.pipelines.variants", "hwpq_pipeline.progress",
+    *RECIPES,
 }  # fmt: skip
 CHECKED = ("hwpq_pipeline.parameters", "hwpq_pipeline.variant")
 RECIPES_DEPEND_ON = {*CHECKED, *RECIPES}

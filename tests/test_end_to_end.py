@@ -16,6 +16,7 @@ import yaml
 from mlflow import MlflowClient
 
 from hwpq_pipeline.checkpoints.digest import sha256_directory
+from hwpq_pipeline.measuring import COSTS, DISK, MEMORY, SECONDS
 from tests.conftest import ROOT, copy_project, run_in
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
@@ -25,7 +26,7 @@ KEYS = {
     "perplexity", "perplexity_ratio", "kl_divergence", "top1_agreement", "coverage", "sparsity", "size_bytes",
     "compression_ratio", "seconds",
 }  # fmt: skip
-STAGES = {"calibrate", "select", "compress", "export", "evaluate"}
+STAGES = {"fetch", "calibrate", "reference", "select", "compress", "export", "evaluate"}
 
 
 def new_project(folder: Path) -> Path:
@@ -73,7 +74,8 @@ def kedro_project(tmp_path_factory) -> Path:
 def test_reports_are_whole(kedro_project, variant):
     figures = metrics(kedro_project, variant)
     assert set(figures) >= KEYS
-    assert set(figures["seconds"]) == STAGES
+    for cost in (SECONDS, MEMORY, DISK):
+        assert set(figures[cost]) == STAGES | ({"formats"} if variant == "2of4-fp8" else set())
     charts = kedro_project / "data" / "09_comparison" / "charts" / variant
     for name in ("error_by_layer.png", "sparsity_by_layer.png"):
         assert (charts / name).read_bytes().startswith(b"\x89PNG")
@@ -183,7 +185,7 @@ def dvc_project(tmp_path_factory) -> Path:
 def test_repro_gives_what_kedro_run_gives(kedro_project, dvc_project):
     for variant in VARIANTS:
         one, other = (
-            {key: value for key, value in metrics(project, variant).items() if key != "seconds"}
+            {key: value for key, value in metrics(project, variant).items() if key not in COSTS}
             for project in (kedro_project, dvc_project)
         )
         assert one == other

@@ -18,11 +18,10 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from hwpq_pipeline.errors import HwpqError
+from hwpq_pipeline.measuring import SECONDS
 
-#: The seconds of each stage in `metrics.json`. They stand beside the figures and are no part of a run's content.
-TIMES = "seconds"
-#: Stages that a variant does not need to be made.
-_AFTERWARDS = {"evaluate"}
+#: The stages that make a variant of the dense model; the others bring the model, or judge the variant.
+_MAKING = {"calibrate", "select", "compress", "export"}
 
 
 @dataclass(frozen=True)
@@ -209,7 +208,7 @@ def values(metrics: Mapping[str, Any] | None, *, where: str) -> dict[str, float]
         HwpqError: a figure is missing, or is no number. NaN is one: people see it, and it keeps no limit.
     """
     known = dict(metrics) if isinstance(metrics, Mapping) else {}
-    times = known.get(TIMES)
+    times = known.get(SECONDS)
     if isinstance(times, Mapping) and times and all(map(_is_number, times.values())):
         known[TIME.name] = making_seconds(known)
     if missing := [figure.name for figure in FIGURES if not _is_number(known.get(figure.name))]:
@@ -228,4 +227,4 @@ def cells(figures: Mapping[str, Any]) -> list[str]:
 
 def making_seconds(metrics: Mapping[str, Any]) -> float:
     """Seconds from the dense model to the export: calibrate, select, compress, export."""
-    return float(sum(value for stage, value in metrics[TIMES].items() if stage not in _AFTERWARDS))
+    return float(sum(value for stage, value in metrics[SECONDS].items() if stage in _MAKING))

@@ -9,7 +9,7 @@ import pytest
 from tests.small import configure, error_lines, kedro, ok
 
 #: What holds seconds, or the name of a run.
-TIMED = ("seconds.json", "metrics.json", ".crc32")
+TIMED = ("measured.json", "metrics.json", ".crc32")
 
 
 def outputs(project: Path) -> dict[str, bytes]:

@@ -12,12 +12,17 @@ from tests.small import EWMA, error_lines, kedro
 #: Each stage that writes into `data/`, and where (`*` is the variant's name).
 OUTPUTS = {
     "fetch": ("01_raw", "02_intermediate/documents.parquet"),
-    "calibrate": ("02_intermediate/calibration.parquet", "03_primary/statistics", "03_primary/calibrate_seconds.json"),
-    "reference": ("02_intermediate/evaluation.parquet", "03_primary/reference"),
+    "calibrate": ("02_intermediate/calibration.parquet", "03_primary/statistics", "03_primary/calibrate_measured.json"),
+    "reference": ("02_intermediate/evaluation.parquet", "03_primary/reference", "03_primary/reference_measured.json"),
     "recipes": (f"04_recipes/{EWMA}.json",),
     "select": (f"05_selection/{EWMA}",),
     "compress": (f"06_models/{EWMA}",),
-    "export": (f"07_export/{EWMA}", f"07_export/{EWMA}.formats", f"07_export/{EWMA}.seconds.json"),
+    "export": (
+        f"07_export/{EWMA}",
+        f"07_export/{EWMA}.formats",
+        f"07_export/{EWMA}.formats.measured.json",
+        f"07_export/{EWMA}.measured.json",
+    ),
     "evaluate": (f"08_reporting/{EWMA}",),
     "prompts": (f"08_prompts/{EWMA}.json",),
     "report": ("09_comparison",),
@@ -56,7 +61,7 @@ def tree(folder: Path) -> dict[str, str]:
 
 def without_seconds(files: dict[str, str]) -> dict[str, str]:
     """The files that are the same after every run: those that hold seconds are not."""
-    timed = ("seconds.json", "seconds.json.crc32", "metrics.json", "metrics.json.crc32")
+    timed = ("measured.json", "measured.json.crc32", "metrics.json", "metrics.json.crc32")
     drawn = ("comparison.csv", "comparison.csv.crc32", "index.html", "index.html.crc32", "pareto.png")
     return {name: digest for name, digest in files.items() if not name.endswith(timed + drawn)}
 

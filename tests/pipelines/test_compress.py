@@ -37,23 +37,25 @@ def run(places, scratch, compute=CPU, **sections):
     samples = pd.DataFrame({"tokens": list(TOKENS)})
     choices, masks, selected, _ = select_weights(model, statistics, samples, "v", variant, compute, scratch)
     recipe = settled_recipe(variant, choices)
-    built, compressed, seconds = compress_weights(model, statistics, samples, masks, "v", recipe, compute, scratch)
+    built, compressed, measured = compress_weights(model, statistics, samples, masks, "v", recipe, compute, scratch)
     tensors: dict[str, torch.Tensor] = {}
     for file in built.glob("*.safetensors"):
         tensors |= read_tensors(file)
-    return built, tensors, selected, compressed, seconds
+    return built, tensors, selected, compressed, measured
 
 
 @pytest.mark.parametrize("preset", ["fixed_mask", "fast", "balanced", "admm", "quality"])
 @pytest.mark.parametrize("structure", STRUCTURES)
 def test_recovery_betters_every_layer_and_keeps_the_structure(places, tmp_path, structure, preset):
-    built, tensors, selected, table, seconds = run(
+    built, tensors, selected, table, measured = run(
         places, tmp_path, selection=STRUCTURES[structure], recovery={"preset": preset}
     )
     assert (table["error_recovered"] < table["error_pruned"]).all()
     assert table["error_quantized"].isna().all()
     assert len(tensors) == len(table) == len(selected) == 14
-    assert set(seconds) == {"compress"}
+    assert set(measured) == {"compress"}
+    written = sum(file.stat().st_size for file in built.iterdir())
+    assert measured["compress"]["disk_bytes"] == written > sum(weight.nbytes for weight in tensors.values())
     for name, weight in tensors.items():
         assert name.endswith(".weight")
         if structure == "2of4":

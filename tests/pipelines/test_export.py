@@ -31,7 +31,8 @@ def sources(tmp_path: Path) -> tuple[Path, Path, Path]:
 
 def test_every_format_is_there_with_its_card(sources: tuple[Path, Path, Path], tmp_path: Path) -> None:
     wanted = Export(formats=tuple(further_formats()))
-    made = export_formats(*sources, "v", "d", CALIBRATION, wanted, tmp_path / "scratch")
+    made, measured = export_formats(*sources, "v", "d", CALIBRATION, wanted, tmp_path / "scratch")
+    assert set(measured) == {"formats"}
     assert {path.name for path in made.iterdir()} == set(further_formats())
     for folder in made.iterdir():
         card = (folder / "README.md").read_text()
@@ -47,7 +48,7 @@ def test_a_format_that_the_variant_cannot_have_is_left_out_and_said(
     file.write_text(file.read_text().replace('"2of4"', '"dense"'))
     wanted = Export(formats=("semi-structured", "gguf"))
     with caplog.at_level(logging.INFO):
-        made = export_formats(*sources, "v", "d", CALIBRATION, wanted, tmp_path / "scratch")
+        made, _ = export_formats(*sources, "v", "d", CALIBRATION, wanted, tmp_path / "scratch")
     assert [path.name for path in made.iterdir()] == ["gguf"]
     assert "no semi-structured export of v: semi-structured holds structure 2of4, not dense" in caplog.text
 
@@ -55,7 +56,10 @@ def test_a_format_that_the_variant_cannot_have_is_left_out_and_said(
 def test_without_formats_there_is_an_empty_directory_and_the_export_is_as_before(
     sources: tuple[Path, Path, Path], tmp_path: Path
 ) -> None:
-    assert not list(export_formats(*sources, "v", "d", CALIBRATION, Export(), tmp_path / "scratch").iterdir())
-    export, seconds = export_variant(*sources, "v", "d", CALIBRATION, tmp_path / "scratch")
+    made, nothing = export_formats(*sources, "v", "d", CALIBRATION, Export(), tmp_path / "scratch")
+    assert not list(made.iterdir())
+    assert nothing == {}
+    export, measured = export_variant(*sources, "v", "d", CALIBRATION, tmp_path / "scratch")
     assert "Zeros are stored like other weights" in (export / "README.md").read_text()
-    assert set(seconds) == {"export"}
+    assert set(measured) == {"export"}
+    assert measured["export"]["disk_bytes"] == sum(file.stat().st_size for file in export.iterdir())

@@ -42,7 +42,12 @@ def record(tmp_path) -> Record:
     return Record(
         variant="fp8",
         parameters={"variant": {"quantization": {"grid": "fp8_e4m3", "group_size": None}}},
-        metrics={"perplexity": 23.5, "top1_agreement": 0.9, "seconds": {"compress": 1.5}},
+        metrics={
+            "perplexity": 23.5,
+            "top1_agreement": 0.9,
+            "seconds": {"compress": 1.5},
+            "peak_rss_bytes": {"export": 7},
+        },
         digests={"model": "abc", "export": "def"},
         files=(plot,),
         series={"error_quantized/q_proj": [(0, 0.25), (1, 0.5)]},
@@ -71,6 +76,7 @@ def test_a_run_holds_everything(record, uri):
     assert run.data.params == {"variant.quantization.grid": "fp8_e4m3"}
     assert run.data.metrics == {
         "perplexity": 23.5, "top1_agreement": 0.9, "seconds/compress": 1.5, "seconds_to_make": 1.5,
+        "peak_rss_bytes/export": 7,
         "error_quantized/q_proj": 0.5,
     }  # fmt: skip
     history = MlflowClient(uri).get_metric_history(run_id, "error_quantized/q_proj")
@@ -87,9 +93,10 @@ def test_a_run_holds_everything(record, uri):
     assert names == {"plot.png", "layers.csv"}
 
 
-def test_logging_again_adds_none_even_when_it_took_another_time(record, uri):
+def test_logging_again_adds_none_even_when_it_took_another_time_and_memory(record, uri):
     first, _ = log(record, uri)
-    slower = replace(record, metrics={**record.metrics, "seconds": {"compress": 99.0}})
+    other = {"seconds": {"compress": 99.0}, "peak_rss_bytes": {"export": 8}, "disk_bytes": {"export": 9}}
+    slower = replace(record, metrics={**record.metrics, **other})
     assert log(slower, uri) == (first, False)
     assert len(runs(uri)) == 1
 

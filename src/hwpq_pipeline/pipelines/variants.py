@@ -11,7 +11,7 @@ from kedro.pipeline import Node, Pipeline
 #: Datasets that all variants read, hence without a namespace.
 SHARED = {
     "model", "corpus", "sources", "documents", "calibration", "evaluation", "statistics", "reference", "scratch",
-    "calibrate_seconds", "work",
+    "fetch_measured", "calibrate_measured", "reference_measured", "work",
 }  # fmt: skip
 
 

@@ -11,7 +11,8 @@ from collections.abc import Mapping
 from pathlib import PurePosixPath
 from typing import Any
 
-from hwpq_pipeline.figures import FIGURES, TIME, TIMES, Figure, making_seconds
+from hwpq_pipeline.figures import FIGURES, TIME, Figure, making_seconds
+from hwpq_pipeline.measuring import SECONDS
 
 HEADS = ("variant", "figure", "before", "now", "")
 
@@ -40,9 +41,9 @@ def changes_table(differences: Mapping[str, Mapping[str, Mapping[str, Any]]]) ->
 def _metrics(found: Mapping[str, Mapping[str, Any]], side: str) -> dict[str, Any]:
     """One side's metrics by name, with the seconds that making took."""
     metrics = {name: pair[side] for name, pair in found.items() if pair.get(side) is not None}
-    prefix = f"{TIMES}."
+    prefix = f"{SECONDS}."
     times = {name.removeprefix(prefix): value for name, value in metrics.items() if name.startswith(prefix)}
-    return {**metrics, **({TIME.name: making_seconds({TIMES: times})} if times else {})}
+    return {**metrics, **({TIME.name: making_seconds({SECONDS: times})} if times else {})}
 
 
 def _shown(figure: Figure, metrics: Mapping[str, Any]) -> str:

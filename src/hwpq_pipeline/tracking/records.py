@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hwpq_pipeline.figures import TIME, TIMES, making_seconds
+from hwpq_pipeline.figures import TIME, making_seconds
+from hwpq_pipeline.measuring import COSTS, SECONDS
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class Record:
     Attributes:
         variant: its name.
         parameters: nested mapping of plain values; logged flat, `selection.metric`.
-        metrics: figures, and under `seconds` a mapping of seconds by stage.
+        metrics: figures, and by stage what it took, under the names in `measuring.COSTS`.
         digests: sha256 by name: `model`, `corpus`, `export`, `evaluation`; logged as tags.
         series: figures with a value a step, (step, value) by name: layers of one kind, by block.
         datasets: what it was made from and judged on.
@@ -61,23 +62,23 @@ class Record:
 
     @property
     def key(self) -> str:
-        """Digest of the content without the seconds."""
+        """Digest of the content, without what the stages took."""
         content = {
             "variant": self.variant,
             "parameters": flat(self.parameters),
             "digests": dict(self.digests),
-            "metrics": {name: value for name, value in self.metrics.items() if name != TIMES},
+            "metrics": {name: value for name, value in self.metrics.items() if name not in COSTS},
         }
         return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
 
     @property
     def figures(self) -> dict[str, float]:
-        """All single numbers by name: the figures with `seconds_to_make`, and each stage's `seconds/<stage>`."""
+        """All single numbers by name: figures, `seconds_to_make`, and each stage's `seconds/<stage>` and so on."""
         single = {name: float(value) for name, value in self.metrics.items() if _is_number(value)}
-        stages = {stage: float(value) for stage, value in self.metrics.get(TIMES, {}).items()}
         # MLflow makes a section of charts from what stands before the slash.
-        single |= {f"{TIMES}/{stage}": value for stage, value in stages.items()}
-        return single | ({TIME.name: making_seconds(self.metrics)} if stages else {})
+        for cost in COSTS:
+            single |= {f"{cost}/{stage}": float(value) for stage, value in self.metrics.get(cost, {}).items()}
+        return single | ({TIME.name: making_seconds(self.metrics)} if self.metrics.get(SECONDS) else {})
 
 
 def flat(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from hwpq_pipeline.calibration.statistics import collect_statistics
 from hwpq_pipeline.corpus.samples import draw_samples, token_matrix
 from hwpq_pipeline.execution.engines import current
 from hwpq_pipeline.kernels.devices import choose_device
+from hwpq_pipeline.measuring import Measured, Measuring
 from hwpq_pipeline.parameters import Calibration, Compute
 from hwpq_pipeline.progress import progress_bar
 from hwpq_pipeline.work.content import tokens_digest, work_key
@@ -36,9 +36,9 @@ def collect(
     calibration: Calibration,
     compute: Compute,
     work: Path,
-) -> tuple[Path, dict[str, float]]:
-    """Gram matrices (or their diagonals alone) of every distinct linear input, and the seconds it took."""
-    begun = time.perf_counter()
+) -> tuple[Path, Measured]:
+    """Gram matrices (or their diagonals alone) of every distinct linear input, and what that took."""
+    measuring = Measuring("calibrate")
     tokens, device = token_matrix(samples), choose_device(compute.device, tf32=compute.tf32, where="calibrate")
     settings: dict[str, Any] = calibration.model_dump(include={"mode", "keep", "dtype", "batch"})
     settings["every_expert"] = calibration.all_experts
@@ -61,4 +61,4 @@ def collect(
             progress=progress,
             work=folder,
         )
-    return target, {"calibrate": time.perf_counter() - begun}
+    return target, measuring.end(target)

@@ -19,9 +19,9 @@ def create_pipeline() -> Pipeline:
             node(
                 collect,
                 ["model", "calibration", "params:calibration", "params:compute", "work"],
-                ["statistics", "calibrate_seconds"],
+                ["statistics", "calibrate_measured"],
                 name="collect_statistics",
             ),
-            forgetting("calibrate", ["statistics", "calibrate_seconds"]),
+            forgetting("calibrate", ["statistics", "calibrate_measured"]),
         ]
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from hwpq_pipeline.corpus.samples import draw_samples, token_matrix
 from hwpq_pipeline.errors import HwpqError
 from hwpq_pipeline.kernels.devices import choose_device
 from hwpq_pipeline.layer_columns import COMPRESSED
+from hwpq_pipeline.measuring import Measured, Measuring, together
 from hwpq_pipeline.method.executor import of_run
 from hwpq_pipeline.method.groups import open_groups
 from hwpq_pipeline.method.healed import samples_needed, write_healed
@@ -41,12 +41,12 @@ def compress_weights(
     recipe: Recipe,
     compute: Compute,
     work: Path,
-) -> tuple[Path, pd.DataFrame, dict[str, float]]:
+) -> tuple[Path, pd.DataFrame, Measured]:
     """Prune, recover and round, each group written as soon as it is done.
 
-    Returns the directory, the layer table and the seconds it took.
+    Returns the directory, the layer table and what it took.
     """
-    begun = time.perf_counter()
+    measuring = Measuring("compress")
     groups = open_groups(model, statistics, choose_device(compute.device, tf32=compute.tf32, where="compress"))
     tokens = token_matrix(samples)
     key = work_key(
@@ -61,7 +61,7 @@ def compress_weights(
     compress_model(groups, Masks(masks), recipe, parts=parts, tokens=tokens, executor=of_run())
     target = result_folder(folder)
     facts = gather_model(groups, recipe, parts, target, name=name)
-    return target, layer_table(groups.layers, facts, COMPRESSED), {"compress": time.perf_counter() - begun}
+    return target, layer_table(groups.layers, facts, COMPRESSED), measuring.end(target)
 
 
 def draw_healing(
@@ -89,25 +89,26 @@ def draw_healing(
 
 def heal_weights(
     compressed: Path,
-    seconds: dict[str, float],
+    measured: Measured,
     model: Path,
     tokens: np.ndarray[Any, np.dtype[np.int64]],
     variant: Variant,
     compute: Compute,
     name: str,
     work: Path,
-) -> tuple[Path, dict[str, float]]:
+) -> tuple[Path, Measured]:
     """Teach the compressed model to answer as the dense one; without `healing` it passes as it is.
 
-    Returns the directory and the seconds that both took.
+    Returns the directory and what both took.
     """
-    begun = time.perf_counter()
+    measuring = Measuring("compress")
     recipe = Recipe.from_variant(variant.model_dump())
     if recipe.healing is None:
-        return compressed, seconds
+        return compressed, measured
     states = work / f"heal.{name}"
     states.mkdir(exist_ok=True)
     target = result_folder(states)
     device = choose_device(compute.device, tf32=compute.tf32, where="compress")
     write_healed(model, compressed, recipe, target, tokens=tokens, states=states, device=device)
-    return target, {"compress": seconds["compress"] + time.perf_counter() - begun}
+    healed = measuring.end(target)
+    return target, {stage: together(part, healed[stage]) for stage, part in measured.items()}

@@ -20,7 +20,7 @@ def create_pipeline(names: Iterable[str]) -> Pipeline:
             node(
                 compress_weights,
                 ["model", "statistics", "calibration", "masks", "name", "settled", "params:compute", "work"],
-                ["layerwise", "compressed_layers", "layerwise_seconds"],
+                ["layerwise", "compressed_layers", "layerwise_measured"],
                 name="compress_weights",
             ),
             node(
@@ -33,7 +33,7 @@ def create_pipeline(names: Iterable[str]) -> Pipeline:
                 heal_weights,
                 [
                     "layerwise",
-                    "layerwise_seconds",
+                    "layerwise_measured",
                     "model",
                     "healing_tokens",
                     "params:variant",
@@ -41,10 +41,10 @@ def create_pipeline(names: Iterable[str]) -> Pipeline:
                     "name",
                     "work",
                 ],
-                ["compressed", "compress_seconds"],
+                ["compressed", "compress_measured"],
                 name="heal_weights",
             ),
-            forgetting_of_variant("compress", ["compressed", "compressed_layers", "compress_seconds"], "heal"),
+            forgetting_of_variant("compress", ["compressed", "compressed_layers", "compress_measured"], "heal"),
         ],
         names,
     )

@@ -10,6 +10,7 @@ import pandas as pd
 from hwpq_pipeline.corpus.samples import token_matrix
 from hwpq_pipeline.evaluation.quality import evaluate_export, load_reference
 from hwpq_pipeline.evaluation.size import measure_size
+from hwpq_pipeline.measuring import Measured, Measuring, tables
 from hwpq_pipeline.parameters import Evaluation
 from hwpq_pipeline.progress import progress_bar
 from hwpq_pipeline.work.content import tokens_digest, work_key
@@ -24,11 +25,12 @@ def evaluate(
     evaluation: Evaluation,
     name: str,
     work: Path,
-) -> tuple[dict[str, Any], dict[str, float]]:
-    """Load the export as a user would; its figures beside the dense model's, and the seconds it took.
+) -> tuple[dict[str, Any], Measured]:
+    """Load the export as a user would; its figures beside the dense model's, and what it took.
 
     `model_sparsity` stands beside the figures, and `left_dense` where a part of the blocks was not compressed.
     """
+    measuring = Measuring("evaluate")
     tokens, how = token_matrix(samples), evaluation.model_dump(include={"batch", "dtype"})
     inputs = {"export": export, "model": model, "reference": reference}
     folder = open_work(work, f"evaluate.{name}", work_key(inputs, tokens=tokens_digest(tokens), **how))
@@ -45,13 +47,12 @@ def evaluate(
     figures: dict[str, Any] = {**quality.figures(), **size.figures(), **told}
     if size.left_dense:
         figures["left_dense"] = size.left_dense
-    return figures, {"evaluate": quality.seconds}
+    return figures, measuring.end()
 
 
 def report(
-    figures: dict[str, Any], selected: pd.DataFrame, compressed: pd.DataFrame, *seconds: dict[str, float]
+    figures: dict[str, Any], selected: pd.DataFrame, compressed: pd.DataFrame, *measured: Measured
 ) -> tuple[dict[str, Any], pd.DataFrame]:
-    """Put together what is known about a variant: its figures with the seconds of each stage, and its layers."""
-    by_stage = {stage: value for part in seconds for stage, value in part.items()}
+    """Put together what is known about a variant: its figures with what each stage took, and its layers."""
     identity = [column for column in compressed.columns if column in selected.columns]
-    return {**figures, "seconds": by_stage}, selected.merge(compressed, on=identity, validate="one_to_one")
+    return {**figures, **tables(measured)}, selected.merge(compressed, on=identity, validate="one_to_one")

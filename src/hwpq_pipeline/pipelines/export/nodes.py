@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from hwpq_pipeline.checkpoints.json_file import read_json
 from hwpq_pipeline.export.card import CardInfo
 from hwpq_pipeline.export.compressed_tensors import export_checkpoint
 from hwpq_pipeline.export.formats import further_formats
+from hwpq_pipeline.measuring import Measured, Measuring
 from hwpq_pipeline.method.recipe import Recipe
 from hwpq_pipeline.parameters import Calibration, Export
 
@@ -24,12 +24,12 @@ def export_variant(
     description: str,
     calibration: Calibration,
     scratch: Path,
-) -> tuple[Path, dict[str, float]]:
-    """The checkpoint with its model card, and the seconds it took."""
-    begun = time.perf_counter()
+) -> tuple[Path, Measured]:
+    """The checkpoint with its model card, and what that took."""
+    measuring = Measuring("export")
     card = _card(model, corpus, compressed, name, description, calibration)
     target = export_checkpoint(model, compressed, scratch / "export", card=card)
-    return target, {"export": time.perf_counter() - begun}
+    return target, measuring.end(target)
 
 
 def export_formats(
@@ -41,8 +41,12 @@ def export_formats(
     calibration: Calibration,
     export: Export,
     scratch: Path,
-) -> Path:
-    """A directory with a directory for each further format that can hold the variant, each with its model card."""
+) -> tuple[Path, Measured]:
+    """A directory with a directory for each further format that can hold the variant, each with its model card.
+
+    With it what that took; nothing where there is none.
+    """
+    measuring = Measuring("formats")
     target = scratch / "formats"
     target.mkdir()
     card = _card(model, corpus, compressed, name, description, calibration)
@@ -53,7 +57,7 @@ def export_formats(
             continue
         command = f"# with export.formats: [{word}] in conf/base/parameters.yml\n{card.command}"
         known[word].write(model, compressed, target / word, card=replace(card, command=command))
-    return target
+    return target, measuring.end(target) if any(target.iterdir()) else {}
 
 
 def _card(

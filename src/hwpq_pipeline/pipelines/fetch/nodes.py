@@ -14,14 +14,17 @@ from hwpq_pipeline.checkpoints.sources import fetch_model as fetch_model_into
 from hwpq_pipeline.corpus.chat import as_text
 from hwpq_pipeline.corpus.documents import CorpusSource, read_corpus
 from hwpq_pipeline.corpus.documents import fetch_corpus as fetch_corpus_into
+from hwpq_pipeline.measuring import Measured, Measuring
 from hwpq_pipeline.parameters import Corpus, Model
 from hwpq_pipeline.progress import progress_bar
 
 
-def fetch_model(model: Model, downloads: Path, scratch: Path) -> Path:
-    """Write the dense model as a Hugging Face checkpoint in `scratch`."""
+def fetch_model(model: Model, downloads: Path, scratch: Path) -> tuple[Path, Measured]:
+    """Write the dense model as a Hugging Face checkpoint in `scratch`; the checkpoint, and what that took."""
+    measuring = Measuring("fetch")
     source = ModelSource(**model.model_dump(exclude={"dtype"}))
-    return fetch_model_into(source, scratch / "model", downloads, dtype=model.dtype)
+    target = fetch_model_into(source, scratch / "model", downloads, dtype=model.dtype)
+    return target, measuring.end(target)
 
 
 def fetch_corpus(corpus: Corpus, downloads: Path, scratch: Path) -> Path:

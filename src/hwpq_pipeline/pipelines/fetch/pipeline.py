@@ -11,7 +11,9 @@ def create_pipeline() -> Pipeline:
     """The model, and the corpus with its table."""
     return Pipeline(
         [
-            node(fetch_model, ["params:model", "downloads", "scratch"], "model", name="fetch_model"),
+            node(
+                fetch_model, ["params:model", "downloads", "scratch"], ["model", "fetch_measured"], name="fetch_model"
+            ),
             node(fetch_corpus, ["params:corpus", "downloads", "scratch"], "corpus", name="fetch_corpus"),
             node(read_documents, ["corpus", "model"], "documents", name="read_documents"),
             node(identify, ["model", "corpus"], "sources", name="identify"),

@@ -17,7 +17,12 @@ def create_pipeline() -> Pipeline:
     return Pipeline(
         [
             node(draw_evaluation, ["model", "documents", "params:evaluation"], "evaluation", name="draw_evaluation"),
-            node(refer, ["model", "evaluation", "params:evaluation", "work"], "reference", name="make_reference"),
-            forgetting("reference", ["reference"]),
+            node(
+                refer,
+                ["model", "evaluation", "params:evaluation", "work"],
+                ["reference", "reference_measured"],
+                name="make_reference",
+            ),
+            forgetting("reference", ["reference", "reference_measured"]),
         ]
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 
 import pandas as pd
@@ -11,6 +10,7 @@ from hwpq_pipeline.checkpoints.parts import Parts, kept_json
 from hwpq_pipeline.corpus.samples import token_matrix
 from hwpq_pipeline.kernels.devices import choose_device
 from hwpq_pipeline.layer_columns import SELECTED
+from hwpq_pipeline.measuring import Measured, Measuring
 from hwpq_pipeline.method.allocation import choose_layers
 from hwpq_pipeline.method.executor import of_run
 from hwpq_pipeline.method.groups import open_groups
@@ -31,12 +31,12 @@ def select_weights(
     variant: Variant,
     compute: Compute,
     work: Path,
-) -> tuple[dict[str, str], Path, pd.DataFrame, dict[str, float]]:
+) -> tuple[dict[str, str], Path, pd.DataFrame, Measured]:
     """Share out the variant's budget, if it has one; then score and select layer by layer.
 
-    Returns each layer's choice, the directory of keep-masks, the layer table and the seconds it took.
+    Returns each layer's choice, the directory of keep-masks, the layer table and what it took.
     """
-    begun = time.perf_counter()
+    measuring = Measuring("select")
     groups = open_groups(model, statistics, choose_device(compute.device, tf32=compute.tf32, where="select"))
     recipe, tokens = Recipe.from_variant(variant.model_dump()), token_matrix(samples)
     key = work_key(
@@ -53,4 +53,4 @@ def select_weights(
     select_model(groups, recipe, parts=parts, executor=of_run())
     target = result_folder(folder)
     facts = gather_masks(groups, recipe, parts, target)
-    return choices, target, layer_table(groups.layers, facts, SELECTED), {"select": time.perf_counter() - begun}
+    return choices, target, layer_table(groups.layers, facts, SELECTED), measuring.end(target)

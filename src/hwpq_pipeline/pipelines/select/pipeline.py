@@ -19,10 +19,10 @@ def create_pipeline(names: Iterable[str]) -> Pipeline:
             node(
                 select_weights,
                 ["model", "statistics", "calibration", "name", "params:variant", "params:compute", "work"],
-                ["choices", "masks", "selected_layers", "select_seconds"],
+                ["choices", "masks", "selected_layers", "select_measured"],
                 name="select_weights",
             ),
-            forgetting_of_variant("select", ["masks", "selected_layers", "select_seconds"]),
+            forgetting_of_variant("select", ["masks", "selected_layers", "select_measured"]),
         ],
         names,
     )
