@@ -26,6 +26,7 @@ class ExecutionHooks:
     @hook_impl
     def before_pipeline_run(self) -> None:
         """Kedro calls it when it knows what runs."""
+        self._opened.close()  # of an earlier run of this process that ended before Kedro could tell
         self._opened.enter_context(opened(**Execution.model_validate(self._execution).model_dump()))
 
     @hook_impl

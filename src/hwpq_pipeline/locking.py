@@ -32,6 +32,7 @@ class LockHooks:
         Raises:
             HwpqError: another run is making one of the outputs.
         """
+        self._held.close()  # of an earlier run of this process that ended before Kedro could tell
         work = catalog.get("work")
         if not isinstance(work, CacheDataset):  # a catalog of parts of the project
             return
