@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
 from hwpq_pipeline.checkpoints.layers import Layer, LayerMap, layer_map, meta_model
 from hwpq_pipeline.checkpoints.reader import Checkpoint
 from hwpq_pipeline.errors import HwpqError
+from hwpq_pipeline.method.groups import LARGE
+
+#: An expert that is a tensor of its own; the others are parts of a stack.
+_EXPERT = re.compile(r"experts\.\d+")
 
 
 @dataclass(frozen=True)
@@ -21,6 +28,7 @@ class Shapes:
         tables: rows and columns of the embedding, and of the head if it is not tied to it.
         head: parameters of the product that gives the logits.
         item: bytes of a number that is not rounded.
+        side_bytes: of the files beside the weights (tokenizer, config), which every export copies.
     """
 
     layers: tuple[Layer, ...]
@@ -28,6 +36,7 @@ class Shapes:
     head: int
     tables: tuple[tuple[int, int], ...] = ()
     item: int = 2
+    side_bytes: int = 0
 
     @property
     def weights(self) -> int:
@@ -48,17 +57,69 @@ class Shapes:
         return max(blocks.values(), default=0)
 
     @property
+    def blocks(self) -> int:
+        """Decoder blocks."""
+        return len({layer.block for layer in self.layers})
+
+    @property
+    def stream(self) -> int:
+        """Width of the residual stream, as `method.sequential` finds it."""
+        return max(min(layer.shape) for layer in self.layers)
+
+    @property
+    def widest(self) -> int:
+        """Width of the widest activation."""
+        return max(max(layer.shape) for layer in self.layers)
+
+    @property
+    def table(self) -> int:
+        """Entries of the embedding."""
+        return prod(self.tables[0]) if self.tables else 0
+
+    @property
+    def largest(self) -> int:
+        """Weights of the largest compressible layer."""
+        return max(prod(layer.shape) for layer in self.layers)
+
+    @property
+    def group(self) -> int:
+        """Weights of the largest group of layers that are worked on together, of equal inputs and one module."""
+        together: Counter[tuple[int, str, int]] = Counter()
+        for layer in self.layers:
+            together[layer.block, layer.name.rpartition(".")[0], layer.shape[1]] += prod(layer.shape)
+        return max(self.largest, *(weights for weights in together.values() if 4 * weights <= LARGE), 0)
+
+    @property
     def inputs(self) -> int:
-        """Σ in² over distinct inputs, four a block as in today's transformers.
+        """Σ in² over distinct inputs of all blocks."""
+        return sum(self._block_inputs().values())
+
+    @property
+    def block_inputs(self) -> int:
+        """The same of the block where it is largest."""
+        return max(self._block_inputs().values())
+
+    def _block_inputs(self) -> dict[int, int]:
+        """Σ in² over distinct inputs by block: four a block as in today's transformers, and two an expert.
 
         The projections of attention share an input, its output has another, and the two halves of the feed-forward part
         have one each. Shapes cannot tell two inputs of equal width apart, so a block's widest input counts once and its
-        narrowest three times.
+        narrowest three times; twice in a block whose feed-forward part is experts.
         """
-        widths: dict[int, set[int]] = {}
+        widths: dict[tuple[int, str], set[int]] = {}
         for layer in self.layers:
-            widths.setdefault(layer.block, set()).add(layer.shape[1])
-        return sum(max(found) ** 2 + 3 * min(found) ** 2 for found in widths.values())
+            found = _EXPERT.search(layer.name)
+            expert = str(layer.stored.part) if layer.stored.parts > 1 else found[0] if found else ""
+            widths.setdefault((layer.block, expert), set()).add(layer.shape[1])
+        total: dict[int, int] = {}
+        with_experts = {block for block, expert in widths if expert}
+        for (block, expert), several in widths.items():
+            if expert:
+                squares = sum(width**2 for width in several)
+            else:
+                squares = max(several) ** 2 + (1 if block in with_experts else 3) * min(several) ** 2
+            total[block] = total.get(block, 0) + squares
+        return total
 
 
 def read_shapes(model: str | Path) -> Shapes:
@@ -77,6 +138,7 @@ def read_shapes(model: str | Path) -> Shapes:
         head=head.weight.numel() if head is not None else 0,
         tables=tuple(table.shape for table in found.tables),
         item=_item(model),
+        side_bytes=sum(file.stat().st_size for file in Path(model).iterdir() if file.suffix != ".safetensors"),
     )
 
 
