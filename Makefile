@@ -31,7 +31,7 @@ UI_PORT  ?= 5000
 BASE     ?= main
 
 .PHONY: help install run repro ci sweep ui lint check format dvc-dependencies test coverage test-fast test-browser screenshots test-postgres test-sweep test-architectures test-damage \
-	engines test-engines viz pipeline-picture bench-selection bench-selection-quality bench-number-formats bench-healing bench-peers bench-inference bench-runtime bench-serving bench-scale bench-gpu lock clean
+	engines test-engines viz pipeline-picture bench-selection bench-selection-quality bench-number-formats bench-healing bench-peers bench-inference bench-runtime bench-serving bench-scale bench-plan bench-gpu lock clean
 
 help:  ## what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 26
@@ -223,6 +223,9 @@ bench-runtime: $(STAMP) | data/07_export/2of4-int8.formats  ## packed 2:4 in tra
 MODELS ?= 1.1B
 bench-scale: $(STAMP) | data/02_intermediate/documents.parquet  ## seconds and peak memory of each stage on random models (MODELS; ARGS=--blocks 4 for a part): an hour for 1.1B
 	python -m benchmarks.scale --models $(MODELS) $(ARGS)
+
+bench-plan: $(STAMP) | data/02_intermediate/documents.parquet  ## what `hwpq plan` says beside what is measured, four configurations (a quarter of an hour)
+	python -m benchmarks.plan $(ARGS)
 
 bench-serving: $(STAMP) $(ENGINES)/vllm/.installed | data/07_export/2of4-int8.formats  ## packed 2:4 in vLLM beside vLLM's own: decoding, prompts, quality (twenty minutes)
 	python -m benchmarks.serving $(ARGS)
