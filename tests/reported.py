@@ -16,6 +16,8 @@ METRICS: dict[str, Any] = {
     "top1_agreement": 0.48, "coverage": 1.0, "sparsity": 0.5, "size_bytes": 163_227_736, "dense_bytes": 269_060_552,
     "compression_ratio": 1.65, "evaluation_samples": 16, "evaluation_length": 512, "evaluation_predictions": 8176,
     "seconds": {"calibrate": 46.0, "select": 3.0, "compress": 44.0, "export": 1.0, "evaluate": 33.0},
+    "peak_rss_bytes": {"calibrate": 1_234_000_000, "select": 900_000_000, "compress": 2_100_000_000},
+    "disk_bytes": {"calibrate": 402_600_000, "select": 13_300_000, "compress": 112_800_000},
 }  # fmt: skip
 #: The same as people read them; the seconds are 46 + 3 + 44 + 1.
 SHOWN = {

@@ -78,7 +78,8 @@ def test_ci_reruns_one_variant_compares_with_main_and_fails_on_a_gate(small):
     before = metrics_of(small)
     configure(small, "parameters_variants", variants=with_sparsity(0.7))
     done = ok(run_in(small, "make", "ci", warm=True))
-    assert ran(done) == {f"{stage}@{EWMA}" for stage in PER_VARIANT} | {"recipes", "report", "track", "publish"}
+    over_all = {"plan", "recipes", "report", "track", "publish"}
+    assert ran(done) == {f"{stage}@{EWMA}" for stage in PER_VARIANT} | over_all
     assert len(runs(small)) == len(VARIANTS) + 1
     summary = (small / "data" / "09_comparison" / "summary.md").read_text()
     assert "All quality gates hold" in summary

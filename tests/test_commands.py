@@ -109,6 +109,37 @@ def test_plan_knows_the_bytes_before_they_are_there(small_project):
         planned = export_bytes(shapes, Recipe.from_variant(entry))
         planned += (stored - 2) * (shapes.others + (0 if name != "dense" else shapes.weights))
         assert planned == pytest.approx(tensors, rel=0.05)
+    for word in ("calibrate", f"compress of {EWMA}", "peak memory, GB", "seconds", "This machine:"):
+        assert word in shown
+
+
+@pytest.mark.slow
+def test_the_report_shows_the_plan_of_the_run_beside_what_was_measured(small_project):
+    planned = json.loads((small_project / "data" / "02_intermediate" / "plan.json").read_text())
+    figures = json.loads((small_project / "data" / "08_reporting" / EWMA / "metrics.json").read_text())
+    page = (small_project / "data" / "09_comparison" / "index.html").read_text()
+    need = next(need for need in planned if (need["variant"], need["stage"]) == (EWMA, "compress"))
+    memory = (need["memory"], figures["peak_rss_bytes"]["compress"])
+    shown = "".join(f"<td>{value / 1e9:.2f}</td>" for value in memory)
+    assert f"<td>compress</td>{shown}" in page
+
+
+@pytest.mark.slow
+def test_a_run_that_cannot_fit_is_refused_before_it_starts_with_what_to_change(small):
+    configure(small, "parameters", calibration={"samples": 10**9, "length": 64, "seed": 0})
+    sequential = {**VARIANTS["2of4-fp8"], "recovery": {"preset": "quality"}}
+    configure(small, "parameters_variants", variants={**VARIANTS, "2of4-fp8": sequential})
+    statistics = small / "data" / "03_primary" / "statistics" / "index.json"
+    before = statistics.stat().st_mtime_ns
+    done = kedro(small, "--pipelines", "calibrate,compress")
+    assert done.returncode == 1
+    calibrate, compress = error_lines(done)
+    for line, stage, remedy in ((calibrate, "calibrate", "move the project"), (compress, "2of4-fp8", "set TMPDIR")):
+        assert stage in line
+        assert "GB of temporary files" in line
+        assert f"Take fewer samples, or {remedy} to a larger disk." in line
+    assert statistics.stat().st_mtime_ns == before
+    ok(kedro(small, "--pipelines", "export", "--namespaces", f"variants.{EWMA}"))  # it runs none of what is too large
 
 
 @pytest.mark.slow

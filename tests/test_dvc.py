@@ -23,6 +23,7 @@ BY_RECIPE = ("select", "compress")
 NO_STAGE = {"__default__", "gate"}
 #: Stages over all variants, and the directories of the variants' files that they read.
 OVER_ALL: dict[str, set[str]] = {
+    "plan": set(),
     "recipes": set(),
     "report": {"data/04_recipes", "data/08_prompts", "data/08_reporting"},
     "track": {"data/07_export", "data/08_reporting", "data/09_comparison/charts"},

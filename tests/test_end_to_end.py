@@ -178,7 +178,8 @@ def dvc_project(tmp_path_factory) -> Path:
         for stage in ("select", "compress", "export", "evaluate", "prompts")
         for variant in VARIANTS
     }
-    assert ran(done) == {"fetch", "calibrate", "reference", "recipes", "report", "track", "publish"} | per_variant
+    shared = {"fetch", "plan", "calibrate", "reference", "recipes", "report", "track", "publish"}
+    assert ran(done) == shared | per_variant
     return project
 
 

@@ -11,7 +11,7 @@ import yaml
 from tests.small import EWMA, VARIANTS, configure, dvc, ok, ran
 
 RECIPE = Path("src") / "hwpq_pipeline" / "method" / "presets.py"
-FAST = '"fast": Preset("descent", cost=6, rounds=2, sweeps=1)'
+FAST = '"fast": Preset("descent", rounds=2, sweeps=1)'
 
 
 def stale(project: Path) -> set[str]:

@@ -1,7 +1,7 @@
 """`hwpq`, also `kedro hwpq`: the commands that Kedro lacks.
 
 `hwpq variants` lists the variants and checks their entries. `hwpq compare` prints the table of the variants that have
-been evaluated. `hwpq plan` estimates what a run would cost.
+been evaluated. `hwpq plan` says what a run would take.
 """
 
 from __future__ import annotations
@@ -15,15 +15,11 @@ import click
 from hwpq_pipeline.errors import HwpqError
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from rich.table import Table
 
-    from hwpq_pipeline.calibration.keep import Kept
-    from hwpq_pipeline.checkpoints.layers import Layer
     from hwpq_pipeline.method.recipe import Recipe
     from hwpq_pipeline.method.sections import Quantization, Selection
-    from hwpq_pipeline.planning import Row
+    from hwpq_pipeline.planning import Need
 
 ENVIRONMENT = click.option("--env", default=None, help="Kedro environment, as in `kedro run --env`.")
 
@@ -114,12 +110,10 @@ def compare(env: str | None) -> None:
 @hwpq.command()
 @ENVIRONMENT
 def plan(env: str | None) -> None:
-    """Estimate what a run would cost: bytes on disk, memory, and seconds on this machine."""
-    from hwpq_pipeline.method.recipe import Recipe
-    from hwpq_pipeline.planning import plan_rows
-    from hwpq_pipeline.planning.costs import operations_a_second
-    from hwpq_pipeline.planning.shapes import read_shapes
-    from hwpq_pipeline.project import load_parameters, open_catalog, unfitting
+    """Say what each stage would take here: memory, disk, bytes to read, seconds; and what does not fit."""
+    from hwpq_pipeline.forecast import forecast, kept_sums
+    from hwpq_pipeline.planning.limits import this_machine, tight, too_large
+    from hwpq_pipeline.project import DATA, load_parameters, open_catalog, unfitting
     from hwpq_pipeline.reporting.comparison import console
 
     entries = checked_variants(env)
@@ -132,54 +126,40 @@ def plan(env: str | None) -> None:
         model = catalog.load("model")
         if found := unfitting(model, entries):
             raise PlainError(map(str, found))
-        shapes = read_shapes(model)
-        kept = _kept(parameters["calibration"], shapes.layers, model)
-    calibration, evaluation = (
-        parameters[part]["samples"] * parameters[part]["length"] for part in ("calibration", "evaluation")
-    )
-    rows = plan_rows(
-        shapes,
-        {name: Recipe.from_variant(entry) for name, entry in entries.items()},
-        calibration_tokens=calibration,
-        evaluation_tokens=evaluation,
-        speed=operations_a_second(),
-        sums_kept=kept is None or kept.sums,
-    )
-    console().print(_plan_table(rows))
-    tables = sum(rows * columns for rows, columns in shapes.tables)
+        needs = forecast(model, entries, parameters, timed=True)
+    machine = this_machine(DATA)
+    console().print(_plan_table(needs))
     console().print(
-        f"Memory: {4e-9 * tables:.1f} GB for embedding and head, {4e-9 * shapes.block:.1f} GB for one decoder block, "
-        "and 1 to 3 GB for Python, activations and one layer's work. A variant with a budget, or one that is healed, "
-        f"takes {4e-9 * shapes.parameters:.1f} GB more for the whole model. "
-        "The seconds come from a product timed here: they tell minutes from hours."
+        f"This machine: {machine.memory / 1e9:.1f} GB of memory, {machine.free_memory / 1e9:.1f} GB free; "
+        f"{machine.disk / 1e9:.1f} GB for data. The seconds come from samples that were timed now, at the load that "
+        "the machine has now; downloads and imports do not count."
     )
-    if kept is not None:
+    for line in (*tight(needs, machine), *(f"`kedro run` refuses: {error}" for error in too_large(needs, machine))):
+        console().print(line, soft_wrap=True, markup=False)
+    if (kept := kept_sums(model, parameters)) is not None:
         console().print(kept.told)
 
 
-def _kept(calibration: dict[str, Any], layers: Iterable[Layer], folder: Path) -> Kept | None:
-    """What `calibrate` would keep of the Gram matrices; None if it makes none."""
-    from hwpq_pipeline.calibration.keep import decide
-    from hwpq_pipeline.parameters import Calibration
-
-    chosen = Calibration.model_validate(calibration)
-    return decide(chosen.keep, layers, folder) if chosen.mode == "gram" else None
-
-
-def _plan_table(rows: Sequence[Row]) -> Table:
+def _plan_table(needs: Sequence[Need]) -> Table:
     from rich.table import Table
 
-    from hwpq_pipeline.figures import SIZE
-
-    table = Table(title="A run of all variants, estimated")
-    for head in ("", SIZE.label, "MB of all files in data/", "seconds"):
+    gpu = any(need.gpu for need in needs)
+    table = Table(title="A run of all variants, planned")
+    peaks = ["peak memory, GB", *(["peak GPU memory, GB"] if gpu else [])]
+    for head in ("", *peaks, "disk, MB", "temporary files, MB", "read, MB", "seconds"):
         table.add_column(head, justify="right" if head else "left")
-    for row in rows:
-        export = SIZE.show(row.export_bytes) if row.export_bytes else ""
-        table.add_row(row.name, export, f"{row.disk_bytes / 1e6:.1f}", f"{row.seconds:.0f}")
+    variant: str | None = None
+    for need in needs:
+        if need.variant != variant:
+            table.add_section()
+            variant = need.variant
+        parts = [need.memory / 1e9, *([need.gpu / 1e9] if gpu else [])]
+        files = [need.disk, need.working, need.read]
+        seconds = "" if need.seconds is None else f"{need.seconds:.0f}"
+        table.add_row(need.name, *(f"{part:.2f}" for part in parts), *(f"{part / 1e6:.1f}" for part in files), seconds)
     table.add_section()
-    disk, seconds = sum(row.disk_bytes for row in rows), sum(row.seconds for row in rows)
-    table.add_row("total", "", f"{disk / 1e6:.1f}", f"{seconds:.0f}")
+    disk, whole = sum(need.disk for need in needs), sum(need.seconds or 0 for need in needs)
+    table.add_row("total", "", *([""] if gpu else []), f"{disk / 1e6:.1f}", "", "", f"{whole:.0f}")
     return table
 
 

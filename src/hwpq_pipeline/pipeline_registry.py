@@ -11,6 +11,7 @@ from hwpq_pipeline.pipelines import (
     export,
     fetch,
     gate,
+    plan,
     prompts,
     publish,
     recipes,
@@ -27,6 +28,7 @@ def register_pipelines() -> dict[str, Pipeline]:
     names = variant_names()
     pipelines = {
         "fetch": fetch.create_pipeline(),
+        "plan": plan.create_pipeline(),
         "calibrate": calibrate.create_pipeline(),
         "reference": reference.create_pipeline(),
         "recipes": recipes.create_pipeline(names),

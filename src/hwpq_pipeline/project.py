@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -18,12 +19,16 @@ from kedro.framework.context import KedroContext
 from kedro.framework.hooks import hook_impl
 from kedro.io import CatalogProtocol, DatasetError
 from kedro.pipeline import Pipeline
+from kedro.pipeline.node import Node
 
 from hwpq_pipeline.configuration import check_files, mistakes
 from hwpq_pipeline.errors import HwpqError
 
+#: Where a project's data lie, in the catalog.
+DATA = Path("data")
 _NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9_-]*$")
 _WHERE = "parameters_variants.yml"
+logger = logging.getLogger(__name__)
 #: Kedro's own patterns, and the gates' file: those who set limits are not those who make variants.
 CONFIG_PATTERNS = {"parameters": ["parameters*", "parameters*/**", "**/parameters*", "quality_gates*"]}
 
@@ -56,6 +61,7 @@ class ProjectHooks:
     parameters: dict[str, Any] | None = None
     _unfitted = False
     _variants: Sequence[str] = ()
+    _stages: frozenset[tuple[str, str]] = frozenset()
 
     @hook_impl(tryfirst=True)  # pluggy would call the hooks that read parameters before this one checks them
     def after_context_created(self, context: KedroContext) -> None:
@@ -75,23 +81,71 @@ class ProjectHooks:
 
     @hook_impl
     def before_pipeline_run(self, pipeline: Pipeline) -> None:
-        """Kedro calls it when it knows what runs: the variants that it is for."""
-        named = (str(node.namespace).partition("variants.") for node in pipeline.nodes if node.namespace)
-        self._variants = list(dict.fromkeys(name.partition(".")[0] for _, dot, name in named if dot))
+        """Kedro calls it when it knows what runs: the variants that it is for, and their stages."""
+        stages = [(_stage_of(node), _variant_of(node)) for node in pipeline.nodes]
+        self._variants = list(dict.fromkeys(variant for _, variant in stages if variant))
+        self._stages = frozenset(stages)
 
     @hook_impl
     def before_node_run(self, inputs: dict[str, Any]) -> None:
         """Kedro calls it before each node: before the first one that works on the model, all variants are held to it.
 
+        So are the stages that are about to run to what this machine has.
+
         Raises:
-            ExceptionGroup: of layers that a variant does not fit.
+            ExceptionGroup: of layers that a variant does not fit, or of stages that do not fit this machine.
         """
         if not self._unfitted or "model" not in inputs or not Path(str(inputs["model"])).is_dir():
             return
         self._unfitted = False
-        entries = (self.parameters or {}).get("variants") or {}
-        if found := unfitting(Path(inputs["model"]), {name: entries[name] for name in self._variants or entries}):
+        model, parameters = Path(inputs["model"]), self.parameters or {}
+        entries = parameters.get("variants") or {}
+        entries = {name: entries[name] for name in self._variants or entries}
+        if found := unfitting(model, entries):
             raise ExceptionGroup("the variants", found)
+        if found := unaffordable(model, entries, parameters, self._stages):
+            raise ExceptionGroup("the machine", found)
+
+
+def _stage_of(node: Node) -> str:
+    """The pipeline that a node belongs to: the folder of its function."""
+    return str(node.func.__module__).split(".")[-2]
+
+
+def _variant_of(node: Node) -> str:
+    """The variant that a node works on; empty if it is for all."""
+    _, _, inside = str(node.namespace or "").partition("variants.")
+    return inside.partition(".")[0]
+
+
+def unaffordable(
+    model: Path, entries: Mapping[str, Any], parameters: Mapping[str, Any], stages: frozenset[tuple[str, str]]
+) -> list[HwpqError]:
+    """Why stages that are about to run cannot fit this machine; what is tight alone is logged.
+
+    Args:
+        model: the dense checkpoint.
+        entries: the variants'.
+        parameters: of the project.
+        stages: pipelines that run, each with its variant or an empty name.
+    """
+    from hwpq_pipeline.forecast import forecast
+    from hwpq_pipeline.planning.limits import this_machine, tight, too_large
+
+    try:
+        needs = forecast(model, entries, parameters, timed=False)
+    except HwpqError:  # the stage that needs what is missing says it better
+        return []
+    part_of = {"formats": "export"}
+    runs = [
+        need
+        for need in needs
+        if need.stage != "fetch" and (part_of.get(need.stage, need.stage), need.variant or "") in stages
+    ]
+    machine = this_machine(DATA)
+    for line in tight(runs, machine):
+        logger.warning("%s.", line)
+    return too_large(runs, machine)
 
 
 def unfitting(model: Path, entries: Mapping[str, Any]) -> list[HwpqError]:

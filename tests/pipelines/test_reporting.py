@@ -101,8 +101,8 @@ def test_sources_are_told_with_the_digest_of_all_files(tmp_path: Path) -> None:
 def test_the_page_shows_the_entry_and_the_recipe(tmp_path: Path) -> None:
     comparison, plot = compare(tmp_path, **{"metrics:v": METRICS})
     text = page(
-        comparison, {"v": ENTRY}, CALIBRATION, EVALUATION,
-        **{"recipe:v": recipe(), "layers:v": layer_figures(), "continuations:v": []},
+        comparison, {"v": ENTRY}, CALIBRATION, EVALUATION, [],
+        **{"metrics:v": METRICS, "recipe:v": recipe(), "layers:v": layer_figures(), "continuations:v": []},
     )  # fmt: skip
     entry, written_out = text.split("The entry, as written")[1].split("The recipe: every number written out")
     assert "preset: fast" in entry

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from html.parser import HTMLParser
 from itertools import combinations, pairwise
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -16,9 +17,14 @@ from hwpq_pipeline.reporting.front import front, verdict
 from hwpq_pipeline.reporting.heatmap import heatmap, place
 from hwpq_pipeline.reporting.page import Reported, render
 from hwpq_pipeline.reporting.scatter import LETTER, Point, place_labels, scatter, ticks
+from hwpq_pipeline.reporting.took import what_it_took
 from tests.reported import METRICS, SHOWN
 
 NAMES = ("dense", "fp8", "2of4-fp8")
+PLAN: list[dict[str, Any]] = [
+    {"stage": "calibrate", "variant": None, "memory": 1_500_000_000, "gpu": 0, "disk": 400_000_000, "seconds": 50.0},
+    {"stage": "compress", "variant": "fp8", "memory": 2_000_000_000, "gpu": 0, "disk": 110_000_000, "seconds": None},
+]
 
 
 def comparison() -> pd.DataFrame:
@@ -56,7 +62,8 @@ def page(**changes) -> str:
         )
         for name in NAMES
     ]
-    return render(comparison(), variants, conditions={"evaluated on": "16 × 512 tokens"})
+    took = what_it_took(PLAN, dict.fromkeys(NAMES, METRICS))
+    return render(comparison(), variants, conditions={"evaluated on": "16 × 512 tokens"}, took=took)
 
 
 class Reader(HTMLParser):
@@ -170,3 +177,24 @@ def test_equal_variants_are_both_on_the_front() -> None:
 def test_the_page_begins_with_it() -> None:
     text = re.sub(r"<[^>]+>", "", page().partition("<h1>")[2])
     assert text.partition("\n")[2].lstrip().startswith("No sparse variant is on the front")
+
+
+def test_the_plan_stands_beside_what_was_measured():
+    took = what_it_took(PLAN, dict.fromkeys(NAMES, METRICS))
+    assert took.heads == ("peak memory, GB", "disk, MB", "seconds")
+    tables = dict(took.tables)
+    assert tables["once, for all variants"] == (("calibrate", "1.50", "1.23", "400.0", "402.6", "50", "46"),)
+    of_fp8 = {row[0]: row[1:] for row in tables["fp8"]}
+    assert of_fp8["compress"] == ("2.00", "2.10", "110.0", "112.8", "–", "44")
+    assert of_fp8["select"] == ("–", "0.90", "–", "13.3", "–", "3")
+    text = page()
+    for cell in ("peak memory, GB: planned", "<td>1.50</td><td>1.23</td>", "<summary>fp8</summary>"):
+        assert cell in text
+
+
+def test_the_gpu_is_told_where_one_was_used():
+    used = {**METRICS, "peak_gpu_bytes": {"compress": 3_000_000_000}}
+    took = what_it_took(PLAN, {"fp8": used})
+    assert took.heads[1] == "peak GPU memory, GB"
+    rows = {row[0]: row for row in dict(took.tables)["fp8"]}
+    assert rows["compress"][3:5] == ("0.00", "3.00")

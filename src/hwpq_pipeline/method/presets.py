@@ -7,9 +7,6 @@ sweeps in which they are gone (`compression.refinement`). More rounds or sweeps 
 
 **Damping** is added to the diagonal of the Gram matrix, in units of its mean. It is small where a layer answers for
 itself, and 0.3 where a layer also makes up for the layers before it (docs/decisions.md, 32).
-
-A preset's *cost* is the number of passes over a layer's quadratic, in steps of conjugate gradients; `planning` turns
-it into seconds.
 """
 
 from __future__ import annotations
@@ -25,7 +22,6 @@ class Preset:
 
     Attributes:
         method: `fixed_mask`, or the mask search `descent` or `admm`.
-        cost: passes over the quadratic.
         steps: conjugate-gradient steps, of `fixed_mask`.
         rounds: sweeps in which what goes is halved, or ADMM's rounds.
         sweeps: sweeps after them, in which what goes is gone.
@@ -33,7 +29,6 @@ class Preset:
     """
 
     method: str
-    cost: int
     steps: int | None = None
     rounds: int | None = None
     sweeps: int | None = None
@@ -41,18 +36,18 @@ class Preset:
 
 
 PRESETS: dict[str, Preset] = {
-    "fixed_mask": Preset("fixed_mask", cost=5, steps=5),
-    "fast": Preset("descent", cost=6, rounds=2, sweeps=1),
-    "balanced": Preset("descent", cost=8, rounds=2, sweeps=2),
-    "admm": Preset("admm", cost=30, rounds=10, sweeps=3),
-    "quality": Preset("descent", cost=6, rounds=2, sweeps=1, sequential=True),
+    "fixed_mask": Preset("fixed_mask", steps=5),
+    "fast": Preset("descent", rounds=2, sweeps=1),
+    "balanced": Preset("descent", rounds=2, sweeps=2),
+    "admm": Preset("admm", rounds=10, sweeps=3),
+    "quality": Preset("descent", rounds=2, sweeps=1, sequential=True),
 }
 DAMPING, SEQUENTIAL_DAMPING = 0.01, 0.3
 #: Conjugate-gradient steps from the dense weight towards the target that makes up for the layers before.
 CORRECTION_STEPS = 8
 #: Of the moving average: each step moves mean and deviation by this share of the way (docs/decisions.md, 31).
 GAIN = 1 / 128
-ROUNDING_SWEEPS, ROUNDING_COST = 4, 2
+ROUNDING_SWEEPS = 4
 #: What `healing: {}` stands for. Small batches: in twenty minutes many small steps get farther than few large ones.
 HEALING = Healing(tokens=122_880, minutes=20, batch=1, learning_rate=3e-4, held_out=8, seed=0)
 #: Calibration samples that tell what the layers' errors do to the output, where a budget is shared out.

@@ -1,83 +1,114 @@
-"""An estimate of a run's cost from the model's shapes alone: bytes, memory, seconds.
+"""What a run takes, told before it begins: memory, disk, bytes read and seconds of each stage.
 
-With n weights in the compressible layers, m other parameters and T tokens:
-
-    export        n·bits/8, a scale of one or two bytes a row or group, 2·m; under a budget what that allows
-    statistics    Σ in² · 4 bytes over distinct layer inputs, if they are kept
-    on disk       the export, masks of n/8 bytes, the neutral form of about n bytes
-    memory        in float32 embedding, head and one decoder block, beside its activations and one layer's work;
-                  4·(n + m) bytes for the whole model under a budget or when it is healed
-    calibrate     2·T·(n + Σ in²) operations, and again for each variant that asks for sums that are not kept
-    evaluate      2·T·(n + 2·head) operations for each variant
-    compress      2·out·in² operations a layer, for each step of recovery and sweep of descent;
-                  sequential, 2·T·(2·n + 2·Σ in²) more, and the activations of two runs of a block in memory
-    healing       2·(n + head) operations for each of its tokens, three times (forward, and back for inputs and
-                  weights), and once for the dense model; at most its minutes
-
-A matrix product timed on this machine turns operations into seconds, as if nothing else were done. The estimate tells
-minutes from hours; it is not a measurement.
+Everything but the seconds follows from the model's shapes, the configuration and the variants' recipes: `memory` and
+`files` have the arithmetic. Seconds need rates that are timed on this machine (`rates`, `costs`). `limits` says what
+cannot fit. `benchmarks/results/plan.md` has plans beside measurements.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from hwpq_pipeline.method.recipe import Recipe
-from hwpq_pipeline.planning.costs import healing_seconds, making_operations
+from hwpq_pipeline.planning.conditions import Conditions, Tokens
+from hwpq_pipeline.planning.costs import Seconds
+from hwpq_pipeline.planning.files import Files
+from hwpq_pipeline.planning.limits import remedy_of
+from hwpq_pipeline.planning.memory import Memory
+from hwpq_pipeline.planning.need import Need
+from hwpq_pipeline.planning.rates import Rates
 from hwpq_pipeline.planning.shapes import Shapes
-from hwpq_pipeline.planning.sizes import export_bytes
+
+__all__ = ["Conditions", "Need", "Tokens", "plan_stages"]
+
+
+def plan_stages(
+    shapes: Shapes,
+    recipes: Mapping[str, Recipe],
+    conditions: Conditions,
+    *,
+    floor: int,
+    rates: Rates | None = None,
+) -> list[Need]:
+    """What each stage takes: those that all variants share, then each variant's.
+
+    Args:
+        shapes: of the dense model.
+        recipes: the variants', by name.
+        conditions: the configuration besides.
+        floor: memory of Python and its libraries, bytes.
+        rates: of this machine; without them no seconds are planned.
+    """
+    plan = _Plan(shapes, conditions, rates)
+    needs = [*plan.shared(), *(need for name, recipe in recipes.items() for need in plan.of(name, recipe))]
+    return [replace(need, memory=floor + need.memory) for need in needs]
 
 
 @dataclass(frozen=True)
-class Row:
-    """A line of the plan.
+class _Plan:
+    shapes: Shapes
+    conditions: Conditions
+    rates: Rates | None
 
-    Attributes:
-        name: the variant, or the stages that all variants share.
-        export_bytes: size of the model that users deploy; 0 if there is none.
-        disk_bytes: all bytes that remain on disk.
-        seconds: estimated.
-    """
+    @property
+    def memory(self) -> Memory:
+        return Memory(self.shapes, self.conditions)
 
-    name: str
-    export_bytes: int
-    disk_bytes: int
-    seconds: float
+    @property
+    def files(self) -> Files:
+        return Files(self.shapes, self.conditions)
+
+    @property
+    def seconds(self) -> Seconds | None:
+        return None if self.rates is None else Seconds(self.shapes, self.conditions, self.rates, self.files)
+
+    def shared(self) -> list[Need]:
+        memory, files, seconds, model = self.memory, self.files, self.seconds, self.files.model()
+        spilled = [
+            files.spilled(tokens.item * tokens.count * self.shapes.stream)
+            for tokens in (self.conditions.calibration, self.conditions.evaluation)
+        ]
+        remedy, calibrate = remedy_of(None), memory.calibrate()
+        took = (seconds.fetch(), seconds.calibrate(), seconds.reference()) if seconds else (None, None, None)
+        return [
+            Need("fetch", None, memory.fetch(), 0, model, 0, model, took[0], remedy),
+            Need(
+                "calibrate", None, calibrate, memory.on_gpu(calibrate), files.statistics(), spilled[0], model,
+                took[1], remedy,
+            ),
+            Need("reference", None, memory.reference(), 0, files.reference(), spilled[1], model, took[2], remedy),
+        ]  # fmt: skip
+
+    def of(self, name: str, recipe: Recipe) -> list[Need]:
+        memory, files, seconds = self.memory, self.files, self.seconds
+        weights, model, remedy = self.shapes.item * self.shapes.weights, files.model(), remedy_of(recipe)
+        select, compress = memory.select(recipe), memory.compress(recipe)
+        masks, neutral, export = files.masks(recipe), files.compressed(recipe), files.export(recipe)
+        sums = files.statistics() if recipe.needs_gram else 0
+        took = [getattr(seconds, stage)(recipe) if seconds else None for stage in _STAGES]
+        needs = [
+            Need(
+                "select", name, select, memory.on_gpu(select), masks, 0,
+                weights + (sums if recipe.budget else 0) if recipe.selects else 0, took[0], remedy,
+            ),
+            Need(
+                "compress", name, compress, memory.on_gpu(compress), neutral, files.working(recipe),
+                weights + sums + masks if recipe.changes_weights else 0, took[1], remedy,
+            ),
+            Need("export", name, memory.export(recipe), 0, export, 0, model + neutral, took[2], remedy),
+        ]  # fmt: skip
+        if files.held_by(recipe):
+            formats = files.formats(recipe)
+            needs.append(
+                Need("formats", name, memory.formats(recipe), 0, formats, 0, 2 * model + neutral + formats, took[3])
+            )
+        read = export + files.reference() + model
+        needs.append(Need("evaluate", name, memory.evaluate(recipe), 0, 0, 0, read, took[4], remedy))
+        if self.conditions.prompts:
+            needs.append(Need("prompts", name, memory.whole(), 0, 0, 0, export))
+        return needs
 
 
-def plan_rows(
-    shapes: Shapes,
-    recipes: Mapping[str, Recipe],
-    *,
-    calibration_tokens: int,
-    evaluation_tokens: int,
-    speed: float,
-    sums_kept: bool = True,
-) -> list[Row]:
-    """The rows of the stages that all variants share, then a row for each variant.
-
-    Args:
-        shapes: the dense model's shapes.
-        recipes: the variants' recipes, by name.
-        calibration_tokens: number of calibration tokens.
-        evaluation_tokens: number of evaluation tokens.
-        speed: operations a second.
-        sums_kept: whether the Gram matrices stay on disk (`calibration.keep`).
-    """
-    calibrate = 2.0 * calibration_tokens * (shapes.weights + shapes.inputs)
-    evaluate = 2.0 * evaluation_tokens * (shapes.weights + 2 * shapes.head)
-    rows = [
-        Row("fetch", 0, shapes.item * shapes.parameters, 0.0),
-        Row("calibrate, reference", 0, 4 * shapes.inputs if sums_kept else 0, (calibrate + evaluate) / speed),
-    ]
-    for name, recipe in recipes.items():
-        export = export_bytes(shapes, recipe)
-        masks = shapes.weights // 8 if recipe.selects else 0
-        neutral = shapes.weights * (1 if any(part.quantization for part in recipe.parts) else shapes.item)
-        seconds = (making_operations(shapes, recipe, calibration_tokens) + evaluate) / speed
-        seconds += healing_seconds(shapes, recipe, speed)
-        if not sums_kept and recipe.sequence is None and recipe.changes_weights:
-            seconds += calibrate / speed
-        rows.append(Row(name, export, export + masks + neutral, seconds))
-    return rows
+#: What a variant's stages are called in `Seconds`.
+_STAGES = ("select", "compress", "export", "formats", "evaluate")

@@ -15,6 +15,7 @@ from .comparison import TITLE, records
 from .front import verdict
 from .heatmap import gradient, heatmap
 from .scatter import Point, scatter
+from .took import Took
 
 #: The errors that are drawn: the last is that of the export, the first that of pruning alone.
 MAPS = (ERRORS[-1], ERRORS[0])
@@ -43,13 +44,14 @@ class Reported:
     command: str
 
 
-def render(comparison: pd.DataFrame, variants: Sequence[Reported], *, conditions: Mapping[str, Any]) -> str:
+def render(comparison: pd.DataFrame, variants: Sequence[Reported], *, conditions: Mapping[str, Any], took: Took) -> str:
     """Make the page.
 
     Args:
         comparison: as `comparison_table` makes it.
         variants: in the order of the page.
         conditions: what the figures depend on, by name: tokens, seeds.
+        took: what each stage took, beside what was planned.
     """
     from jinja2 import Environment, PackageLoader, StrictUndefined
     from markupsafe import Markup
@@ -74,6 +76,7 @@ def render(comparison: pd.DataFrame, variants: Sequence[Reported], *, conditions
         low=f"{low:.2g}",
         high=f"{high:.2g}",
         variants=variants,
+        took=took,
     )
 
 

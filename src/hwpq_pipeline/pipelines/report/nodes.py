@@ -14,6 +14,7 @@ from hwpq_pipeline.pipelines.variants import by_variant
 from hwpq_pipeline.reporting.charts import error_by_layer, pareto, sparsity_by_layer
 from hwpq_pipeline.reporting.comparison import comparison_table
 from hwpq_pipeline.reporting.page import Reported, render
+from hwpq_pipeline.reporting.took import what_it_took
 from hwpq_pipeline.variant import Variant
 
 
@@ -41,6 +42,7 @@ def page(
     entries: dict[str, Any],
     calibration: Calibration,
     evaluation: Evaluation,
+    plan: list[dict[str, Any]],
     **tables: Any,
 ) -> str:
     """Write the report as HTML.
@@ -51,7 +53,8 @@ def page(
             typed.
         calibration: what the figures depend on.
         evaluation: the same.
-        tables: recipe, layers and continuations of each variant, keyed as `by_variant` reads them.
+        plan: what each stage was planned to take.
+        tables: recipe, layers, continuations and metrics of each variant, keyed as `by_variant` reads them.
     """
     recipes, layers, continuations = (by_variant(tables, name) for name in ("recipe", "layers", "continuations"))
     typed = {name: Variant.model_validate(entry) for name, entry in entries.items()}
@@ -71,7 +74,8 @@ def page(
         "calibrated on": f"{calibration.samples} × {calibration.length} tokens, seed {calibration.seed}",
         "evaluated on": f"{evaluation.samples} × {evaluation.length} tokens, seed {evaluation.seed}",
     }
-    return render(comparison, variants, conditions=conditions)
+    took = what_it_took(plan, by_variant(tables, "metrics"))
+    return render(comparison, variants, conditions=conditions, took=took)
 
 
 def _as_yaml(value: dict[str, Any]) -> str:

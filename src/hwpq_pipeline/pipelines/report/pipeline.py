@@ -32,6 +32,8 @@ def create_pipeline(names: Iterable[str]) -> Pipeline:
             "entries": "params:variants",
             "calibration": "params:calibration",
             "evaluation": "params:evaluation",
+            "plan": "plan",
+            **keyed(names, "metrics"),
             **keyed(names, "recipe"),
             **keyed(names, "layers"),
             **keyed(names, "continuations"),
