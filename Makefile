@@ -31,7 +31,7 @@ UI_PORT  ?= 5000
 BASE     ?= main
 
 .PHONY: help install run repro ci sweep ui lint check format dvc-dependencies test coverage test-fast test-browser screenshots test-postgres test-sweep test-architectures test-damage test-faults \
-	engines test-engines viz pipeline-picture bench-selection bench-selection-quality bench-number-formats bench-healing bench-peers bench-inference bench-runtime bench-serving bench-scale bench-workers bench-kills bench-plan bench-gpu lock clean
+	engines test-engines viz pipeline-picture bench-selection bench-selection-quality bench-number-formats bench-healing bench-peers bench-inference bench-runtime bench-serving bench-scale bench-workers bench-kills bench-plan cost-model bench-gpu lock clean
 
 help:  ## what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 26
@@ -234,6 +234,9 @@ bench-workers: $(STAMP) | data/02_intermediate/documents.parquet  ## seconds of 
 KILLS ?= 50
 bench-kills: $(STAMP)  ## SIGKILL at KILLS random moments over all stages: bytes, left-overs, work lost (forty minutes for 50)
 	python -m benchmarks.kills --kills $(KILLS) $(ARGS)
+
+cost-model: $(STAMP)  ## what 7, 70 and 405 billion weights would take on this machine, planned (half a minute)
+	python -m benchmarks.cost_model $(ARGS)
 
 bench-plan: $(STAMP) | data/02_intermediate/documents.parquet  ## what `hwpq plan` says beside what is measured, four configurations (a quarter of an hour)
 	python -m benchmarks.plan $(ARGS)
