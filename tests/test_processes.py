@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from hwpq_pipeline.processes import left_overs, mark, new_folder, temporary_folder
+from hwpq_pipeline.processes import born, left_overs, mark, new_folder, temporary_folder
 
 
 def make_and_die(parent: Path, prefix: str) -> None:
@@ -43,9 +43,7 @@ def test_what_the_dead_left_is_removed(tmp_path: Path, prefix: str) -> None:
 
 def test_what_another_living_process_has_stays(tmp_path: Path) -> None:
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as other:
-        theirs = tmp_path / mark().replace(
-            mark().partition("-")[2], f"{other.pid}-{int(psutil.Process(other.pid).create_time() * 100)}"
-        )
+        theirs = tmp_path / mark().replace(mark().partition("-")[2], f"{other.pid}-{born(psutil.Process(other.pid))}")
         theirs = theirs.with_name(f"{theirs.name}.x")
         theirs.mkdir()
         again = theirs.with_name(f"{theirs.name[:-3]}9.x")  # the same id, and another beginning
@@ -57,7 +55,7 @@ def test_what_another_living_process_has_stays(tmp_path: Path) -> None:
 
 def test_a_zombie_is_dead(tmp_path: Path) -> None:
     other = subprocess.Popen([sys.executable, "-c", ""])
-    began = int(psutil.Process(other.pid).create_time() * 100)
+    began = born(psutil.Process(other.pid))
     while psutil.Process(other.pid).status() != psutil.STATUS_ZOMBIE:
         time.sleep(0.01)
     left = tmp_path / f"{mark().partition('-')[0]}-{other.pid}-{began}.x"

@@ -115,7 +115,12 @@ class PictureDataset(_PathDataset):
     def save(self, data: Path) -> None:
         """Move the built file into place."""
         self._filepath.parent.mkdir(parents=True, exist_ok=True)
-        os.replace(data, self._filepath)
+        partial = _hidden(self._filepath, "partial")
+        try:
+            shutil.move(data, partial)  # scratch space may be another disk
+            os.replace(partial, self._filepath)
+        finally:
+            partial.unlink(missing_ok=True)
 
 
 class DirectoryDataset(_PathDataset):
@@ -185,7 +190,7 @@ def _tidy(target: Path) -> None:
     for old in left_overs(target.parent, ".", f".old.{target.name}"):
         shutil.rmtree(old, ignore_errors=True)
     for partial in left_overs(target.parent, ".", f".partial.{target.name}"):
-        partial.unlink(missing_ok=True)
+        shutil.rmtree(partial) if partial.is_dir() else partial.unlink(missing_ok=True)
 
 
 def _move_file(built: Path, target: Path) -> None:
@@ -204,10 +209,23 @@ def _move_file(built: Path, target: Path) -> None:
         partial.unlink(missing_ok=True)
 
 
+def _beside(built: Path, target: Path) -> Path:
+    """The built directory; a copy of it beside the target where it is on another file system."""
+    if built.stat().st_dev == target.parent.stat().st_dev:
+        return built
+    copy = _hidden(target, "partial")
+    try:
+        return shutil.copytree(built, copy)
+    except BaseException:
+        shutil.rmtree(copy, ignore_errors=True)
+        raise
+
+
 def _move_directory(built: Path, target: Path) -> None:
     """Replace `target` by `built`; a whole version exists at every moment."""
     target.parent.mkdir(parents=True, exist_ok=True)
     _tidy(target)
+    built = _beside(built, target)
     if not target.is_dir():
         os.replace(built, target)
         return

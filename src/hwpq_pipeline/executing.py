@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 from contextlib import ExitStack
 
 from kedro.framework.context import KedroContext
@@ -16,6 +17,7 @@ class ExecutionHooks:
 
     def __init__(self) -> None:
         self._opened = ExitStack()
+        atexit.register(self._opened.close)  # where a run ends before Kedro can tell
         self._execution: dict[str, object] = {}
 
     @hook_impl

@@ -32,3 +32,10 @@ def _marked(found: re.Match[str], line: str) -> str:
 def plain(text: str) -> str:
     """Text for a terminal: control characters (escape sequences) become spaces; line breaks stay."""
     return "".join(letter if letter.isprintable() or letter == "\n" else " " for letter in text)
+
+
+def masked(uri: str) -> str:
+    """The URI without a password."""
+    scheme, separator, rest = uri.partition("://")
+    credentials, at, host = rest.rpartition("@")
+    return f"{scheme}{separator}***@{host}" if at and credentials else uri

@@ -6,6 +6,7 @@ share no output, and go on beside each other.
 
 from __future__ import annotations
 
+import atexit
 import hashlib
 from contextlib import ExitStack
 from pathlib import Path
@@ -24,6 +25,7 @@ class LockHooks:
 
     def __init__(self) -> None:
         self._held = ExitStack()
+        atexit.register(self._held.close)  # where a run ends before Kedro can tell
 
     @hook_impl
     def before_pipeline_run(self, pipeline: Pipeline, catalog: CatalogProtocol[Any, Any]) -> None:
@@ -36,11 +38,12 @@ class LockHooks:
         work = catalog.get("work")
         if not isinstance(work, CacheDataset):  # a catalog of parts of the project
             return
-        places = (getattr(catalog.get(name), "path", None) for name in sorted(pipeline.all_outputs()))
+        outputs = (getattr(catalog.get(name), "path", None) for name in sorted(pipeline.all_outputs()))
+        working = [work.path / node.name for node in pipeline.nodes if "work" in node.inputs]  # it has a folder there
         with ExitStack() as taken:
-            for place in filter(None, places):
-                taken.enter_context(held(_lock_of(Path(place), work.path), str(place)))
-            self._held = taken.pop_all()
+            for place in sorted({Path(place) for place in (*outputs, *working) if place is not None}):
+                taken.enter_context(held(_lock_of(place, work.path), str(place)))
+            self._held.callback(taken.pop_all().close)
 
     @hook_impl
     def after_pipeline_run(self) -> None:

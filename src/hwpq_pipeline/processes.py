@@ -63,7 +63,19 @@ def _lives(process: int, its_mark: str) -> bool:
 
 
 def _mark_of(process: psutil.Process) -> str:
-    return f"{_machine()}-{process.pid}-{int(process.create_time() * 100)}"
+    return f"{_machine()}-{process.pid}-{born(process)}"
+
+
+def born(process: psutil.Process) -> int:
+    """When a process began, in hundredths of a second: since the system's start where it tells, else since 1970.
+
+    psutil's time follows the clock, which may be set while the process runs.
+    """
+    try:
+        fields = Path(f"/proc/{process.pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2]
+        return int(fields.split()[19])
+    except (OSError, ValueError, IndexError):  # not Linux
+        return int(process.create_time() * 100)
 
 
 @functools.cache

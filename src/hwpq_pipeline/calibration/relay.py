@@ -17,11 +17,9 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,7 +35,7 @@ from hwpq_pipeline.errors import HwpqError
 from hwpq_pipeline.execution.engines import stepped_aside
 
 #: Seconds between two looks for a file, until a waiting worker steps aside, and until it gives up.
-LOOK, SHORT, LONG = 0.02, 1.0, 3600.0
+LOOK, SHORT, LONG = 0.02, 1.0, 86_400.0
 _STOPPED = "stopped"
 
 
@@ -77,8 +75,19 @@ class Relay:
         """The folder of the states."""
         return self.folder / "states"
 
-    def prepare(self, token_ids: Tensor) -> None:
-        """Write what workers read."""
+    def prepare(self, token_ids: Tensor, blocks: int) -> None:
+        """Write what workers read. Blocks of a killed run whose states are lost or damaged begin again.
+
+        Args:
+            token_ids: (samples, length).
+            blocks: of the model.
+        """
+        number = next((n for n in range(blocks) if not self.parts.is_whole(block_part(n))), blocks)
+        batches = -(-len(token_ids) // self.batch)
+        if 0 < number < blocks and not all(self._is_readable(number, batch) for batch in range(batches)):
+            shutil.rmtree(self.parts.folder)
+            shutil.rmtree(self.states, ignore_errors=True)
+            self.parts.folder.mkdir()
         write_tensors(self.folder / "tokens.safetensors", {"token_ids": token_ids})
         self.states.mkdir(exist_ok=True)
         (self.states / _STOPPED).unlink(missing_ok=True)
@@ -93,10 +102,21 @@ class Relay:
         if not self.parts.is_whole(name):
             walk, first = _opened(self)
             piped = Piped(self.states, number, first if number == 0 else None)
+            piped.wait_for(0)  # before the block has weights and sums: a call that waits holds nothing
             found = walk.sums(number, piped, Gram if self.mode == "gram" else Energy)
             self.parts.keep(name, *found.stored(self.mode, self.keep))
-        shutil.rmtree(self.states / str(number), ignore_errors=True)
         return number
+
+    def let_go(self, number: int) -> None:
+        """Remove the states before a block that is done."""
+        shutil.rmtree(self.states / str(number), ignore_errors=True)
+
+    def _is_readable(self, number: int, batch: int) -> bool:
+        try:
+            read_tensors(states_file(self.states, number, batch))
+        except HwpqError:
+            return False
+        return True
 
 
 @lru_cache(maxsize=1)
@@ -113,6 +133,11 @@ def _opened(relay: Relay) -> tuple[DenseWalk, Spool]:
     return walk, walk.begin()
 
 
+def states_file(states: Path, number: int, batch: int) -> Path:
+    """Where a batch's states before a block are."""
+    return states / str(number) / f"{batch}.safetensors"
+
+
 class Piped:
     """States by batch: those before a block are waited for, those after it are handed on."""
 
@@ -123,14 +148,21 @@ class Piped:
     def __getitem__(self, batch: int) -> Tensor:
         if self.first is not None:
             return self.first[batch]
-        file = self.states / str(self.number) / f"{batch}.safetensors"
-        self._wait(file.exists)
-        return read_tensors(file)["states"]
+        self.wait_for(batch)
+        return read_tensors(states_file(self.states, self.number, batch))["states"]
 
     def __setitem__(self, batch: int, tensor: Tensor) -> None:
-        write_tensors(self.states / str(self.number + 1) / f"{batch}.safetensors", {"states": tensor})
+        write_tensors(states_file(self.states, self.number + 1, batch), {"states": tensor})
 
-    def _wait(self, there: Callable[[], Any]) -> None:
+    def wait_for(self, batch: int) -> None:
+        """Return when a batch's states are there; at once before the first block.
+
+        Raises:
+            HwpqError: the run has failed, or nothing has come for a very long time.
+        """
+        there = states_file(self.states, self.number, batch).exists
+        if self.first is not None:
+            return
         begun = time.monotonic()
         while not there() and time.monotonic() - begun < SHORT:
             time.sleep(LOOK)

@@ -128,10 +128,11 @@ def _sum_here(walk: DenseWalk, parts: Parts, mode: str, keep: str, milestones: M
 
 
 def _sum_by_workers(relay: Relay, walk: DenseWalk, progress: Progress) -> None:
-    relay.prepare(walk.ids)
+    relay.prepare(walk.ids, walk.blocks)
     try:
-        for done, _ in enumerate(current().map(relay, range(walk.blocks)), start=1):
-            progress(done, walk.blocks)
+        for number in current().map(relay, range(walk.blocks)):
+            relay.let_go(number)
+            progress(number + 1, walk.blocks)
     except BaseException:
         relay.stop()
         raise

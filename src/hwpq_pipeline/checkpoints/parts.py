@@ -42,7 +42,6 @@ class Parts:
             tensors: by name; without any, no file is written.
             told: what there is to tell of it, in plain values; NaN and infinity are kept.
         """
-        self._told(name).unlink(missing_ok=True)
         if tensors:
             write_tensors(self.tensors(name), tensors)
         write_text(self._told(name), json.dumps({"tensors": bool(tensors), "told": told}))

@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import torch
 from safetensors.torch import save_file
@@ -59,7 +60,7 @@ def atomic_file(target: str | Path) -> Iterator[Path]:
     """Yield a temporary sibling path; on success it is moved over `target`, on an error it is removed."""
     target = Path(target)
     target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f"{target.name}.partial")
+    partial = target.with_name(f"{target.name}.{uuid4().hex[:12]}.partial")  # two may write the same file at once
     try:
         yield partial
         os.replace(partial, target)

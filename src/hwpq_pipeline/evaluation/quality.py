@@ -16,6 +16,7 @@ the dense model runs again.
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
@@ -121,10 +122,11 @@ def evaluate_export(
     else:
         parts, size = Parts(work / "parts"), len(reference.tokens)
         step = batch * -(-size // (batch * engine.workers))
-        on_worker = partial(_judge_rows, judge, reference.source, parts, step)
-        for done, _ in enumerate(engine.map(on_worker, range(0, size, step)), start=1):
-            progress(done, -(-size // step))
-        nll, divergence, agree = _joined(parts, range(0, size, step))
+        shares = [(start, min(start + step, size)) for start in range(0, size, step)]
+        on_worker = partial(_judge_share, judge, reference.source, parts)
+        for done, _ in enumerate(engine.map(on_worker, shares), start=1):
+            progress(done, len(shares))
+        nll, divergence, agree = _joined(parts, shares)
     if not bool(torch.isfinite(nll).all() & torch.isfinite(divergence).all()):
         raise HwpqError(
             "logits are NaN or infinite",
@@ -134,17 +136,22 @@ def evaluate_export(
     return _summary(reference, nll, divergence, agree, begun, str(export_dir))
 
 
-def _judge_rows(judge: Callable[..., Answers], source: Path, parts: Parts, step: int, start: int) -> None:
-    """On a worker: judge the samples from `start` on, and write what is found as a part."""
-    name = str(start)
+def _judge_share(judge: Callable[..., Answers], source: Path, parts: Parts, share: tuple[int, int]) -> None:
+    """On a worker: judge the samples from the first number to before the second, and write what is found as a part."""
+    name = _part_of(share)
     if not parts.is_whole(name):
-        some = load_reference(source).of_samples(slice(start, start + step))
-        found = judge(some, work=parts.folder / f"rows-{start}")
-        parts.keep(name, dict(zip(_ANSWERS, found, strict=True)), {})
+        some = load_reference(source).of_samples(slice(*share))
+        states = parts.folder / f"states-{name}"
+        parts.keep(name, dict(zip(_ANSWERS, judge(some, work=states), strict=True)), {})
+        shutil.rmtree(states, ignore_errors=True)
 
 
-def _joined(parts: Parts, starts: Iterable[int]) -> Answers:
-    read = [read_tensors(parts.tensors(str(start))) for start in starts]
+def _part_of(share: tuple[int, int]) -> str:
+    return "{}-{}".format(*share)  # both: another number of workers shares out otherwise
+
+
+def _joined(parts: Parts, shares: Iterable[tuple[int, int]]) -> Answers:
+    read = [read_tensors(parts.tensors(_part_of(share))) for share in shares]
     nll, divergence, agree = (torch.cat([tensors[name] for tensors in read]) for name in _ANSWERS)
     return nll, divergence, agree
 

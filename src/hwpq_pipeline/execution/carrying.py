@@ -12,7 +12,9 @@ So nothing else knows of it. All of a run lies in a folder of its own, which is 
 from __future__ import annotations
 
 import io
+import logging
 import os
+import shutil
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -25,7 +27,10 @@ from torch import Tensor
 
 from hwpq_pipeline.checkpoints.parts import Parts
 from hwpq_pipeline.errors import HwpqError, said
+from hwpq_pipeline.inert import masked
 from hwpq_pipeline.work.content import content_of
+
+logger = logging.getLogger(__name__)
 
 
 class Carrier:
@@ -41,6 +46,7 @@ class Carrier:
     def __init__(self, address: str) -> None:
         self.address = f"{address.rstrip('/')}/{uuid4().hex}"
         self._sent: set[str] = set()
+        self._fetched: set[str] = set()
         self._parts: dict[str, Parts] = {}
         try:
             self.files, self.root = fsspec.core.url_to_fs(self.address)
@@ -48,12 +54,13 @@ class Carrier:
         except Exception as error:  # each file system has its own
             raise HwpqError(
                 f"cannot be written to ({said(error)})",
-                where=f"execution.files: {address}",
+                where=f"execution.files: {masked(address)}",
                 remedy="Correct the address, or the rights in the environment.",
             ) from error
 
     def packed(self, function: Callable[..., Any]) -> bytes:
-        """The function with what it needs sent."""
+        """The function with what it needs sent; from now on `collect` looks for the parts that it writes."""
+        self._parts = {}
         stream = io.BytesIO()
         _Pickler(self, stream).dump(function)
         return stream.getvalue()
@@ -67,22 +74,21 @@ class Carrier:
         return place
 
     def outbox(self, parts: Parts) -> str:
-        """The place where workers send these parts."""
-        found = next((place for place, known in self._parts.items() if known.folder == parts.folder), None)
-        place = found or f"parts/{len(self._parts)}"
+        """A place where workers send these parts."""
+        place = f"parts/{uuid4().hex}"
         self._parts[place] = parts
         return place
 
     def collect(self) -> None:
-        """Fetch the parts that have come. A part's JSON file is fetched last, as it is written last."""
+        """Fetch the parts that have come since the last time. A part's JSON file is written last, and fetched last."""
         self.files.invalidate_cache()  # a listing would be an old one
         for place, parts in self._parts.items():
-            there = sorted(self.files.glob(f"{self.root}/{place}/*.json"))
-            for told in there:
-                name = told.rpartition("/")[2].removesuffix(".json")
-                if not (parts.folder / f"{name}.json").exists():
+            for told in sorted(self.files.glob(f"{self.root}/{place}/*.json")):
+                if told not in self._fetched:
+                    name = told.rpartition("/")[2].removesuffix(".json")
                     for suffix in (".safetensors", ".json"):
                         self._fetch(f"{self.root}/{place}/{name}{suffix}", parts.folder / f"{name}{suffix}")
+                    self._fetched.add(told)
 
     def _fetch(self, remote: str, local: Path) -> None:
         if self.files.exists(remote):
@@ -91,8 +97,11 @@ class Carrier:
             os.replace(partial, local)
 
     def close(self) -> None:
-        """Remove all of the run."""
-        self.files.rm(self.root, recursive=True)
+        """Remove all of the run. What cannot be removed is told, and ends no run."""
+        try:
+            self.files.rm(self.root, recursive=True)
+        except Exception as error:  # noqa: BLE001 (each file system has its own)
+            logger.warning("%s stays: %s", masked(self.address), said(error))
 
 
 class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]  # it has no types
@@ -113,7 +122,7 @@ class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]  # it has no types
 
 def fetched(address: str, place: str) -> Path:
     """On a worker: what is at a place of the address, in the worker's own folder."""
-    local = own_folder() / place
+    local = own_folder(address) / place
     if not local.exists():
         files, root = fsspec.core.url_to_fs(address)
         local.parent.mkdir(parents=True, exist_ok=True)
@@ -137,7 +146,7 @@ class SentParts(Parts):
     """
 
     def __init__(self, address: str, place: str) -> None:
-        super().__init__(own_folder() / place)
+        super().__init__(own_folder(address) / place)
         self.address, self.place = address, place
 
     def keep(self, name: str, tensors: Mapping[str, Tensor], told: Mapping[str, Any]) -> None:
@@ -151,8 +160,22 @@ class SentParts(Parts):
                 local.unlink()
 
 
-def own_folder() -> Path:
-    """This worker's folder, which Dask removes when the worker ends."""
+def own_folder(address: str) -> Path:
+    """This worker's folder for a run, which Dask removes when the worker ends."""
     from distributed import get_worker
 
-    return Path(get_worker().local_directory) / "hwpq"
+    return _folder_of(get_worker().local_directory, address)
+
+
+def forget_files(address: str, dask_worker: Any) -> None:
+    """On a worker: remove what it has of a run.
+
+    Args:
+        address: of the run.
+        dask_worker: given by Dask, under this name.
+    """
+    shutil.rmtree(_folder_of(dask_worker.local_directory, address), ignore_errors=True)
+
+
+def _folder_of(directory: str, address: str) -> Path:
+    return Path(directory) / "hwpq" / address.rpartition("/")[2]

@@ -22,20 +22,23 @@ from itertools import islice
 from typing import Any, TypeVar
 
 import cloudpickle
+import dask
 import torch
+from dask.system import CPU_COUNT
 from distributed import Client, Future, KilledWorker, LocalCluster
 from distributed.comm.core import CommClosedError
 
 from hwpq_pipeline.errors import HwpqError, said
-from hwpq_pipeline.execution.carrying import Carrier
+from hwpq_pipeline.execution.carrying import Carrier, forget_files
+from hwpq_pipeline.inert import masked
 from hwpq_pipeline.work.content import code_version
 
 T = TypeVar("T")
 R = TypeVar("R")
 #: Calls for each worker that are given out at a time: one at work, and one that waits.
 AHEAD = 2
-#: Seconds in which a scheduler must answer.
-PATIENCE = 20
+#: Seconds in which a scheduler must answer, and a process of this machine's own cluster, which may have other work.
+PATIENCE, SLOW = 20, 180
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +53,7 @@ class Dask:
     """
 
     def __init__(self, address: str | None, workers: int | None, files: str | None = None) -> None:
-        self.address, self.wanted, self.files = address, workers or os.cpu_count() or 1, files
+        self.address, self.wanted, self.files = address, workers or CPU_COUNT, files
         self._open = ExitStack()
 
     @property
@@ -85,7 +88,9 @@ class Dask:
         return client
 
     def close(self) -> None:
-        """End the connection, and the machine's own cluster."""
+        """End the connection, and the machine's own cluster; workers that stay forget the run's files."""
+        if "client" in self.__dict__ and self.carrier is not None and self.client.status == "running":
+            self.client.run(forget_files, self.carrier.address)
         self._open.close()
         for name in ("client", "carrier"):
             self.__dict__.pop(name, None)
@@ -160,14 +165,15 @@ def _connected(address: str) -> Client:
     except (OSError, ValueError) as error:
         raise HwpqError(
             f"no scheduler answers ({said(error)})",
-            where=f"execution.address: {address}",
+            where=f"execution.address: {masked(address)}",
             remedy="Start one (`dask scheduler`), or correct the address.",
         ) from error
 
 
 def _own_cluster(workers: int) -> LocalCluster:
-    threads = max(1, (os.cpu_count() or 1) // workers)
+    threads = max(1, CPU_COUNT // workers)
     environment = {name: str(threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS")}
+    dask.config.set({"distributed.comm.timeouts.connect": f"{SLOW}s"})
     return LocalCluster(
         n_workers=workers,
         threads_per_worker=1,

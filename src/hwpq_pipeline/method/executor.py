@@ -43,7 +43,7 @@ def apart(mapped: Callable[[Callable[[str], Any], Iterable[str]], Iterator[Any]]
     """
 
     def executor(step: Callable[[Group], R], groups: Groups) -> Iterator[R]:
-        return mapped(partial(_one, step, groups), groups.members())
+        return mapped(partial(_one, step, groups.limited(groups.recipe, None)), groups.members())
 
     return executor
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -35,6 +34,7 @@ from hwpq_pipeline.method.remarks import warn_of_dense_weights, warn_of_silent_l
 from hwpq_pipeline.method.select import gather_masks, select_model
 from hwpq_pipeline.method.sequential import walk_in_sequence
 from hwpq_pipeline.method.steps import compress_group, packed, take_steps
+from hwpq_pipeline.processes import temporary_folder
 from hwpq_pipeline.progress import with_progress
 
 
@@ -167,8 +167,8 @@ def write_model(
         if tokens is None:
             raise HwpqError("a budget needs calibration tokens", where=name, remedy="Give them.")
         recipe = recipe.with_choices(choose_layers(groups, recipe, tokens, where=name))
-    with TemporaryDirectory(dir=target.parent, prefix="work-") as work:
-        masks, selection, compression = (Path(work) / part for part in ("masks", "selection", "compression"))
+    with temporary_folder(target.parent, "work-") as work:
+        masks, selection, compression = (work / part for part in ("masks", "selection", "compression"))
         masks.mkdir()
         select_model(groups, recipe, parts=(selected := Parts(selection)), executor=executor)
         found = gather_masks(groups, recipe, selected, masks)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hwpq_pipeline.errors import HwpqError
+from hwpq_pipeline.inert import masked
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -96,10 +97,3 @@ def reason(error: BaseException, tracking_uri: str) -> str:
     """An error in a line, without a password."""
     text = f"{type(error).__name__}: {error}" if not str(error) else str(error)
     return " ".join(text.replace(tracking_uri, masked(tracking_uri)).split())[:300]
-
-
-def masked(uri: str) -> str:
-    """The URI without a password."""
-    scheme, separator, rest = uri.partition("://")
-    credentials, at, host = rest.rpartition("@")
-    return f"{scheme}{separator}***@{host}" if at and credentials else uri

@@ -21,8 +21,9 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from hwpq_pipeline.errors import HwpqError
+from hwpq_pipeline.inert import masked
 
-from .connection import artifact_location, connected, masked, reason
+from .connection import artifact_location, connected, reason
 from .records import Record, flat
 from .view import experiment_tags
 

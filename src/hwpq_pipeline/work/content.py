@@ -7,7 +7,8 @@ has all that changes a byte of the result:
                 holds a checksum of each tensor (`checkpoints.checksums`): so gigabytes need not be read again
     settings    the recipe, numbers of tokens, and the like, as JSON
     code        every source file of this package, and the versions of what computes
-    processor   its instruction set and the device: other kernels round otherwise
+    processors  the instruction set, and the GPU if there is one: other kernels round otherwise. Not the number of
+                threads: products, and our kernels, give the same bytes with any
 
 A changed comment begins the work again. That costs minutes now and then; a rule about which changes count would cost
 trust.
@@ -50,7 +51,7 @@ def work_key(inputs: Mapping[str, Path], **settings: Any) -> str:
         "inputs": {name: content_of(path) for name, path in inputs.items()},
         "settings": settings,
         "code": code_version(),
-        "processor": torch.backends.cpu.get_cpu_capability(),
+        "processors": _processors(),
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
 
@@ -86,6 +87,11 @@ def code_version() -> str:
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
+def _processors() -> list[str]:
+    found = [torch.backends.cpu.get_cpu_capability()]
+    return [*found, torch.cuda.get_device_name()] if torch.cuda.is_available() else found
+
+
 def _file(path: Path) -> str:
     header = _checked_header(path) if path.suffix == ".safetensors" else None
     if header is None:
@@ -104,3 +110,6 @@ def _checked_header(path: Path) -> bytes | None:
     except (ValueError, AttributeError):
         return None
     return header if isinstance(known, dict) and known.keys() == entries.keys() else None
+
+
+code_version()  # now, while what is on the disk is what is imported

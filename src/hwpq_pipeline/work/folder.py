@@ -29,7 +29,7 @@ def open_work(root: Path, stage: str, key: str) -> Path:
         if other.name != key:
             shutil.rmtree(other, ignore_errors=True)
     found = folder / key
-    if found.is_dir():
+    if next(found.rglob("*.*"), None) is not None:
         logger.info("%s goes on from what an earlier run had finished.", stage)
     found.mkdir(parents=True, exist_ok=True)
     return found

@@ -9,6 +9,7 @@ import pandas as pd
 
 from hwpq_pipeline.calibration.statistics import collect_statistics
 from hwpq_pipeline.corpus.samples import draw_samples, token_matrix
+from hwpq_pipeline.decoder.dtypes import dtype_name, resolve_dtype
 from hwpq_pipeline.execution.engines import current
 from hwpq_pipeline.kernels.devices import choose_device
 from hwpq_pipeline.measuring import Measured, Measuring
@@ -48,7 +49,7 @@ def collect(
         device=str(device),
         tf32=compute.tf32,
         engine=type(current()).__name__,  # each leaves its states in its own form
-        **settings,
+        **settings | {"dtype": dtype_name(resolve_dtype(calibration.dtype, device, where="calibration.dtype"))},
     )
     folder = open_work(work, "calibrate", key)
     with progress_bar("calibrate: decoder blocks") as progress:

@@ -13,10 +13,11 @@ import pandas as pd
 from hwpq_pipeline.checkpoints.digest import sha256_directory
 from hwpq_pipeline.checkpoints.json_file import read_json
 from hwpq_pipeline.corpus.samples import token_matrix
+from hwpq_pipeline.inert import masked
 from hwpq_pipeline.parameters import Calibration, Evaluation, Track
 from hwpq_pipeline.pipelines.variants import by_variant
 from hwpq_pipeline.reporting.comparison import console, show_table
-from hwpq_pipeline.tracking.connection import masked, resolve_uri
+from hwpq_pipeline.tracking.connection import resolve_uri
 from hwpq_pipeline.tracking.description import describe, layer_series
 from hwpq_pipeline.tracking.models import log_model
 from hwpq_pipeline.tracking.records import Dataset, Record
