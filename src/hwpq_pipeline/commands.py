@@ -131,8 +131,8 @@ def plan(env: str | None) -> None:
     console().print(_plan_table(needs))
     console().print(
         f"This machine: {machine.memory / 1e9:.1f} GB of memory, {machine.free_memory / 1e9:.1f} GB free; "
-        f"{machine.disk / 1e9:.1f} GB for data. The seconds come from samples that were timed now, at the load that "
-        "the machine has now; downloads and imports do not count."
+        f"{machine.disk / 1e9:.1f} GB for data. The seconds come from samples that were timed now: beside other "
+        "work they tell little. Downloads and imports do not count."
     )
     for line in (*tight(needs, machine), *(f"`kedro run` refuses: {error}" for error in too_large(needs, machine))):
         console().print(line, soft_wrap=True, markup=False)

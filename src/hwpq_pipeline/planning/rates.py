@@ -8,7 +8,8 @@
     steps      the variant's own steps (selecting, and pruning, refining, rounding) on random layers of two widths
 
 The cost of a weight in the steps is taken for `a + b·in`: two widths give a and b. So kernels, products and elementwise
-work count each as they are on this machine, at the load that it has now. A kernel is compiled before it is timed.
+work count each as they are on this machine. The least of some runs counts: another program's work is not the stage's. A
+kernel is compiled before it is timed.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from hwpq_pipeline.planning.shapes import Shapes
 
 #: What tells one layer's steps from another's.
 Part = tuple[Selection | None, Recovery | None, Quantization | None, Sequence | None]
-_ROWS, _TOKENS, _WIDE, _TIMES = 256, 512, 1024, 2
+_ROWS, _TOKENS, _WIDE, _TIMES = 512, 512, 1024, 3
 _LOGIT_ROWS, _LOGITS, _READ = 64, 8192, 2**23
 
 
@@ -119,7 +120,10 @@ def measure_rates(
 def _lines(recipe: Recipe, wide: int, device: torch.device) -> tuple[Line, Line]:
     """Seconds of a weight where it is selected, and in the steps after that."""
     _sample(recipe, 8, wide // 2, device)  # compiles the kernels
-    few, many = (_sample(recipe, _ROWS, width, device) for width in (wide // 2, wide))
+    few, many = (
+        [min(times) for times in zip(*(_sample(recipe, _ROWS, width, device) for _ in range(_TIMES)), strict=True)]
+        for width in (wide // 2, wide)
+    )
     return _line(few[0], many[0], wide), _line(few[1], many[1], wide)
 
 
@@ -133,7 +137,8 @@ def _sample(recipe: Recipe, rows: int, width: int, device: torch.device) -> tupl
     """Seconds of a weight: selected; and pruned, recovered, rounded."""
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(rows, width, generator=generator).to(device)
-    inputs = torch.randn(_ROWS, width, generator=generator).to(device)  # few: the steps take as long as on real ones
+    # Fewer than the widest has columns: conjugate gradients then take all their steps, as on real inputs.
+    inputs = torch.randn(_ROWS, width, generator=generator).to(device)
     layer = Layer("sample", 0, (rows, width), Matrix("sample"), Matrix("sample"))
     group = Group("sample", (layer,), LiveSums(inputs.T @ inputs), torch.bfloat16, weight, weight)
     begun = time.perf_counter()
