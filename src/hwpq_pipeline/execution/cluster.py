@@ -179,6 +179,6 @@ def _own_cluster(workers: int) -> LocalCluster:
         threads_per_worker=1,
         env=environment,
         memory_limit=0,  # Dask's own limit would end a worker in the middle of a large layer
-        dashboard_address=None,
+        dashboard_address=":0",  # any port: two runs at once would ask for one
         silence_logs=logging.ERROR,
     )

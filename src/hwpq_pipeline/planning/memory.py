@@ -13,7 +13,7 @@ With p bytes a number, T tokens in a forward pass, h the width of the residual s
 Each stage holds the larger one of its phases, which follow one another. A small model keeps freed memory for the next
 tensor (`decoder.memory`), which seldom has the same size: there the stored tables count until the end, and so does
 all that is made of a piece of logits (`_KEPT_LOGITS`). The constants count tensors in the code that is named beside
-them; they are not fitted.
+them. `_KEPT_LOGITS`, and the export that runs beside the dense model in `formats`, were found after a plan had missed.
 """
 
 from __future__ import annotations
