@@ -297,4 +297,4 @@ def test_workers_of_a_cluster_judge_samples_and_the_figures_are_the_same(tmp_pat
     with opened("dask", workers=2):
         shared = evaluate_export(made, answer, work=tmp_path / "work")
     assert replace(shared, seconds=alone.seconds) == alone
-    assert sorted(part.name for part in (tmp_path / "work" / "parts").glob("*.json")) == ["0.json", "3.json"]
+    assert sorted(part.name for part in (tmp_path / "work" / "parts").glob("*.json")) == ["0-3.json", "3-5.json"]
