@@ -109,8 +109,7 @@ class ProjectHooks:
 
 def _stage_of(node: Node) -> str:
     """The pipeline that a node belongs to: the folder of its function."""
-    function = getattr(node.func, "func", node.func)  # of a partial one
-    return str(function.__module__).split(".")[-2]
+    return str(node.func.__module__).split(".")[-2]
 
 
 def _variant_of(node: Node) -> str:

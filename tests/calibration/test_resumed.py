@@ -77,7 +77,7 @@ class Losing:
     """The workers of an engine, one of which is killed."""
 
     def __init__(self, engine: Engine, mark: Path) -> None:
-        self.engine, self.mark, self.workers = engine, mark, engine.workers
+        self.engine, self.mark, self.workers, self.shares_disk = engine, mark, engine.workers, True
 
     def map(self, function: Any, items: Any) -> Any:
         return self.engine.map(partial(_dies_once, self.mark, function), items)

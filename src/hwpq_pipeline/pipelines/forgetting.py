@@ -5,7 +5,8 @@ The node takes the results as inputs for the order alone: Kedro runs it when the
 
 from __future__ import annotations
 
-from functools import partial
+from collections.abc import Callable
+from functools import partial, update_wrapper
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ def forgetting(stage: str, results: list[str]) -> Node:
         stage: as in `work.folder.open_work`.
         results: of the stage, by dataset.
     """
-    return node(partial(_forget, stage), ["work", *results], None, name=f"forget_{stage}")
+    return node(_named(_forget, stage), ["work", *results], None, name=f"forget_{stage}")
 
 
 def forgetting_of_variant(stage: str, results: list[str], *others: str) -> Node:
@@ -32,8 +33,13 @@ def forgetting_of_variant(stage: str, results: list[str], *others: str) -> Node:
         results: as there.
         others: further stages whose work goes with it.
     """
-    forget = partial(_forget_of_variant, (stage, *others))
+    forget = _named(_forget_of_variant, (stage, *others))
     return node(forget, ["work", "name", *results], None, name=f"forget_{stage}")
+
+
+def _named(function: Callable[..., None], first: Any) -> Callable[..., None]:
+    """The function with its first argument given; Kedro warns of one without a name and type hints."""
+    return update_wrapper(partial(function, first), function)
 
 
 def _forget(stage: str, work: Path, *_: Any) -> None:
